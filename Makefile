@@ -1,0 +1,60 @@
+# make demo: from a clean clone to a TensorRT engine.  make test: the whole test suite.
+# Needs python3 (3.11 or later, with venv), make and g++; everything else goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= $(shell nproc)
+# GPU architectures of the plugin. CI builds one; `make LYNX_CUDA_ARCHITECTURES="80;90"` builds others.
+LYNX_CUDA_ARCHITECTURES ?= 80;86;89;120
+BUILD := build/plugin
+PLUGIN := lynx_compile/lib/liblynx_plugin.so
+
+.PHONY: demo test unit plugin setup lint format clean
+
+demo: setup plugin
+	$(BIN)/lynx-compile engines/digits-flux.yaml -o engines/digits-flux.engine
+
+test: setup plugin
+	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
+	$(BIN)/pytest
+
+unit: setup plugin  ## what needs no TensorRT build and no trained model
+	$(BIN)/pytest -m "not slow"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml requirements/toolchain.txt requirements/tensorrt11.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11. Run: make PYTHON=python3.11"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "error: python3 has no venv. On Debian and Ubuntu run: apt install python3-venv"; exit 2; }
+	@command -v g++ >/dev/null || { echo "error: g++ is missing. On Debian and Ubuntu run: apt install g++"; exit 2; }
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q --no-deps -r requirements/toolchain.txt
+	$(BIN)/pip install -q --no-deps --target $(VENV)/trt11 --upgrade -r requirements/tensorrt11.txt
+	$(BIN)/pip install -q cmake ninja scikit-build-core
+	SKBUILD_WHEEL_CMAKE=false $(BIN)/pip install -q --no-build-isolation -e '.[rtx,dev]'
+	@touch $@
+
+# Ninja decides what to compile again; the library is linked into lynx_compile/lib, where the package looks for it.
+plugin: setup
+	@test -f $(BUILD)/build.ninja || PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cmake -S plugins -B $(BUILD) -G Ninja \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DLYNX_BUILD_TESTS=ON \
+	  "-DLYNX_CUDA_ARCHITECTURES=$(LYNX_CUDA_ARCHITECTURES)"
+	@$(BIN)/cmake --build $(BUILD) -j $(JOBS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy lynx_compile
+	git ls-files 'plugins/*.h' 'plugins/*.cpp' 'plugins/*.cu' 'plugins/*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'plugins/*.h' 'plugins/*.cpp' 'plugins/*.cu' 'plugins/*.cuh' | xargs $(BIN)/clang-format -i
+
+clean:
+	rm -rf build lynx_compile/lib engines/*.engine engines/*.cache engines/*.json engines/*.onnx engines/*.safetensors engines/*.log

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TensorRT as a value: ``tensorrt`` or ``tensorrt_rtx``, its log, and the plugin library loaded into it.
+
+The two modules have one API as far as it is used here (``tests/engine/test_api.py`` checks every name), so
+the rest of the package takes the module from ``Backend`` and imports neither.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import logging
+import re
+from collections import deque
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lynx_compile import recipe
+from lynx_compile.errors import InputError, StageError
+from lynx_compile.files import file_digest
+
+PLUGIN_NAME = "LynxSparseLinear"
+PLUGIN_VERSION = "1"
+PLUGIN_NAMESPACE = "lynx"
+LIBRARIES = Path(__file__).resolve().parents[1] / "lib"
+
+PIP_PACKAGE = {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}
+OLDEST = {
+    "tensorrt": (10, 13),
+    "tensorrt_rtx": (1, 7),
+}  # the first with every function used here; tested: 11.4, 1.7
+
+log = logging.getLogger("lynx_compile.tensorrt")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A TensorRT: ``module`` (its Python API), ``name`` and ``version``, and ``messages``, its logger."""
+
+    module: ModuleType
+    name: str
+    version: str
+    messages: Any
+
+    @property
+    def ahead_of_time(self) -> bool:
+        """Whether it builds without a GPU, for several GPU architectures at once."""
+        return self.name == "tensorrt_rtx"
+
+
+@dataclass(frozen=True)
+class PluginLibrary:
+    """The plugin library's file."""
+
+    path: Path
+    sha256: str
+
+
+def backend(choice: str = "auto") -> Backend:
+    """The TensorRT that the recipe asks for; one object per process and TensorRT.
+
+    Args:
+        choice: ``tensorrt``, ``tensorrt_rtx``, or ``auto``: the first where it and a GPU are there, else
+            the second.
+
+    Raises:
+        InputError: it is not installed, cannot be loaded, is too old, or has no GPU where it needs one.
+    """
+    if choice == "auto":
+        choice = "tensorrt" if importlib.util.find_spec("tensorrt") and gpu() else "tensorrt_rtx"
+    elif choice == "tensorrt" and importlib.util.find_spec("tensorrt") and not gpu():
+        raise InputError(
+            "TensorRT builds on the GPU that it builds for, and there is none.", "Set backend: tensorrt_rtx."
+        )
+    return _backend(choice)
+
+
+def plugin_library(engine: recipe.Engine) -> PluginLibrary:
+    """The recipe's plugin library, else the installed one.
+
+    Raises:
+        InputError: the file does not exist. StageError: the installed one does not.
+    """
+    if engine.plugin is None:
+        return PluginLibrary(path := _shipped("liblynx_plugin.so"), file_digest(path))
+    path = Path(engine.plugin)
+    if not path.is_file():
+        raise InputError(
+            f"The plugin library {path} does not exist.", "Check 'engine.plugin', or leave it out."
+        )
+    return PluginLibrary(path, file_digest(path))
+
+
+def load_plugin(backend: Backend, library: PluginLibrary) -> None:
+    """Load ``library`` into TensorRT's plugin registry. It stays there as long as the process lives.
+
+    Raises:
+        StageError: the library cannot be loaded, does not hold the plugin, or another one is loaded already.
+    """
+    if library.sha256 == _loaded.get(backend.name):
+        return
+    registry = backend.module.get_plugin_registry()
+    if _has_creator(registry):
+        cause = f"this process has already loaded another {PLUGIN_NAME} plugin than {library.path}."
+        raise StageError("build", cause, "Use one library per process.")
+    if backend.name == "tensorrt_rtx":
+        # Its ONNX parser aborts the process without a "libtensorrt_rtx.so", which its wheel does not ship.
+        _open(_shipped("rtx_alias/libtensorrt_rtx.so"))
+    _open(library.path)  # the registry itself does not say why a library cannot be loaded
+    backend.messages.clear()
+    registry.load_library(str(library.path))
+    if not _has_creator(registry):
+        cause = f"{library.path} holds no {PLUGIN_NAME} version {PLUGIN_VERSION} plugin.{said(backend)}"
+        raise StageError("build", cause, "Build the library again from this version of lynx-compile.")
+    _loaded[backend.name] = library.sha256
+
+
+def said(backend: Backend) -> str:
+    """The last errors of TensorRT and of the plugin, as the end of a sentence; empty when there are none."""
+    lines = [" ".join(line.split()) for line in backend.messages.errors if "--- " not in line]
+    return f" TensorRT says: {'; '.join(line.rstrip('.') for line in lines)}." if lines else ""
+
+
+def gpu() -> str | None:
+    """Architecture of the first NVIDIA GPU, such as ``sm90``; None when there is no GPU or no driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    for value, attribute in (
+        (major, 75),
+        (minor, 76),
+    ):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+            return None
+    return f"sm{major.value}{minor.value}"
+
+
+_loaded: dict[str, str] = {}  # backend name: SHA-256 of the plugin library in its registry
+
+
+@cache
+def _backend(name: str) -> Backend:
+    package = PIP_PACKAGE[name]
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise InputError(
+            f"The Python package {name} is not installed.", f"Run: pip install {package}"
+        ) from None
+    except (ImportError, OSError) as error:
+        reinstall = f"Run: pip install --force-reinstall {package}"
+        raise InputError(f"The Python package {name} cannot be loaded ({error}).", reinstall) from None
+    version = str(module.__version__)
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST[name]:
+        wanted = ".".join(map(str, OLDEST[name]))
+        raise InputError(f"{name} {version} is too old.", f"Run: pip install -U '{package}>={wanted}'")
+    log.info("%s %s", name, version)
+    return Backend(module, name, version, _message_log(module))
+
+
+def _message_log(module: ModuleType) -> Any:
+    """A TensorRT logger that keeps the last errors, for exceptions, and writes to Python's logging."""
+    severity = module.ILogger.Severity
+    levels = {severity.WARNING: logging.WARNING, severity.INFO: logging.INFO, severity.VERBOSE: logging.DEBUG}
+
+    class MessageLog(module.ILogger):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+            self.errors: deque[str] = deque(maxlen=8)
+
+        def log(self, level: Any, message: str) -> None:
+            if level not in levels:
+                self.errors.append(message)
+            log.log(
+                levels.get(level, logging.INFO), "%s", message
+            )  # an error is raised later, not printed twice
+
+        def clear(self) -> None:
+            self.errors.clear()
+
+    return MessageLog()
+
+
+def _shipped(name: str) -> Path:
+    path = LIBRARIES / name
+    if not path.is_file():
+        raise StageError(
+            "build", f"{path} is missing.", "Reinstall lynx-compile, or run 'make plugin' in its sources."
+        )
+    return path
+
+
+def _open(path: Path) -> None:
+    try:
+        ctypes.CDLL(str(path))
+    except OSError as error:
+        raise StageError(
+            "build", f"{path} cannot be loaded ({error}).", "Build it again on this machine."
+        ) from None
+
+
+def _has_creator(registry: Any) -> bool:
+    return registry.get_creator(PLUGIN_NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE) is not None

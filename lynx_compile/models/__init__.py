@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checkpoint to a ``DiT``: the module, its scheduler, example inputs and its linear layers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from huggingface_hub import snapshot_download
+
+from lynx_compile.errors import InputError
+from lynx_compile.models import flux
+from lynx_compile.recipe import Model, Recipe, Shapes
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One ``torch.nn.Linear``: its module path, K and N, and why it can not be sparse (None: it can)."""
+
+    path: str
+    in_channels: int
+    out_channels: int
+    bias: bool
+    refusal: str | None
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears that read the same tensor, in the order they are called. They are pruned once, together.
+
+    ``name`` is the path of the model's first reader of the tensor, also where that linear itself stays dense.
+    """
+
+    name: str
+    linears: tuple[Linear, ...]
+
+    @property
+    def in_channels(self) -> int:
+        return self.linears[0].in_channels
+
+
+@dataclass(frozen=True)
+class DiT:
+    """A diffusion transformer. Its weights are loaded when ``module`` is first asked for.
+
+    ``inputs``: example inputs at the recipe's shapes, in the order of the exported graph; floating tensors that
+    carry activations have the recipe's dtype, ids, timestep and guidance are float32.
+    ``groups``: every linear of the module, grouped by the tensor it reads.
+    ``digest``: SHA-256 over the files it was loaded from.
+    """
+
+    folder: Path
+    model: Model
+    scheduler: FlowMatchEulerDiscreteScheduler
+    inputs: Mapping[str, torch.Tensor]
+    groups: tuple[LinearGroup, ...]
+    family: str
+    digest: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.model.dtype]
+
+    @cached_property
+    def module(self) -> torch.nn.Module:
+        return _module(self.folder, self.model)
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return tuple(linear for group in self.groups for linear in group.linears)
+
+
+def load(recipe: Recipe) -> DiT:
+    """Find the recipe's transformer, its structure and its inputs.
+
+    ``module`` comes in float32 on a CPU and in the recipe's dtype on a GPU, from nothing but safetensors.
+
+    Raises:
+        InputError: the source is missing, is of no supported class, lacks safetensors, or does not fit the
+            recipe's shapes. ``module`` raises it for weights that are damaged or not finite.
+    """
+    folder = _snapshot(recipe.model)
+    config = _config(folder, recipe.model)
+    _require_safetensors(folder / recipe.model.subfolder)
+    return DiT(
+        folder=folder,
+        model=recipe.model,
+        scheduler=_scheduler(folder),
+        inputs=example_inputs(folder, config, recipe.shapes, DTYPES[recipe.model.dtype]),
+        groups=find_groups(config),
+        family="flux",
+        digest=_digest(folder, recipe.model),
+    )
+
+
+def example_inputs(
+    folder: Path, config: Mapping[str, Any], shapes: Shapes, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Random inputs of the transformer at the recipe's shapes, in ``dtype``; the same on every call."""
+    pixels = flux.PACKING * _vae_scale(folder)
+    for name, size in (("height", shapes.height), ("width", shapes.width)):
+        if size % pixels:
+            raise InputError(
+                f"shapes.{name} = {size} is not divisible by {pixels}, the pixels of one token of this model.",
+                f"Use {max(size // pixels, 1) * pixels}.",
+            )
+    rows, columns = shapes.height // pixels, shapes.width // pixels
+    return flux.example_inputs(config, shapes.batch, rows, columns, shapes.text_length, dtype)
+
+
+def find_groups(config: Mapping[str, Any]) -> tuple[LinearGroup, ...]:
+    """Run the model's structure once, without weights, and group its linears by the tensor each reads."""
+    with torch.device("meta"):
+        skeleton = flux.MODEL.from_config(dict(config)).eval()
+    inputs = {
+        name: value.to("meta")
+        for name, value in flux.example_inputs(config, 1, 2, 2, 4, torch.float32).items()
+    }
+    readers: list[tuple[torch.Tensor, list[Linear]]] = []  # the tensors are kept, so that no id is used twice
+
+    def record(module: torch.nn.Linear, arguments: tuple[torch.Tensor, ...], path: str) -> None:
+        linear = Linear(
+            path, module.in_features, module.out_features, module.bias is not None, _refusal(path, module)
+        )
+        for tensor, linears in readers:
+            if tensor is arguments[0]:
+                linears.append(linear)
+                return
+        readers.append((arguments[0], [linear]))
+
+    for path, module in skeleton.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda m, a, path=path: record(m, a, path))
+    with torch.no_grad():
+        skeleton(**inputs)
+    return tuple(LinearGroup(linears[0].path, tuple(linears)) for _, linears in readers)
+
+
+def _refusal(path: str, linear: torch.nn.Linear) -> str | None:
+    """Why a linear can not be sparse at all, or None."""
+    if not flux.is_candidate(path):
+        return "embedder, modulation or final projection: small, and sensitive"
+    if linear.in_features % 16:
+        return f"K = {linear.in_features} is not divisible by 16"
+    if linear.out_features % 8:
+        return f"N = {linear.out_features} is not divisible by 8"
+    return None
+
+
+def _snapshot(model: Model) -> Path:
+    """The local folder of the checkpoint; a hub id is fetched (or found in the local hub cache) first."""
+    folder = Path(model.source)
+    if folder.is_absolute():
+        if not folder.is_dir():
+            raise InputError(
+                f"The model folder {folder} does not exist.", "Correct model.source in the recipe."
+            )
+        return folder
+    wanted = [
+        f"{model.subfolder}/*.json",
+        f"{model.subfolder}/*.safetensors",
+        "scheduler/*.json",
+        "vae/config.json",
+    ]
+    try:
+        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=wanted))
+    except Exception as error:  # huggingface_hub raises many kinds: offline, gated, unknown id, bad revision
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(
+            f"The model '{model.source}' could not be fetched from the hub ({reason}).",
+            "Check the id, log in with 'hf auth login' if it is gated, or give a local diffusers folder.",
+        ) from None
+
+
+def _config(folder: Path, model: Model) -> dict[str, Any]:
+    path = folder / model.subfolder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path} does not exist.",
+            "model.source must be a diffusers folder that holds 'transformer/config.json'.",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}).", "Fetch the checkpoint again.") from None
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if name != flux.MODEL.__name__:
+        raise InputError(
+            f"{path}: the class '{name}' is not supported.", f"Supported so far: {flux.MODEL.__name__}."
+        )
+    return config
+
+
+def _require_safetensors(folder: Path) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"{folder} holds no safetensors file.",
+            "Convert the checkpoint to safetensors; pickles are never loaded.",
+        )
+
+
+def _module(folder: Path, model: Model) -> torch.nn.Module:
+    on_gpu = torch.cuda.is_available()
+    weights = folder / model.subfolder
+    try:
+        module, report = flux.MODEL.from_pretrained(
+            folder,
+            subfolder=model.subfolder,
+            torch_dtype=DTYPES[model.dtype] if on_gpu else torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"The weights in {weights} cannot be loaded ({reason}).", "Fetch the checkpoint again."
+        ) from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(kind):
+            raise InputError(
+                f"The weights in {weights} do not fit their config.json ({kind.replace('_', ' ')}: {report[kind][0]}).",
+                "Fetch the checkpoint again.",
+            )
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(
+                f"The weight '{name}' in {weights} is not finite.", "Fetch the checkpoint again."
+            )
+    return module.to("cuda" if on_gpu else "cpu").eval().requires_grad_(False)
+
+
+def _scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
+    path = folder / "scheduler" / "scheduler_config.json"
+    try:
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"{path} cannot be read ({reason}).",
+            "Calibration runs the denoising loop and needs the scheduler's config.",
+        ) from None
+
+
+def _vae_scale(folder: Path) -> int:
+    """Pixels per latent side; 1 for a model that works on pixels and has no VAE."""
+    path = folder / "vae" / "config.json"
+    if not path.exists():
+        return 1
+    try:
+        return int(2 ** (len(json.loads(path.read_text(encoding="utf-8"))["block_out_channels"]) - 1))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be used ({error}).", "Fetch the checkpoint again.") from None
+
+
+def _digest(folder: Path, model: Model) -> str:
+    digest = hashlib.sha256()
+    files = [*(folder / model.subfolder).glob("*.json"), *(folder / model.subfolder).glob("*.safetensors")]
+    for path in sorted(
+        [*files, *(folder / "scheduler").glob("*.json"), *(folder / "vae").glob("config.json")]
+    ):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

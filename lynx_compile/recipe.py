@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe: what to compile, for which shapes and GPUs, and how sparse. YAML in, frozen values out."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+import reprlib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from lynx_compile.errors import InputError
+
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+GpuTarget = Literal["sm80", "sm86", "sm89", "sm120"]
+GPU_TARGETS: tuple[GpuTarget, ...] = get_args(GpuTarget)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe.
+
+    Paths in it are relative to the recipe's own folder.
+
+    Raises:
+        InputError: the file is missing, is no YAML mapping, or a key or value is wrong. The message names
+            the file, the line and the key.
+    """
+    text = _read(path)
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_aliases_and_duplicates(path, text, node)
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or str(error).split("\n")[0] or type(error).__name__
+        raise InputError(f"{where}: this is not valid YAML ({problem}).", "Correct the file.") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a recipe is a mapping of sections.", f"Start with '{_SECTIONS[0]}:'.")
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        # A misspelt key is also a missing one; the misspelling is what to show.
+        first = min(error.errors(include_url=False), key=lambda entry: entry["type"] != "extra_forbidden")
+        raise InputError(*_explain(path, node, first)) from None
+    return recipe.resolved(path.resolve().parent)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Model(_Strict):
+    """Where the transformer comes from: a local diffusers folder or a hub id (safetensors only)."""
+
+    source: str = Field(min_length=1)
+    subfolder: str = "transformer"
+    revision: str | None = None
+    dtype: Literal["bf16", "fp16"] = "bf16"
+
+
+class Shapes(_Strict):
+    """Static shapes of the engine: batch, image height and width in pixels, text tokens."""
+
+    batch: Annotated[int, Field(ge=1, le=1024)] = 1
+    height: Annotated[int, Field(ge=1, le=16384)]
+    width: Annotated[int, Field(ge=1, le=16384)]
+    text_length: Annotated[int, Field(ge=1, le=8192)] = 512
+
+
+class Calibration(_Strict):
+    """Inputs of the denoising loop whose activations are measured.
+
+    ``source``: a safetensors file with one row per prompt for every conditioning input of the transformer, or a
+    text file with one prompt a line (encoded by the checkpoint's own text encoders).
+    ``samples``: prompt and noise pairs to denoise; ``steps``: denoising steps of each, all of them measured.
+    ``tokens_per_step``: of each sample and step at most so many tokens, drawn at random, enter the moments.
+    ``memory_gib``: most memory that moments take at once; layers that do not fit are measured in further passes.
+    """
+
+    source: str = Field(min_length=1)
+    samples: Annotated[int, Field(ge=1)] = 64
+    steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    tokens_per_step: Annotated[int, Field(ge=1)] = 1024
+    guidance: Annotated[float, Field(gt=0)] = 3.5
+    memory_gib: Annotated[float, Field(gt=0)] = 8.0
+
+    @field_validator("guidance", "memory_gib", mode="before")
+    @classmethod
+    def _whole_numbers_are_fine(cls, value: Any) -> Any:
+        return float(value) if type(value) is int else value
+
+
+class Sparsity(_Strict):
+    """What becomes sparse and how its error is repaired (see ``compensate``).
+
+    ``rank``: of the low-rank branch; ``auto`` is K / 32 rounded up to 16, at most 64.
+    ``norm_scale``: the per-token scale s; by default on for ``paper`` and off for the others.
+    ``include`` and ``exclude``: globs over module paths, ``exclude`` wins.
+    """
+
+    method: Literal["joint", "paper", "none"] = "joint"
+    rank: Literal["auto"] | int = "auto"
+    norm_scale: bool | None = None
+    ridge: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _rank_fits_the_kernel(cls, value: Any) -> Any:
+        if value == "auto" or (type(value) is int and 0 <= value <= 128 and value % 16 == 0):
+            return value
+        raise ValueError("it must be 'auto' or a multiple of 16 from 0 to 128")
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _lists_are_fine(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _none_has_no_low_rank(self) -> Sparsity:
+        if self.method == "none" and self.rank not in ("auto", 0):
+            raise ValueError(
+                "method 'none' has no low-rank branch; remove 'rank' or choose 'joint' or 'paper'"
+            )
+        return self
+
+    @property
+    def uses_norm_scale(self) -> bool:
+        return self.method == "paper" if self.norm_scale is None else self.norm_scale
+
+    def rank_for(self, channels: int) -> int:
+        """Rank of the low-rank branch of a linear with ``channels`` = K input channels."""
+        if self.method == "none":
+            return 0
+        if self.rank == "auto":
+            return min(64, -(-channels // (32 * 16)) * 16)
+        return self.rank
+
+
+class Engine(_Strict):
+    """How the TensorRT engine is built.
+
+    ``backend``: ``auto`` takes ``tensorrt`` where it and a GPU are there, else ``tensorrt_rtx``, which builds
+    ahead of time without one. ``gpus``: targets of an ahead-of-time build. ``weights``: ``embedded`` in the
+    engine, or ``external``: engine inputs bound from a safetensors file beside it.
+    ``plugin``: another ``liblynx_plugin.so`` than the installed one.
+    """
+
+    backend: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
+    gpus: Annotated[tuple[GpuTarget, ...], Field(min_length=1)] = GPU_TARGETS
+    weights: Literal["embedded", "external"] = "embedded"
+    plugin: str | None = None
+    workspace_gib: Annotated[float, Field(gt=0)] | None = None
+
+    @field_validator("gpus", mode="before")
+    @classmethod
+    def _lists_are_fine(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class Recipe(_Strict):
+    """A whole recipe."""
+
+    model: Model
+    shapes: Shapes
+    calibration: Calibration
+    sparsity: Sparsity = Sparsity()
+    engine: Engine = Engine()
+    _digest: str = PrivateAttr("")
+
+    def model_post_init(self, context: Any) -> None:
+        """Keep the digest of what was written, before paths become those of this machine."""
+        self._digest = hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def resolved(self, folder: Path) -> Recipe:
+        """The same recipe with local paths made absolute; a hub id stays as it is."""
+        source = self.model.source
+        local = folder / Path(source).expanduser()
+        if local.exists() or not HUB_ID.match(source):
+            source = str(local.resolve())
+        update: dict[str, Any] = {
+            "model": self.model.model_copy(update={"source": source}),
+            "calibration": self.calibration.model_copy(
+                update={"source": str((folder / Path(self.calibration.source).expanduser()).resolve())}
+            ),
+        }
+        if self.engine.plugin is not None:
+            plugin = str((folder / Path(self.engine.plugin).expanduser()).resolve())
+            update["engine"] = self.engine.model_copy(update={"plugin": plugin})
+        return self.model_copy(update=update)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the recipe's values as the file gives them."""
+        return self._digest
+
+
+_SECTIONS = list(Recipe.model_fields)
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > 1 << 20:
+            raise InputError(
+                f"{path} is larger than 1 MiB.", "Give a recipe (YAML), not a model or an engine."
+            )
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"The recipe {path} does not exist.", "Check the path.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text.", "Give a recipe (YAML).") from None
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}).", "Check the path and its permissions."
+        ) from None
+
+
+def _refuse_aliases_and_duplicates(path: Path, text: str, node: yaml.Node | None) -> None:
+    """A recipe needs no aliases (few of them expand to gigabytes), and a later key replaces no earlier one."""
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.AliasToken):
+            line = token.start_mark.line + 1
+            raise InputError(
+                f"{path}:{line}: aliases (*{token.value}) are not allowed.", "Write the value out."
+            )
+    _refuse_duplicate_keys(path, node)
+
+
+def _refuse_duplicate_keys(path: Path, node: yaml.Node | None) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        if str(key.value) in seen:
+            line = key.start_mark.line + 1
+            raise InputError(f"{path}:{line}: the key '{key.value}' is there twice.", "Keep one of them.")
+        seen.add(str(key.value))
+        _refuse_duplicate_keys(path, value)
+
+
+def _explain(path: Path, node: yaml.Node | None, error: Any) -> tuple[str, str]:
+    """Cause and remedy of pydantic's first complaint, with the line that the key stands in."""
+    keys = [str(key) for key in error["loc"] if not _is_union_branch(key)]
+    where, key = f"{path}:{_line(node, keys)}", ".".join(keys)
+    if error["type"] == "extra_forbidden":
+        known = list(_section(keys[:-1]).model_fields)
+        close = difflib.get_close_matches(keys[-1], known, 1)
+        hint = f"Did you mean '{close[0]}'?" if close else f"Known keys here: {', '.join(known)}."
+        return f"{where}: unknown key '{key}'.", hint
+    if error["type"] == "missing":
+        return (
+            f"{where}: the key '{key}' is missing.",
+            f"Add '{keys[-1]}:' under '{'.'.join(keys[:-1]) or 'the top'}'.",
+        )
+    message = error["msg"].removeprefix("Value error, ")
+    return (
+        f"{where}: '{key}' is wrong: {message} (got {_short(error['input'])}).",
+        "See the README's recipe reference.",
+    )
+
+
+def _is_union_branch(key: Any) -> bool:
+    """pydantic puts the name of a union's branch into ``loc``; it is no key of the file."""
+    return isinstance(key, str) and (key.startswith(("literal[", "constrained-")) or key in ("int", "float"))
+
+
+def _section(keys: list[str]) -> type[BaseModel]:
+    section: type[BaseModel] = Recipe
+    for key in keys:
+        annotation = section.model_fields[key].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        section = annotation
+    return section
+
+
+def _line(node: yaml.Node | None, keys: list[str]) -> int:
+    """Line of the deepest of ``keys`` that the file holds, from 1."""
+    line = 1
+    for key in keys:
+        if isinstance(node, yaml.SequenceNode) and key.isdigit() and int(key) < len(node.value):
+            node = node.value[int(key)]
+            line = node.start_mark.line + 1
+            continue
+        if not isinstance(node, yaml.MappingNode):
+            break
+        for key_node, value in node.value:
+            if key_node.value == key:
+                line, node = key_node.start_mark.line + 1, value
+                break
+        else:
+            break
+    return line
+
+
+def _short(value: Any) -> str:
+    text = reprlib.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What 2:4 activation sparsity means here: the definition that every other implementation is tested against.
+
+The op ``LynxSparseLinear`` (domain ``lynx``, version 1), for a token x of K channels::
+
+    z     = x[order] - centre                     rounded to x's dtype
+    keep  = per group of 4 channels of z, the 2 with the largest |z_k| * saliency_k; ties keep the lower index
+    z~    = z where kept, 0 elsewhere
+    s     = 1, or with norm_scale sqrt(|z|^2 / (|z~|^2 + 1e-8))        (RT-Lynx, section 3: norm compensation)
+    y     = s * (z~ W'^T) + (z A^T) B^T + b'
+
+is computed as one product, ``y = s * ([z~ | T / s] [W' | B]^T) + b'`` with ``T = z A^T``, so that the low-rank
+branch rides in the sparse GEMM (``expand_low_rank``). The ONNX function (``rewrite``) and the CUDA code
+(``plugins/kernels/sparse24.h``) say the same.
+"""
+
+from __future__ import annotations
+
+import torch
+
+GROUP = 4
+KEPT = 2
+NORM_EPSILON = 1e-8
+WIDTH_MULTIPLE = 64  # the sparse GEMM wants its K in whole steps of 64
+
+
+def sparse_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_down: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    rank: int = 0,
+    norm_scale: bool = False,
+    order: torch.Tensor | None = None,
+    centre: torch.Tensor | None = None,
+    saliency: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``LynxSparseLinear`` in torch, any floating dtype, on any device; accumulates in float32 or better.
+
+    Args:
+        x: [..., K].
+        weight: [N, padded_width(K, rank)], as ``expand_low_rank`` makes it.
+        lora_down: A [max(rank, 1), K]; not read when ``rank`` is 0.
+        bias: [N].
+        rank: r of the low-rank branch.
+        norm_scale: whether s is the norm scale (else 1).
+        order: [K] integers, a permutation. centre, saliency: [K].
+
+    Returns:
+        y [..., N] in x's dtype.
+    """
+    channels = x.shape[-1]
+    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    z = x if order is None else x[..., order.long()]
+    if centre is not None:
+        z = (z.to(accumulate) - centre.to(accumulate)).to(x.dtype)
+    keep = keep_mask(z, saliency)
+    kept = torch.where(keep, z, torch.zeros_like(z)).to(accumulate)
+    scale = norm_scale_of(z, keep) if norm_scale else torch.ones_like(kept[..., :1], dtype=torch.float32)
+    scale = scale.to(accumulate)
+    product = kept @ weight[:, :channels].to(accumulate).T
+    if rank:
+        low = z.to(accumulate) @ lora_down.to(accumulate).T
+        low = torch.where(scale > 0, low / scale, torch.zeros_like(low)).to(x.dtype)
+        product = product + low.to(accumulate) @ collapse_low_rank(weight, channels, rank).to(accumulate).T
+    return (scale * product + bias.to(accumulate)).to(x.dtype)
+
+
+def keep_mask(z: torch.Tensor, saliency: torch.Tensor | None = None) -> torch.Tensor:
+    """Which channels of z [..., K] are kept: bool [..., K], exactly 2 of every 4.
+
+    Scores are compared in float32 by their bits, so that a NaN outranks everything and is never hidden.
+    """
+    score = z.float().abs()
+    if saliency is not None:
+        score = (score * saliency.float()).abs()
+    bits = score.view(torch.int32).unflatten(-1, (-1, GROUP))  # sign bit clear: integers order like floats
+    lower_wins = torch.arange(GROUP, device=z.device)
+    ahead = (bits[..., None, :] > bits[..., :, None]) | (
+        (bits[..., None, :] == bits[..., :, None]) & (lower_wins[None, :] < lower_wins[:, None])
+    )  # [..., group, i, j]: channel j goes before channel i
+    return (ahead.sum(-1) < KEPT).flatten(-2)
+
+
+def norm_scale_of(z: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Per-token norm scale s: float32 [..., 1]; sums in float64, ratio and root in float32."""
+    squares = z.double().square()
+    kept = torch.where(keep, squares, 0.0).sum(-1, keepdim=True).float()
+    return torch.sqrt(squares.sum(-1, keepdim=True).float() / (kept + NORM_EPSILON))
+
+
+def padded_width(channels: int, rank: int) -> int:
+    """Columns of the op's weight input: K + 2 r rounded up to whole GEMM steps."""
+    return -(-(channels + 2 * rank) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+
+def expand_low_rank(weight: torch.Tensor, lora_up: torch.Tensor) -> torch.Tensor:
+    """The op's weight input from W' [N, K] and B [N, r]: [N, padded_width(K, r)].
+
+    B's columns stand pairwise at positions 0 and 1 of groups of 4, where the compressed operand holds T / s
+    under the fixed metadata nibble of a group that keeps its first two.
+    """
+    out_channels, channels = weight.shape
+    rank = lora_up.shape[1]
+    wide = weight.new_zeros(out_channels, padded_width(channels, rank))
+    wide[:, :channels] = weight
+    pairs = wide[:, channels : channels + 2 * rank].unflatten(-1, (rank // KEPT, GROUP))
+    pairs[..., :KEPT] = lora_up.unflatten(-1, (rank // KEPT, KEPT))
+    return wide
+
+
+def collapse_low_rank(weight: torch.Tensor, channels: int, rank: int) -> torch.Tensor:
+    """B [N, r] out of the op's weight input; undoes ``expand_low_rank``."""
+    pairs = weight[:, channels : channels + 2 * rank].unflatten(-1, (rank // KEPT, GROUP))
+    return pairs[..., :KEPT].flatten(-2)

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// One launch function per element type and tile configuration; each lives in its own instantiation file.
+#pragma once
+
+#include "sparse_linear.h"
+#include "tile_config.h"
+
+namespace lynx {
+
+using SparseGemmLaunch = cudaError_t(const SparseLinearParams&, const CompressedOperand&, int device,
+                                     cudaStream_t);
+
+SparseGemmLaunch launch_gemm_bf16_small, launch_gemm_bf16_medium, launch_gemm_bf16_large;
+SparseGemmLaunch launch_gemm_fp16_small, launch_gemm_fp16_medium, launch_gemm_fp16_large;
+
+}  // namespace lynx

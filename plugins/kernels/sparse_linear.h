@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// y = s * ([prune(z) | T / s] W^T) + bias on sparse tensor cores: parameters, workspace, launch. No TensorRT.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lynx {
+
+enum class DType { kBf16, kFp16 };
+
+// One call of the op. All tensors are dense, row-major, 16-byte aligned device memory; `T` is the element
+// type.
+struct SparseLinearParams {
+  DType dtype;
+  int64_t rows;      // M, tokens; any
+  int channels;      // K, a multiple of 16
+  int out_channels;  // N, a multiple of 8
+  int rank;          // r, a multiple of 16 up to 128, or 0
+  bool norm_scale;   // s = norm scale instead of 1
+
+  const void* x;          // T [M, K]
+  const void* weight;     // T [N, K'], K' = padded_width(K, r): W' | B in pairs (B_2j, B_2j+1, 0, 0) | 0
+  const void* lora_down;  // T [r, K]; not read when r = 0
+  const void* bias;       // T [N]
+  const int32_t* order;   // [K], a permutation, or null: z = x[order] - centre
+  const void* centre;     // T [K], or null
+  const void* saliency;   // T [K], or null: selection by |z| * saliency
+  void* y;                // T [M, N]
+  void* workspace;        // workspace_bytes(M, K, r), 256-byte aligned
+};
+
+// The compressed operand, as it lies in the workspace. Mp = padded_rows(M): rows M .. Mp are zero.
+struct CompressedOperand {
+  void* values;        // T [Mp, K' / 2]: kept values, then U = T / s, then zeros
+  uint32_t* metadata;  // Sm80Metadata, Mp rows by K' channels
+  float* scale;        // s [Mp]
+};
+
+// Bytes of workspace for `rows` tokens; grows with rows, so a profile's largest M is enough.
+size_t workspace_bytes(int64_t rows, int channels, int rank);
+
+// Where the compressed operand lies in a workspace made for `rows` tokens.
+CompressedOperand compressed_operand(void* workspace, int64_t rows, int channels, int rank);
+
+// Queues the whole op on `stream`: pruning pass, then GEMM. Allocates nothing, never synchronizes, may be
+// captured. Returns cudaErrorInvalidValue for sizes outside the limits above, cudaErrorMisalignedAddress for
+// pointers, cudaErrorNotSupported for a device below sm_80, else what the launches return.
+cudaError_t launch_sparse_linear(const SparseLinearParams& params, cudaStream_t stream);
+
+// The two halves of launch_sparse_linear, which checks the arguments for them.
+cudaError_t launch_prune(const SparseLinearParams& params, const CompressedOperand& out, cudaStream_t stream);
+cudaError_t launch_sparse_gemm_sm80(const SparseLinearParams& params, const CompressedOperand& a,
+                                    cudaStream_t stream);
+
+}  // namespace lynx

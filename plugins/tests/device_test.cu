@@ -1,0 +1,686 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs the pruning pass and the sparse GEMM on a GPU and holds them against the host code of sparse24.h
+// (bytes) and a float64 statement of the op (tolerance below). Stand-alone: needs no TensorRT, and no CUDA
+// library but the driver.
+//
+//   device_test            all cases; exit 1 when one fails, 77 when there is no GPU
+//   device_test --time     also times the two kernels on shapes of FLUX.1
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/sparse24.h"
+#include "kernels/sparse_gemm_sm80.h"
+#include "kernels/sparse_linear.h"
+
+namespace {
+
+int passed = 0, failed = 0;
+
+void report(bool ok, const std::string& name, const std::string& detail = "") {
+  std::printf("%s %s%s%s\n", ok ? "PASS" : "FAIL", name.c_str(), detail.empty() ? "" : ": ", detail.c_str());
+  std::fflush(stdout);
+  ++(ok ? passed : failed);
+}
+
+// A CUDA error outside the calls under test: the run is worthless after it.
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::printf("FAIL %s: %s\n%d passed, %d failed\n", what, cudaGetErrorString(error), passed, failed + 1);
+  std::exit(1);
+}
+
+// ---- Problems
+// -----------------------------------------------------------------------------------------------
+
+enum class Special { kNone, kTies, kZeroRows, kInfinity, kNan };
+
+struct Case {
+  lynx::DType dtype = lynx::DType::kBf16;
+  int rows = 300, channels = 192, out_channels = 576, rank = 16;
+  bool norm_scale = true, order = false, centre = false, saliency = false;
+  Special special = Special::kNone;
+
+  std::string name() const {
+    static const char* const kSpecial[] = {"", ", ties", ", zero rows", ", infinities", ", NaNs"};
+    return std::string(dtype == lynx::DType::kBf16 ? "bf16" : "fp16") + " " + std::to_string(rows) + " x " +
+           std::to_string(channels) + " -> " + std::to_string(out_channels) + ", rank " +
+           std::to_string(rank) + (norm_scale ? ", norm scale" : "") + (order ? ", order" : "") +
+           (centre ? ", centre" : "") + (saliency ? ", saliency" : "") + kSpecial[int(special)];
+  }
+};
+
+float to_float(lynx::DType dtype, uint16_t bits) {
+  return dtype == lynx::DType::kBf16 ? lynx::Bf16::to_float(bits) : lynx::Fp16::to_float(bits);
+}
+
+uint16_t from_float(lynx::DType dtype, float value) {
+  return dtype == lynx::DType::kBf16 ? lynx::Bf16::from_float(value) : lynx::Fp16::from_float(value);
+}
+
+// Unit roundoff: half the distance of neighbours, relative.
+double roundoff(lynx::DType dtype) { return dtype == lynx::DType::kBf16 ? 0x1p-8 : 0x1p-11; }
+
+using Halves = std::vector<uint16_t>;
+
+// The op's inputs on the host.
+struct Inputs {
+  Halves x, weight, lora_down, bias, centre, saliency;
+  std::vector<int32_t> order;
+};
+
+Halves normal_values(std::mt19937& random, size_t count, float deviation, lynx::DType dtype) {
+  std::normal_distribution<float> normal(0.0f, deviation);
+  Halves out(count);
+  for (uint16_t& value : out) value = from_float(dtype, normal(random));
+  return out;
+}
+
+void make_special(Halves& x, const Case& c, std::mt19937& random) {
+  const auto at = [&](int row, int channel) -> uint16_t& { return x[size_t(row) * c.channels + channel]; };
+  for (int row = 0; row < c.rows; ++row) {
+    if (c.special == Special::kTies) {  // few values, both signs, many zeros
+      for (int k = 0; k < c.channels; ++k)
+        at(row, k) = from_float(c.dtype, float(int(random() % 5) - 2) * 0.5f);
+    } else if (row % 3 != 0) {
+      continue;
+    } else if (c.special == Special::kZeroRows) {
+      for (int k = 0; k < c.channels; ++k) at(row, k) = random() % 2 ? 0x8000 : 0;
+    } else if (c.special == Special::kInfinity) {
+      at(row, int(random() % c.channels)) = from_float(c.dtype, row % 2 ? INFINITY : -INFINITY);
+    } else if (c.special == Special::kNan) {
+      for (int i = 0; i < 4; ++i) at(row, int(random() % c.channels)) = row % 2 ? 0x7fff : 0xffff;
+    }
+  }
+}
+
+Inputs make_inputs(const Case& c) {
+  std::mt19937 random(unsigned(c.rows + 3 * c.channels + 5 * c.out_channels + 7 * c.rank));
+  const int width = int(lynx::padded_width(c.channels, c.rank));
+  Inputs in;
+  in.x = normal_values(random, size_t(c.rows) * c.channels, 1.0f, c.dtype);
+  make_special(in.x, c, random);
+  const float deviation = 1.0f / std::sqrt(float(c.channels));
+  in.weight = normal_values(random, size_t(c.out_channels) * width, deviation, c.dtype);
+  for (int n = 0; n < c.out_channels; ++n) {  // B's pairs, zeros elsewhere
+    for (int k = c.channels; k < width; ++k) {
+      const bool is_b = k < c.channels + 2 * c.rank && (k - c.channels) % 4 < 2;
+      if (!is_b) in.weight[size_t(n) * width + k] = 0;
+    }
+  }
+  in.lora_down = normal_values(random, size_t(std::max(c.rank, 1)) * c.channels, deviation, c.dtype);
+  in.bias = normal_values(random, size_t(c.out_channels), 1.0f, c.dtype);
+  in.centre = normal_values(random, size_t(c.channels), 0.5f, c.dtype);
+  in.saliency = normal_values(random, size_t(c.channels), 0.3f, c.dtype);
+  for (uint16_t& value : in.saliency) value = from_float(c.dtype, 0.1f + std::fabs(to_float(c.dtype, value)));
+  in.order.resize(size_t(c.channels));
+  std::iota(in.order.begin(), in.order.end(), 0);
+  std::shuffle(in.order.begin(), in.order.end(), random);
+  return in;
+}
+
+// ---- Expectations
+// -------------------------------------------------------------------------------------------
+
+// What the pruning pass must leave, but for the scale and U, whose sums may be taken in another order.
+struct Expected {
+  Halves z;                        // [rows, channels]
+  Halves values;                   // [rows_padded, width / 2], U left zero
+  std::vector<uint32_t> metadata;  // Sm80Metadata
+  std::vector<double> scale;       // [rows]
+};
+
+template <class Element>
+Expected expected_operand(const Case& c, const Inputs& in) {
+  const int64_t rows_padded = lynx::padded_rows(c.rows), width = lynx::padded_width(c.channels, c.rank);
+  Expected out;
+  out.z.resize(in.x.size());
+  out.values.assign(size_t(rows_padded * width / 2), 0);
+  out.metadata.assign(size_t(lynx::Sm80Metadata::bytes(rows_padded, width) / 4), lynx::kEmptyMetadataPair);
+  out.scale.assign(size_t(c.rows), 1.0);
+  for (int64_t m = 0; m < c.rows; ++m) {
+    double all = 0.0, kept = 0.0;
+    for (int64_t block = 0; block < c.channels / lynx::kBlock; ++block) {
+      uint32_t z[8], saliency[8], centre[8];
+      Halves picked(16);
+      for (int i = 0; i < 16; ++i) {
+        const int64_t k = block * 16 + i;
+        picked[size_t(i)] = in.x[size_t(m * c.channels + (c.order ? in.order[size_t(k)] : k))];
+      }
+      std::memcpy(z, picked.data(), sizeof z);
+      std::memcpy(centre, &in.centre[size_t(block * 16)], sizeof centre);
+      std::memcpy(saliency, &in.saliency[size_t(block * 16)], sizeof saliency);
+      for (int i = 0; c.centre && i < 8; ++i) z[i] = lynx::subtract_pair<Element>(z[i], centre[i]);
+      const lynx::CompressedBlock compressed =
+          lynx::compress_block<Element>(z, c.saliency ? saliency : nullptr, nullptr);
+      std::memcpy(&out.z[size_t(m * c.channels + block * 16)], z, sizeof z);
+      uint16_t* values = &out.values[size_t(m * width / 2 + block * 8)];
+      std::memcpy(values, compressed.values, sizeof compressed.values);
+      uint32_t& word = out.metadata[size_t(lynx::Sm80Metadata::word(m & ~int64_t(8), block, rows_padded))];
+      const int shift = m & 8 ? 16 : 0;
+      word = (word & ~(0xffffu << shift)) | compressed.metadata << shift;
+      for (int i = 0; i < 16; ++i)
+        all += std::pow(double(Element::to_float(out.z[size_t(m * c.channels + block * 16 + i)])), 2);
+      for (int i = 0; i < 8; ++i) kept += std::pow(double(Element::to_float(values[i])), 2);
+    }
+    if (c.norm_scale) out.scale[size_t(m)] = std::sqrt(all / (kept + 1e-8));
+  }
+  return out;
+}
+
+// One row of the op in float64, and how far float32 sums and 16-bit roundings may take the device from it.
+struct ExpectedRow {
+  std::vector<double> u, u_tolerance;  // [rank]
+  std::vector<double> y, y_tolerance;  // [out_channels]
+};
+
+// Sums of n terms in float32 stay within this much of the sum of magnitudes: a random walk of n roundings,
+// times 4, since tensor cores truncate where they align addends.
+double sum_error(int64_t terms) { return 4.0 * 0x1p-23 * std::sqrt(double(terms)); }
+
+ExpectedRow expected_row(const Case& c, const Inputs& in, const Expected& operand, int m) {
+  const int64_t width = lynx::padded_width(c.channels, c.rank);
+  const double scale = operand.scale[size_t(m)], half = roundoff(c.dtype);
+  const auto value = [&](uint16_t bits) { return double(to_float(c.dtype, bits)); };
+  std::vector<double> z(size_t(c.channels)), pruned(size_t(c.channels), 0.0);
+  for (int k = 0; k < c.channels; ++k) z[size_t(k)] = value(operand.z[size_t(m) * c.channels + k]);
+  for (int group = 0; group < c.channels / 4; ++group) {
+    const int64_t word = lynx::Sm80Metadata::word(m & ~8, group / 4, lynx::padded_rows(c.rows));
+    const uint32_t nibble = operand.metadata[size_t(word)] >> ((m & 8 ? 16 : 0) + 4 * (group % 4)) & 15u;
+    for (const uint32_t position : {nibble & 3u, nibble >> 2})
+      pruned[group * 4 + position] = z[group * 4 + position];
+  }
+  ExpectedRow out;
+  out.u.resize(size_t(c.rank)), out.u_tolerance.resize(size_t(c.rank));
+  for (int j = 0; j < c.rank; ++j) {
+    double t = 0.0, magnitude = 0.0;
+    for (int k = 0; k < c.channels; ++k) {
+      const double term = z[size_t(k)] * value(in.lora_down[size_t(j) * c.channels + k]);
+      t += term, magnitude += std::fabs(term);
+    }
+    const double exact = scale > 0.0 ? t / scale : 0.0;
+    out.u[size_t(j)] = value(from_float(c.dtype, float(exact)));
+    out.u_tolerance[size_t(j)] =
+        scale > 0.0 ? 2.0 * half * std::fabs(exact) + sum_error(c.channels) * magnitude / scale + 1e-7 : 0.0;
+  }
+  out.y.resize(size_t(c.out_channels)), out.y_tolerance.resize(size_t(c.out_channels));
+  for (int n = 0; n < c.out_channels; ++n) {
+    const uint16_t* weight = &in.weight[size_t(n) * width];
+    double sum = 0.0, magnitude = 0.0, from_u = 0.0;
+    for (int k = 0; k < c.channels; ++k) {
+      if (pruned[size_t(k)] == 0.0) continue;
+      const double term = pruned[size_t(k)] * value(weight[k]);
+      sum += term, magnitude += std::fabs(term);
+    }
+    for (int j = 0; j < c.rank; ++j) {
+      const double b = value(weight[c.channels + j / 2 * 4 + j % 2]);
+      sum += out.u[size_t(j)] * b, magnitude += std::fabs(out.u[size_t(j)] * b);
+      from_u += out.u_tolerance[size_t(j)] * std::fabs(b);
+    }
+    const double y = scale * sum + value(in.bias[size_t(n)]);
+    out.y[size_t(n)] = y;
+    out.y_tolerance[size_t(n)] =
+        1.01 * half * std::fabs(y) + std::fabs(scale) * (sum_error(width) * magnitude + from_u) + 1e-6;
+  }
+  return out;
+}
+
+bool within(double found, double wanted, double tolerance) {
+  if (std::isnan(wanted)) return std::isnan(found);
+  if (std::isinf(wanted)) return found == wanted;
+  return std::fabs(found - wanted) <= tolerance;
+}
+
+// Rows to compute in float64: all of a small problem, else the edges and some in between.
+std::vector<int> sample_rows(const Case& c) {
+  const double work_per_row = double(c.out_channels) * double(lynx::padded_width(c.channels, c.rank));
+  const int affordable = std::max(4, int(1.5e8 / work_per_row));
+  std::vector<int> rows;
+  if (c.rows <= affordable) {
+    rows.resize(size_t(c.rows));
+    std::iota(rows.begin(), rows.end(), 0);
+    return rows;
+  }
+  std::mt19937 random(unsigned(c.rows));
+  rows = {0, c.rows - 1};
+  while (int(rows.size()) < affordable) rows.push_back(int(random() % unsigned(c.rows)));
+  return rows;
+}
+
+// ---- Device memory
+// ------------------------------------------------------------------------------------------
+
+// Device memory between two strips of canary bytes, filled with a pattern that is a NaN in every format.
+class Guarded {
+ public:
+  explicit Guarded(size_t bytes) : bytes_(bytes) {
+    check(cudaMalloc(&base_, bytes + 2 * kStrip), "cudaMalloc");
+    check(cudaMemset(base_, kCanary, bytes + 2 * kStrip), "cudaMemset");
+    check(cudaMemset(data(), 0xff, bytes), "cudaMemset");
+  }
+  ~Guarded() { cudaFree(base_); }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+
+  char* data() const { return static_cast<char*>(base_) + kStrip; }
+
+  bool intact() const {
+    std::vector<unsigned char> strips(2 * kStrip);
+    check(cudaMemcpy(strips.data(), base_, kStrip, cudaMemcpyDeviceToHost), "cudaMemcpy");
+    check(cudaMemcpy(strips.data() + kStrip, data() + bytes_, kStrip, cudaMemcpyDeviceToHost), "cudaMemcpy");
+    return std::all_of(strips.begin(), strips.end(), [](unsigned char byte) { return byte == kCanary; });
+  }
+
+  template <class T>
+  std::vector<T> copy(size_t count) const {
+    std::vector<T> out(count);
+    check(cudaMemcpy(out.data(), data(), count * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    return out;
+  }
+
+  template <class T>
+  void set(const std::vector<T>& values) {
+    check(cudaMemcpy(data(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+
+ private:
+  static constexpr size_t kStrip = 4096;
+  static constexpr int kCanary = 0xa5;
+  size_t bytes_;
+  void* base_ = nullptr;
+};
+
+template <class T>
+size_t bytes_of(const std::vector<T>& values) {
+  return values.size() * sizeof(T);
+}
+
+// A problem on the device, with everything a launch needs.
+class DeviceProblem {
+ public:
+  DeviceProblem(const Case& c, const Inputs& in)
+      : x(bytes_of(in.x)),
+        y(size_t(c.rows) * c.out_channels * 2),
+        workspace(lynx::workspace_bytes(c.rows, c.channels, c.rank)),
+        case_(c),
+        weight_(bytes_of(in.weight)),
+        lora_down_(bytes_of(in.lora_down)),
+        bias_(bytes_of(in.bias)),
+        order_(bytes_of(in.order)),
+        centre_(bytes_of(in.centre)),
+        saliency_(bytes_of(in.saliency)) {
+    x.set(in.x), weight_.set(in.weight), lora_down_.set(in.lora_down), bias_.set(in.bias);
+    order_.set(in.order), centre_.set(in.centre), saliency_.set(in.saliency);
+  }
+
+  lynx::SparseLinearParams params() const {
+    lynx::SparseLinearParams p;
+    p.dtype = case_.dtype;
+    p.rows = case_.rows, p.channels = case_.channels, p.out_channels = case_.out_channels,
+    p.rank = case_.rank;
+    p.norm_scale = case_.norm_scale;
+    p.x = x.data(), p.weight = weight_.data(), p.lora_down = lora_down_.data(), p.bias = bias_.data();
+    p.order = case_.order ? reinterpret_cast<const int32_t*>(order_.data()) : nullptr;
+    p.centre = case_.centre ? centre_.data() : nullptr;
+    p.saliency = case_.saliency ? saliency_.data() : nullptr;
+    p.y = y.data(), p.workspace = workspace.data();
+    return p;
+  }
+
+  lynx::CompressedOperand operand() const {
+    return lynx::compressed_operand(workspace.data(), case_.rows, case_.channels, case_.rank);
+  }
+
+  Halves result() const { return y.copy<uint16_t>(size_t(case_.rows) * case_.out_channels); }
+
+  bool intact() const {
+    for (const Guarded* part :
+         {&x, &y, &workspace, &weight_, &lora_down_, &bias_, &order_, &centre_, &saliency_}) {
+      if (!part->intact()) return false;
+    }
+    return true;
+  }
+
+  Guarded x, y, workspace;
+
+ private:
+  Case case_;
+  Guarded weight_, lora_down_, bias_, order_, centre_, saliency_;
+};
+
+template <class T>
+std::vector<T> from_device(const void* data, size_t count) {
+  std::vector<T> out(count);
+  check(cudaMemcpy(out.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
+  return out;
+}
+
+// ---- Checks
+// -------------------------------------------------------------------------------------------------
+
+// The compressed operand: bytes of the channels, the padding and the metadata; scale and U within their
+// tolerance.
+std::string check_operand(const Case& c, const DeviceProblem& problem, const Expected& wanted,
+                          const std::vector<int>& rows, const std::vector<ExpectedRow>& row_values) {
+  const size_t half_width = size_t(lynx::padded_width(c.channels, c.rank) / 2);
+  const lynx::CompressedOperand operand = problem.operand();
+  Halves values = from_device<uint16_t>(operand.values, wanted.values.size());
+  const auto metadata = from_device<uint32_t>(operand.metadata, wanted.metadata.size());
+  const auto scale = from_device<float>(operand.scale, size_t(c.rows));
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const uint16_t* u = &values[size_t(rows[i]) * half_width + size_t(c.channels) / 2];
+    for (size_t j = 0; j < size_t(c.rank); ++j) {
+      if (!within(to_float(c.dtype, u[j]), row_values[i].u[j], row_values[i].u_tolerance[j])) {
+        return "U[" + std::to_string(rows[i]) + "," + std::to_string(j) + "] is " +
+               std::to_string(to_float(c.dtype, u[j])) + ", not " + std::to_string(row_values[i].u[j]);
+      }
+    }
+  }
+  for (int m = 0; m < c.rows; ++m) {  // now the rest must agree in every byte
+    std::fill_n(&values[size_t(m) * half_width + size_t(c.channels) / 2], c.rank, uint16_t(0));
+    if (!within(scale[size_t(m)], wanted.scale[size_t(m)], 1e-5 * wanted.scale[size_t(m)])) {
+      return "scale[" + std::to_string(m) + "] is " + std::to_string(scale[size_t(m)]) + ", not " +
+             std::to_string(wanted.scale[size_t(m)]);
+    }
+  }
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (values[i] != wanted.values[i]) {
+      return "value [" + std::to_string(i / half_width) + "," + std::to_string(i % half_width) + "] differs";
+    }
+  }
+  for (size_t i = 0; i < metadata.size(); ++i) {
+    if (metadata[i] != wanted.metadata[i]) return "metadata word " + std::to_string(i) + " differs";
+  }
+  return "";
+}
+
+// y on the sampled rows. `worst` becomes the largest error as a share of its tolerance.
+std::string check_result(const Case& c, const Halves& y, const std::vector<int>& rows,
+                         const std::vector<ExpectedRow>& wanted, double* worst) {
+  for (size_t i = 0; i < rows.size(); ++i) {
+    for (size_t n = 0; n < size_t(c.out_channels); ++n) {
+      const double found = to_float(c.dtype, y[size_t(rows[i]) * size_t(c.out_channels) + n]);
+      const double due = wanted[i].y[n], tolerance = wanted[i].y_tolerance[n];
+      if (!within(found, due, tolerance)) {
+        return "y[" + std::to_string(rows[i]) + "," + std::to_string(n) + "] is " + std::to_string(found) +
+               ", not " + std::to_string(due) + " +- " + std::to_string(tolerance);
+      }
+      if (std::isfinite(due)) *worst = std::max(*worst, std::fabs(found - due) / tolerance);
+    }
+  }
+  return "";
+}
+
+// Every tile configuration that the device can run, on the operand that the pruning pass left.
+std::string check_tiles(const Case& c, DeviceProblem& problem, const std::vector<int>& rows,
+                        const std::vector<ExpectedRow>& wanted, double* worst) {
+  using lynx::SparseGemmLaunch;
+  static constexpr SparseGemmLaunch* kBf16[] = {lynx::launch_gemm_bf16_medium, lynx::launch_gemm_bf16_small,
+                                                lynx::launch_gemm_bf16_large};
+  static constexpr SparseGemmLaunch* kFp16[] = {lynx::launch_gemm_fp16_medium, lynx::launch_gemm_fp16_small,
+                                                lynx::launch_gemm_fp16_large};
+  int shared_bytes = 0;
+  check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0),
+        "device attribute");
+  for (int tile = 0; tile < lynx::kTileConfigs; ++tile) {
+    if (lynx::kTiles[tile].shared_bytes() > shared_bytes) continue;
+    check(cudaMemset(problem.y.data(), 0xff, size_t(c.rows) * c.out_channels * 2), "cudaMemset");
+    const auto launch = (c.dtype == lynx::DType::kBf16 ? kBf16 : kFp16)[tile];
+    const cudaError_t error = launch(problem.params(), problem.operand(), 0, nullptr);
+    check(cudaDeviceSynchronize(), "GEMM");
+    if (error != cudaSuccess) return "tile " + std::to_string(tile) + ": " + cudaGetErrorString(error);
+    const std::string wrong = check_result(c, problem.result(), rows, wanted, worst);
+    if (!wrong.empty()) return "tile " + std::to_string(tile) + ": " + wrong;
+  }
+  return "";
+}
+
+void run_case(const Case& c) {
+  const Inputs in = make_inputs(c);
+  const Expected operand = c.dtype == lynx::DType::kBf16 ? expected_operand<lynx::Bf16>(c, in)
+                                                         : expected_operand<lynx::Fp16>(c, in);
+  const std::vector<int> rows = sample_rows(c);
+  std::vector<ExpectedRow> wanted;
+  for (const int row : rows) wanted.push_back(expected_row(c, in, operand, row));
+
+  DeviceProblem problem(c, in);
+  const cudaError_t error = lynx::launch_sparse_linear(problem.params(), nullptr);
+  check(cudaDeviceSynchronize(), c.name().c_str());
+  if (error != cudaSuccess) return report(false, c.name(), cudaGetErrorString(error));
+  double worst = 0.0;
+  std::string wrong = check_operand(c, problem, operand, rows, wanted);
+  if (wrong.empty()) wrong = check_result(c, problem.result(), rows, wanted, &worst);
+  const Halves first = problem.result();
+  if (wrong.empty()) wrong = check_tiles(c, problem, rows, wanted, &worst);
+  if (wrong.empty()) {
+    check(lynx::launch_sparse_linear(problem.params(), nullptr), "second launch");
+    check(cudaDeviceSynchronize(), "second launch");
+    if (problem.result() != first) wrong = "a second run gives other bits";
+  }
+  if (wrong.empty() && !problem.intact()) wrong = "bytes outside a tensor were written";
+  char detail[64];
+  std::snprintf(detail, sizeof detail, "error up to %.0f %% of its bound", 100.0 * worst);
+  report(wrong.empty(), c.name(), wrong.empty() ? detail : wrong);
+}
+
+// The tolerance must be able to fail: y under another mask (by saliency) may not pass for y without it.
+void run_negative_control() {
+  Case c;
+  const Inputs in = make_inputs(c);
+  const Expected operand = expected_operand<lynx::Bf16>(c, in);
+  Case other = c;
+  other.saliency = true;
+  DeviceProblem problem(other, in);
+  check(lynx::launch_sparse_linear(problem.params(), nullptr), "negative control");
+  check(cudaDeviceSynchronize(), "negative control");
+  int refused = 0;
+  for (int row = 0; row < c.rows; ++row) {
+    double worst = 0.0;
+    refused += !check_result(c, problem.result(), {row}, {expected_row(c, in, operand, row)}, &worst).empty();
+  }
+  report(refused == c.rows, "the tolerance tells another mask apart in every row");
+}
+
+Case flux_case() {
+  Case c;
+  c.rows = 512, c.channels = 768, c.out_channels = 1152, c.rank = 64, c.order = c.centre = c.saliency = true;
+  return c;
+}
+
+void run_graph() {
+  const Case c = flux_case();
+  const Inputs in = make_inputs(c);
+  DeviceProblem problem(c, in);
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  check(lynx::launch_sparse_linear(problem.params(), stream), "direct launch");
+  check(cudaStreamSynchronize(stream), "direct launch");
+  const Halves direct = problem.result();
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "begin capture");
+  const cudaError_t error = lynx::launch_sparse_linear(problem.params(), stream);
+  check(cudaStreamEndCapture(stream, &graph), "end capture");
+  check(cudaGraphInstantiate(&executable, graph, 0), "instantiate");
+  bool same = error == cudaSuccess;
+  Halves negated = in.x;
+  for (uint16_t& value : negated) value ^= 0x8000;
+  for (const Halves& x : {negated, in.x}) {  // the second replay must follow the new input back
+    problem.x.set(x);
+    check(cudaMemset(problem.y.data(), 0xff, direct.size() * 2), "cudaMemset");
+    check(cudaDeviceSynchronize(), "before replay");
+    check(cudaGraphLaunch(executable, stream), "replay");
+    check(cudaStreamSynchronize(stream), "replay");
+    same &= (problem.result() == direct) == (x == in.x);
+  }
+  report(same, "CUDA graph: captured, replayed on new input, same bits as a direct launch");
+  cudaGraphExecDestroy(executable), cudaGraphDestroy(graph), cudaStreamDestroy(stream);
+}
+
+void run_streams() {
+  const Case c = flux_case();
+  const Inputs in = make_inputs(c);
+  Inputs other = in;
+  std::reverse(other.x.begin(), other.x.end());
+  DeviceProblem a(c, in), b(c, other);
+  check(lynx::launch_sparse_linear(a.params(), nullptr), "launch");
+  check(lynx::launch_sparse_linear(b.params(), nullptr), "launch");
+  check(cudaDeviceSynchronize(), "launch");
+  const Halves alone_a = a.result(), alone_b = b.result();
+  cudaStream_t streams[2];
+  for (cudaStream_t& stream : streams)
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  bool same = alone_a != alone_b;
+  for (int round = 0; round < 50; ++round) {
+    check(lynx::launch_sparse_linear(a.params(), streams[0]), "stream 0");
+    check(lynx::launch_sparse_linear(b.params(), streams[1]), "stream 1");
+  }
+  check(cudaDeviceSynchronize(), "streams");
+  same &= a.result() == alone_a && b.result() == alone_b && a.intact() && b.intact();
+  report(same, "two streams at once, same bits as alone");
+  for (cudaStream_t stream : streams) cudaStreamDestroy(stream);
+}
+
+void run_refusals() {
+  Case c;
+  DeviceProblem problem(c, make_inputs(c));
+  const auto refused = [&](cudaError_t wanted, const std::function<void(lynx::SparseLinearParams&)>& spoil) {
+    lynx::SparseLinearParams params = problem.params();
+    spoil(params);
+    return lynx::launch_sparse_linear(params, nullptr) == wanted && cudaGetLastError() == cudaSuccess;
+  };
+  using Params = lynx::SparseLinearParams;
+  bool ok = refused(cudaErrorInvalidValue, [](Params& p) { p.rank = 24; });
+  ok &= refused(cudaErrorInvalidValue, [](Params& p) { p.rank = 144; });
+  ok &= refused(cudaErrorInvalidValue, [](Params& p) { p.channels = 200; });
+  ok &= refused(cudaErrorInvalidValue, [](Params& p) { p.out_channels = 12; });
+  ok &= refused(cudaErrorInvalidValue, [](Params& p) { p.rows = 0; });
+  ok &= refused(cudaErrorInvalidValue, [](Params& p) { p.y = nullptr; });
+  ok &= refused(cudaErrorMisalignedAddress, [](Params& p) { p.x = static_cast<const char*>(p.x) + 2; });
+  report(ok, "wrong sizes and pointers are refused before any launch");
+}
+
+std::vector<Case> all_cases() {
+  using lynx::DType;
+  std::vector<Case> cases;
+  const auto add = [&](const std::function<void(Case&)>& set) {
+    for (const DType dtype : {DType::kBf16, DType::kFp16}) {
+      Case c;
+      c.dtype = dtype;
+      set(c);
+      cases.push_back(c);
+    }
+  };
+  for (const int rank : {0, 16, 32, 48, 64, 96, 128}) {
+    for (const bool norm_scale : {false, true})
+      add([=](Case& c) { c.rank = rank, c.norm_scale = norm_scale; });
+  }
+  for (int flags = 1; flags < 8; ++flags) {
+    for (const int rank : {0, 64}) {
+      add([=](Case& c) { c.rank = rank, c.order = flags & 1, c.centre = flags & 2, c.saliency = flags & 4; });
+    }
+  }
+  for (const int rows : {1, 33, 64, 127, 129}) add([=](Case& c) { c.rows = rows; });
+  for (const int channels : {16, 48, 208, 768, 960, 3072}) add([=](Case& c) { c.channels = channels; });
+  for (const int out_channels : {8, 192, 200, 264, 3072})
+    add([=](Case& c) { c.out_channels = out_channels; });
+  for (const Special special : {Special::kTies, Special::kZeroRows, Special::kInfinity, Special::kNan}) {
+    for (const bool norm_scale : {false, true}) {
+      for (const bool general : {false, true}) {
+        add([=](Case& c) {
+          c.special = special, c.norm_scale = norm_scale, c.order = c.centre = c.saliency = general;
+        });
+      }
+    }
+  }
+  add([](Case& c) { c.rows = 4608, c.channels = 3072, c.out_channels = 9216, c.rank = 64; });
+  add([](Case& c) { c.rows = 512, c.channels = 15360, c.out_channels = 3072, c.rank = 128, c.order = true; });
+  add([](Case& c) {
+    c.rows = 4608, c.channels = 3072, c.out_channels = 18432, c.rank = 0, c.norm_scale = false;
+  });
+  return cases;
+}
+
+// ---- Timing
+// -------------------------------------------------------------------------------------------------
+
+double microseconds(const std::function<void()>& work) {
+  constexpr int kRuns = 50;
+  cudaEvent_t start, stop;
+  check(cudaEventCreate(&start), "event"), check(cudaEventCreate(&stop), "event");
+  for (int i = 0; i < 5; ++i) work();
+  check(cudaEventRecord(start), "event");
+  for (int i = 0; i < kRuns; ++i) work();
+  check(cudaEventRecord(stop), "event"), check(cudaEventSynchronize(stop), "timing");
+  float ms = 0.0f;
+  check(cudaEventElapsedTime(&ms, start, stop), "event");
+  cudaEventDestroy(start), cudaEventDestroy(stop);
+  return 1000.0 * ms / kRuns;
+}
+
+void run_timing() {
+  static constexpr lynx::SparseGemmLaunch* kLaunch[] = {
+      lynx::launch_gemm_bf16_medium, lynx::launch_gemm_bf16_small, lynx::launch_gemm_bf16_large};
+  static const char* const kName[] = {"128x128", "64x128", "256x128"};
+  int shared_bytes = 0, sm_count = 0;
+  check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0),
+        "device attribute");
+  check(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, 0), "device attribute");
+  std::printf("\nbf16, times in microseconds; * is the tile that choose_tile takes\n");
+  const int shapes[][4] = {{512, 3072, 9216, 64},   {4608, 3072, 9216, 0},   {4608, 3072, 9216, 64},
+                           {4608, 3072, 9216, 128}, {4608, 3072, 12288, 64}, {4608, 12288, 3072, 64},
+                           {4608, 15360, 3072, 64}};
+  for (const auto& shape : shapes) {
+    for (const bool order : {false, true}) {
+      Case c;
+      c.rows = shape[0], c.channels = shape[1], c.out_channels = shape[2], c.rank = shape[3], c.order = order;
+      DeviceProblem problem(c, make_inputs(c));
+      const auto params = problem.params();
+      const auto operand = problem.operand();
+      const double prune =
+          microseconds([&] { check(lynx::launch_prune(params, operand, nullptr), "prune"); });
+      std::printf("%5d x %5d -> %5d, rank %3d%s: prune %.1f", c.rows, c.channels, c.out_channels, c.rank,
+                  order ? ", order" : "", prune);
+      for (int tile = 0; !order && tile < lynx::kTileConfigs; ++tile) {
+        if (lynx::kTiles[tile].shared_bytes() > shared_bytes) continue;
+        const double time = microseconds([&] { check(kLaunch[tile](params, operand, 0, nullptr), "GEMM"); });
+        const bool chosen = lynx::choose_tile(c.rows, c.out_channels, {sm_count, shared_bytes}) == tile;
+        std::printf(", GEMM %s%s %.1f (%.0f dense TFLOP/s)", kName[tile], chosen ? "*" : "", time,
+                    2e-6 * c.rows * double(c.channels) * c.out_channels / time);
+      }
+      std::printf("\n");
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    std::printf(
+        "No CUDA device was found: run this test on a machine with a GPU of compute capability 8.0 or "
+        "later.\n");
+    return 77;
+  }
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, 0), "device properties");
+  std::printf("%s, sm_%d%d\n", properties.name, properties.major, properties.minor);
+  for (const Case& c : all_cases()) run_case(c);
+  run_negative_control();
+  run_graph();
+  run_streams();
+  run_refusals();
+  std::printf("%d passed, %d failed\n", passed, failed);
+  if (argc > 1 && std::strcmp(argv[1], "--time") == 0) run_timing();
+  return failed == 0 ? 0 : 1;
+}

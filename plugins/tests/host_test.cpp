@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+// Checks sparse24.h on the host, with g++ alone: g++ -std=c++17 -O2 -I.. host_test.cpp && ./a.out
+//
+// The expectations are stated independently of the header: selection by a stable sort, decoding by position,
+// 16-bit floats by their definition, metadata addresses by their published digit order.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "kernels/sparse24.h"
+
+namespace {
+
+int passed = 0, failed = 0;
+
+void report(bool ok, const char* name) {
+  std::printf("%s %s\n", ok ? "PASS" : "FAIL", name);
+  ++(ok ? passed : failed);
+}
+
+// ---- Definitions, written differently from the header ----
+
+struct Format {
+  int exponent_bits, mantissa_bits;
+};
+constexpr Format kBf16Format{8, 7}, kFp16Format{5, 10};
+
+double value_of(uint16_t bits, Format format) {
+  const int exponent_mask = (1 << format.exponent_bits) - 1, bias = exponent_mask / 2;
+  const int exponent = bits >> format.mantissa_bits & exponent_mask;
+  const int mantissa = bits & ((1 << format.mantissa_bits) - 1);
+  const double sign = bits & 0x8000 ? -1.0 : 1.0;
+  if (exponent == exponent_mask)
+    return mantissa ? std::nan("") : sign * std::numeric_limits<double>::infinity();
+  const double fraction = std::ldexp(double(mantissa), -format.mantissa_bits);
+  if (exponent == 0) return sign * std::ldexp(fraction, 1 - bias);
+  return sign * std::ldexp(1.0 + fraction, exponent - bias);
+}
+
+// Nearest of all finite values, ties to the even mantissa; by search over the ordered non-negative bit
+// patterns.
+uint16_t nearest(float value, Format format) {
+  if (std::isnan(value)) return 0x7fff;
+  const uint16_t infinity = uint16_t(((1 << format.exponent_bits) - 1) << format.mantissa_bits);
+  const double magnitude = std::fabs(double(value));
+  uint16_t low = 0, high = infinity;  // value_of(low) <= magnitude < "value" of high
+  while (high - low > 1) {
+    const uint16_t middle = uint16_t((low + high) / 2);
+    (value_of(middle, format) <= magnitude ? low : high) = middle;
+  }
+  const double below = value_of(low, format);
+  const double step = low == 0 ? value_of(1, format) : below - value_of(uint16_t(low - 1), format);
+  const double spacing = high == infinity ? step : value_of(high, format) - below;  // infinity: one more step
+  const double above = below + spacing;
+  uint16_t out = magnitude - below < above - magnitude ? low : high;
+  if (magnitude - below == above - magnitude) out = low % 2 == 0 ? low : high;
+  if (std::isinf(magnitude)) out = infinity;
+  return uint16_t(out | (std::signbit(value) ? 0x8000 : 0));
+}
+
+// Kept positions: a stable sort by decreasing score; NaN goes first.
+std::array<int, 2> expected_positions(const std::array<double, 4>& score) {
+  std::array<int, 4> index{0, 1, 2, 3};
+  std::stable_sort(index.begin(), index.end(), [&](int a, int b) {
+    const bool nan_a = std::isnan(score[a]), nan_b = std::isnan(score[b]);
+    return nan_a != nan_b ? nan_a : score[a] > score[b];
+  });
+  std::array<int, 2> kept{index[0], index[1]};
+  std::sort(kept.begin(), kept.end());
+  return kept;
+}
+
+// ---- Checks ----
+
+template <class Element>
+void check_conversions(Format format, const char* name) {
+  bool exact = true, rounded = true;
+  for (int bits = 0; bits < 0x10000; ++bits) {
+    const double wanted = value_of(uint16_t(bits), format);
+    const float found = Element::to_float(uint16_t(bits));
+    exact &= std::isnan(wanted) ? std::isnan(found)
+                                : double(found) == wanted && std::signbit(found) == std::signbit(wanted);
+  }
+  std::mt19937 random(7);
+  for (int i = 0; i < 2000000; ++i) {
+    uint32_t bits = random();
+    if (i % 4 == 1) bits &= 0xfffff000u;                        // ties of either format
+    if (i % 4 == 2) bits = (bits & 0x80ffffffu) | 0x38000000u;  // about fp16's subnormals
+    if (i % 4 == 3) bits = (bits & 0x8000ffffu) | 0x477f0000u;  // about fp16's overflow
+    const float value = lynx::bits_float(bits);
+    rounded &= Element::from_float(value) == nearest(value, format);
+  }
+  report(exact, (std::string(name) + " to_float, all 65536 patterns").c_str());
+  report(rounded, (std::string(name) + " from_float, 2 million patterns").c_str());
+}
+
+// Values that meet at edges: zeros of both signs, ties, infinities, NaNs, subnormals, random.
+uint16_t tricky_value(std::mt19937& random, Format format) {
+  const uint16_t infinity = uint16_t(((1 << format.exponent_bits) - 1) << format.mantissa_bits);
+  const uint16_t pool[] = {0x0000, 0x8000, 0x3c00, 0xbc00,   0x3f80,
+                           0xbf80, 0x0001, 0x8001, infinity, uint16_t(infinity | 0x8000),
+                           0x7fff, 0xffff};
+  const uint32_t draw = random();
+  return draw % 3 == 0 ? pool[draw / 3 % 12] : uint16_t(draw >> 8);
+}
+
+template <class Element>
+void check_blocks(Format format, bool with_saliency, const char* name) {
+  std::mt19937 random(11);
+  bool positions_ok = true, values_ok = true, norms_ok = true;
+  for (int round = 0; round < 200000; ++round) {
+    uint16_t z[16], saliency[16];
+    for (int i = 0; i < 16; ++i) {
+      z[i] = round % 5 == 0 ? uint16_t(0x3c00 + random() % 2) : tricky_value(random, format);
+      saliency[i] = Element::from_float(0.25f * float(1 + random() % 8));
+      // A NaN outranks a NaN by its payload where there is no saliency; all are made alike to test the tie.
+      if (std::isnan(value_of(z[i], format))) z[i] = uint16_t(0x7fff | (z[i] & 0x8000));
+    }
+    uint32_t z_words[8], saliency_words[8];
+    std::memcpy(z_words, z, sizeof z);
+    std::memcpy(saliency_words, saliency, sizeof saliency);
+    lynx::RowNorm norm;
+    const lynx::CompressedBlock block =
+        lynx::compress_block<Element>(z_words, with_saliency ? saliency_words : nullptr, &norm);
+    uint16_t values[8];
+    std::memcpy(values, block.values, sizeof values);
+    double all = 0.0, kept = 0.0;
+    for (int q = 0; q < 4; ++q) {
+      std::array<double, 4> score;
+      for (int i = 0; i < 4; ++i) {
+        const double weight = with_saliency ? value_of(saliency[4 * q + i], format) : 1.0;
+        score[i] = double(float(std::fabs(value_of(z[4 * q + i], format)) * weight));
+        all += value_of(z[4 * q + i], format) * value_of(z[4 * q + i], format);
+      }
+      const auto wanted = expected_positions(score);
+      const uint32_t nibble = block.metadata >> (4 * q) & 15u;
+      const int lo = nibble & 3u, hi = nibble >> 2;
+      positions_ok &= lo == wanted[0] && hi == wanted[1];
+      values_ok &= values[2 * q] == z[4 * q + lo] && values[2 * q + 1] == z[4 * q + hi];
+      for (const int i : wanted) kept += value_of(z[4 * q + i], format) * value_of(z[4 * q + i], format);
+    }
+    positions_ok &= block.metadata < 0x10000u;
+    const auto close = [](float found, double wanted) {
+      if (!std::isfinite(float(wanted))) return !std::isfinite(found);
+      return std::fabs(double(found) - wanted) <= 1e-6 * wanted + 1e-37;
+    };
+    norms_ok &= close(norm.all, all) && close(norm.kept, kept);
+  }
+  const std::string title = std::string(name) + (with_saliency ? ", saliency" : "");
+  report(positions_ok, (title + ": kept positions of 800000 groups").c_str());
+  report(values_ok, (title + ": compressed values").c_str());
+  report(norms_ok, (title + ": norms").c_str());
+}
+
+// A whole operand through a layout and back: every block's metadata is found where the layout's 16-bit index
+// says.
+template <class Layout, class Index>
+void check_layout(int64_t rows, int64_t width, Index index, const char* name) {
+  const int64_t blocks = width / lynx::kBlock;
+  std::vector<uint32_t> words(size_t(Layout::bytes(rows, width) / 4), lynx::kEmptyMetadataPair);
+  std::vector<int> writes(words.size(), 0);
+  const auto metadata = [&](int64_t m, int64_t block) { return uint16_t(0x1000 + m * blocks + block); };
+  for (int64_t m = 0; m < rows; ++m) {
+    if (m % 16 >= 8) continue;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const size_t at = size_t(Layout::word(m, block, rows));
+      if (at >= words.size()) return report(false, name);
+      words[at] = metadata(m, block) | uint32_t(metadata(m + 8, block)) << 16;
+      ++writes[at];
+    }
+  }
+  bool ok = int64_t(std::count(writes.begin(), writes.end(), 1)) == rows / 2 * blocks;  // no word twice
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t at = index(m, block);
+      ok &= uint16_t(words[size_t(at / 2)] >> (16 * (at % 2))) == metadata(m, block);
+    }
+  }
+  report(ok, name);
+}
+
+// Position of the metadata of row m, block, in 16-bit words, as published: rows of 32 dealt to 8 x 4, then
+// each 2 x 2 square of (row, column) turned from Z to N, then pairs of columns interleaved.
+int64_t sm80_index(int64_t m, int64_t block, int64_t rows) {
+  int64_t row = m / 32 * 32 + m % 8 * 4 + m % 32 / 8, column = block;
+  if (row % 2 != column % 2) {
+    const int64_t step = row % 2 == 0 ? 1 : -1;
+    row += step;
+    column -= step;
+  }
+  return column / 2 * (2 * rows) + 2 * row + column % 2;
+}
+
+// The same for sm_90: digits of m and k, each with its stride in 16-bit words, within an atom of 64 rows.
+int64_t sm90_index(int64_t m, int64_t block, int64_t rows, int64_t atom) {
+  const int64_t k = block * 16;
+  const int64_t row_digits[3] = {m % 8, m / 8 % 2, m / 16 % 4};
+  const int64_t row_strides[3] = {atom / 16, 1, atom};
+  const int64_t in_atom = std::inner_product(row_digits, row_digits + 3, row_strides, int64_t(0)) +
+                          (k % 32 / 16) * (atom / 2) + (k % atom / 32) * 2;
+  return k / atom * (rows * atom / 16) + m / 64 * (4 * atom) + in_atom;
+}
+
+void check_scale() {
+  const auto scale = [](float all, float kept) { return lynx::norm_scale({all, kept}); };
+  report(scale(0.0f, 0.0f) == 0.0f, "norm scale of an all-zero row is 0");
+  report(std::fabs(scale(8.0f, 4.0f) - std::sqrt(2.0f)) < 1e-6f, "norm scale of 8 over 4 is sqrt 2");
+  report(std::isnan(scale(INFINITY, INFINITY)), "norm scale of an infinite row is NaN");
+  report(
+      lynx::low_rank_value<lynx::Bf16>(3.0f, 0.0f) == 0 && lynx::low_rank_value<lynx::Bf16>(3.0f, NAN) == 0,
+      "U is 0 where the scale is 0 or NaN");
+  report(lynx::low_rank_value<lynx::Bf16>(3.0f, 1.5f) == 0x4000, "U is T / s");
+}
+
+void check_padding() {
+  report(lynx::padded_width(192, 16) == 256 && lynx::padded_width(192, 0) == 192 &&
+             lynx::padded_width(208, 0) == 256 && lynx::padded_width(15360, 128) == 15616,
+         "padded width");
+  report(lynx::padded_rows(1) == 64 && lynx::padded_rows(64) == 64 && lynx::padded_rows(4609) == 4672,
+         "padded rows");
+}
+
+}  // namespace
+
+int main() {
+  check_conversions<lynx::Bf16>(kBf16Format, "bf16");
+  check_conversions<lynx::Fp16>(kFp16Format, "fp16");
+  for (const bool with_saliency : {false, true}) {
+    check_blocks<lynx::Bf16>(kBf16Format, with_saliency, "bf16");
+    check_blocks<lynx::Fp16>(kFp16Format, with_saliency, "fp16");
+  }
+  for (const int64_t rows : {64, 192}) {
+    for (const int64_t width : {64, 192, 320}) {
+      const auto title = [&](const char* name) {
+        return std::string(name) + " metadata of " + std::to_string(rows) + " x " + std::to_string(width);
+      };
+      check_layout<lynx::Sm80Metadata>(
+          rows, width, [&](int64_t m, int64_t b) { return sm80_index(m, b, rows); }, title("sm_80").c_str());
+      check_layout<lynx::Sm90Metadata<64>>(
+          rows, width, [&](int64_t m, int64_t b) { return sm90_index(m, b, rows, 64); },
+          title("sm_90, 64").c_str());
+      check_layout<lynx::Sm90Metadata<128>>(
+          rows, width, [&](int64_t m, int64_t b) { return sm90_index(m, b, rows, 128); },
+          title("sm_90, 128").c_str());
+    }
+  }
+  check_scale();
+  check_padding();
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed == 0 ? 0 : 1;
+}

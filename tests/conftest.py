@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small random FLUX checkpoint, on disk as diffusers lays it out, and a recipe for it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from safetensors.torch import save_file
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)  # the models are tiny; more threads only get in each other's way
+
+TINY = {
+    "in_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 16,
+    "guidance_embeds": True,
+    "axes_dims_rope": (8, 12, 12),
+}
+RECIPE = """\
+model:
+  source: model
+  dtype: fp16
+shapes:
+  batch: 2
+  height: 16
+  width: 16
+  text_length: 4
+calibration:
+  source: prompts.safetensors
+  samples: 6
+  steps: 4
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``model/`` (64 channels, random weights), ``prompts.safetensors`` and ``tiny.yaml``. Read only."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(**TINY)
+    for parameter in model.parameters():  # the default bias of zero would hide a lost bias
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder / "model" / "transformer")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "model" / "scheduler")
+    prompts = {"encoder_hidden_states": torch.randn(3, 4, 32), "pooled_projections": torch.randn(3, 16)}
+    save_file(prompts, folder / "prompts.safetensors")
+    (folder / "tiny.yaml").write_text(RECIPE)
+    return folder

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The manifest of a real engine, read back; and every way in which one can be spoiled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lynx_compile import __version__
+from lynx_compile.engine import manifest as manifest_module
+from lynx_compile.engine.build import build
+from lynx_compile.engine.manifest import Manifest, describe
+from lynx_compile.errors import InputError
+from lynx_compile.recipe import Engine, Recipe
+from lynx_compile.rewrite import LynxOnnx
+
+WriteOnnx = Callable[..., LynxOnnx]
+
+
+def described(lynx: LynxOnnx, output: Path) -> Manifest:
+    engine = {"backend": "tensorrt_rtx", "weights": "external" if lynx.external_inputs else "embedded"}
+    recipe = Recipe.model_validate(
+        {
+            "model": {"source": "someone/model", "revision": "v1"},
+            "shapes": {"height": 64, "width": 64},
+            "calibration": {"source": "prompts.txt"},
+            "engine": engine,
+        }
+    )
+    dit: Any = SimpleNamespace(model=recipe.model, family="flux", digest="ab" * 32)
+    return describe(recipe, dit, lynx, build(lynx, Engine.model_validate(engine), output))
+
+
+@pytest.fixture
+def manifest(lynx: LynxOnnx, tmp_path: Path) -> Manifest:
+    return described(lynx, tmp_path / "small.engine")
+
+
+@pytest.fixture
+def path(manifest: Manifest, tmp_path: Path) -> Path:
+    path = tmp_path / "small.json"
+    manifest.write(path)
+    return path
+
+
+def test_round_trip(manifest: Manifest, path: Path, tmp_path: Path) -> None:
+    assert Manifest.read(path) == manifest
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["onnx", "small.engine", "small.json"]
+
+
+def test_it_tells_what_is_there(manifest: Manifest, lynx: LynxOnnx, tmp_path: Path) -> None:
+    data = (tmp_path / "small.engine").read_bytes()
+    values = manifest.model_dump()
+    assert values["compiler"] == __version__
+    assert values["engine"] == {
+        "file": "small.engine",
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    assert values["backend"]["name"] == "tensorrt_rtx"
+    assert (values["plugin"]["library"], values["plugin"]["namespace"]) == ("liblynx_plugin.so", "lynx")
+    assert values["plugin_layers"] == 2
+    assert values["weights"] == {"mode": "embedded", "file": None, "sha256": None, "tensors": ()}
+    assert [tensor["name"] for tensor in values["inputs"]] == ["x"]
+    assert [(node["layer"], node["rank"]) for node in values["sparse"]] == [(name, 16) for name in lynx.nodes]
+    assert values["dense"] == ({"linear": "blocks.9.proj", "reason": "excluded by the recipe"},)
+    assert values["source"] == {
+        "model": "someone/model",
+        "subfolder": "transformer",
+        "revision": "v1",
+        "family": "flux",
+        "sha256": "ab" * 32,
+    }
+
+
+def test_external_weights_are_named_and_are_no_inputs(write_onnx: WriteOnnx, tmp_path: Path) -> None:
+    lynx = write_onnx(tmp_path / "onnx", external=True)
+    manifest = described(lynx, tmp_path / "small.engine")
+    assert [tensor.name for tensor in manifest.inputs] == ["x"]
+    assert {tensor.name for tensor in manifest.weights.tensors} == set(lynx.external_inputs)
+    assert (manifest.weights.mode, manifest.weights.file) == ("external", "model.safetensors")
+    assert manifest.weights.sha256 == hashlib.sha256(lynx.weights_path.read_bytes()).hexdigest()
+
+
+def test_summary_counts(manifest: Manifest) -> None:
+    assert "2 linears sparse in 2 plugin layers, 1 dense" in manifest.summary()
+    assert "small.engine: 2." in manifest.summary()
+
+
+def change(key: str, value: object) -> Callable[[dict[str, Any]], None]:
+    def apply(values: dict[str, Any]) -> None:
+        *sections, last = key.split(".")
+        for section in sections:
+            values = values[section]
+        values[last] = value
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (change("format_version", 2), "no manifest of format version 1 \\(but of 2\\)"),
+        (change("surprise", 1), "'surprise' is wrong \\(Extra inputs"),
+        (change("engine.surprise", 1), "'engine.surprise' is wrong"),
+        (change("plugin_layers", "2"), "'plugin_layers' is wrong"),
+        (change("plugin_layers", -1), "'plugin_layers' is wrong"),
+        (change("engine.sha256", "abc"), "'engine.sha256' is wrong"),
+        (change("engine.file", "../small.engine"), "'engine.file' is wrong"),
+        (change("engine.file", ".."), "'engine.file' is wrong"),
+        (change("engine.file", "/etc/passwd"), "'engine.file' is wrong"),
+        (change("backend.name", "onnxruntime"), "'backend.name' is wrong"),
+        (lambda values: values.pop("plugin"), "'plugin' is wrong \\(Field required"),
+    ],
+)
+def test_wrong_values_are_named(path: Path, spoil: Callable[[dict[str, Any]], None], message: str) -> None:
+    values = json.loads(path.read_text())
+    spoil(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match=message):
+        Manifest.read(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\xfe", b"[" * 100_000, b'{"format_version": 1'])
+def test_what_is_no_manifest_is_refused(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"cut off or no JSON|no manifest of format version"):
+        Manifest.read(path)
+
+
+def test_cut_off_anywhere(path: Path) -> None:
+    text = path.read_text()
+    for length in range(0, len(text) - 2, 97):
+        path.write_text(text[:length])
+        with pytest.raises(InputError, match="cut off"):
+            Manifest.read(path)
+
+
+def test_missing_and_unreadable(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        Manifest.read(tmp_path / "none.json")
+    with pytest.raises(InputError, match="cannot be read"):
+        Manifest.read(tmp_path)
+
+
+def test_too_large(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_module, "LARGEST_BYTES", 1 << 10)
+    with pytest.raises(InputError, match="is larger than"):
+        Manifest.read(path)

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which TensorRT is taken, and what is said when it or the plugin library cannot be."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import logging
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lynx_compile import recipe
+from lynx_compile.engine import trt
+from lynx_compile.errors import InputError, StageError
+from lynx_compile.rewrite import LynxOnnx
+
+Script = Callable[[str, LynxOnnx, Path], list[str]]
+
+
+@pytest.fixture(autouse=True)
+def forget_backends() -> None:
+    """The backends are made once per process; here with other modules in their place."""
+    trt._backend.cache_clear()
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *, tensorrt: bool, gpu: str | None) -> list[str]:
+    """Pretend that tensorrt is there or not, with a GPU or not; returns the list of what is imported."""
+    imported: list[str] = []
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: (object() if tensorrt else None) if name == "tensorrt" else find(name),
+    )
+    monkeypatch.setattr(trt, "gpu", lambda: gpu)
+    real = importlib.import_module("tensorrt_rtx")
+    stand_in = SimpleNamespace(__version__="11.4.0.106", ILogger=real.ILogger)
+
+    def import_module(name: str) -> object:
+        imported.append(name)
+        return real if name == "tensorrt_rtx" else stand_in
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    return imported
+
+
+@pytest.mark.parametrize(
+    ("choice", "tensorrt", "gpu", "taken"),
+    [
+        ("auto", True, "sm90", "tensorrt"),
+        ("auto", True, None, "tensorrt_rtx"),
+        ("auto", False, "sm90", "tensorrt_rtx"),
+        ("tensorrt_rtx", True, "sm90", "tensorrt_rtx"),
+        ("tensorrt", True, "sm90", "tensorrt"),
+    ],
+)
+def test_choice(
+    monkeypatch: pytest.MonkeyPatch, choice: str, tensorrt: bool, gpu: str | None, taken: str
+) -> None:
+    imported = install(monkeypatch, tensorrt=tensorrt, gpu=gpu)
+    assert trt.backend(choice).name == taken
+    assert imported == [taken]
+
+
+def test_tensorrt_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, tensorrt=True, gpu=None)
+    with pytest.raises(InputError, match=r"there is none. Set backend: tensorrt_rtx"):
+        trt.backend("tensorrt")
+
+
+def test_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(
+        InputError, match=r"tensorrt_rtx is not installed. Run: pip install tensorrt-rtx-cu13"
+    ):
+        trt.backend("tensorrt_rtx")
+
+
+def test_broken_package_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise ImportError("libtensorrt_rtx.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(InputError, match=r"cannot be loaded \(libtensorrt_rtx.so.1: cannot open"):
+        trt.backend("tensorrt_rtx")
+
+
+@pytest.mark.parametrize("version", ["1.6.1.120", "0.9", "1.0rc1"])
+def test_old_version_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(__version__=version))
+    with pytest.raises(
+        InputError, match=rf"{version} is too old. Run: pip install -U 'tensorrt-rtx-cu13>=1.7'"
+    ):
+        trt.backend("tensorrt_rtx")
+
+
+def test_backend_is_made_once() -> None:
+    assert trt.backend("tensorrt_rtx") is trt.backend("tensorrt_rtx")
+
+
+def test_messages(caplog: pytest.LogCaptureFixture) -> None:
+    backend = trt.backend("tensorrt_rtx")
+    severity = backend.module.ILogger.Severity
+    with caplog.at_level(logging.INFO, "lynx_compile.tensorrt"):
+        for number in range(20):
+            backend.messages.log(severity.ERROR, f"fault {number}.\n  more of it")
+        backend.messages.log(severity.WARNING, "careful")
+        backend.messages.log(severity.VERBOSE, "chatter")
+    assert trt.said(backend).startswith(" TensorRT says: fault 12. more of it; ")
+    assert trt.said(backend).endswith("; fault 19. more of it.")
+    levels = {record.message: record.levelno for record in caplog.records}
+    assert levels["careful"] == logging.WARNING
+    assert "chatter" not in levels
+    backend.messages.clear()
+    assert trt.said(backend) == ""
+
+
+def test_installed_library() -> None:
+    library = trt.plugin_library(recipe.Engine())
+    assert library.path == trt.LIBRARIES / "liblynx_plugin.so"
+    assert library.sha256 == hashlib.sha256(library.path.read_bytes()).hexdigest()
+
+
+def test_missing_library_of_the_recipe(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere.so does not exist. Check 'engine.plugin'"):
+        trt.plugin_library(recipe.Engine(plugin=str(tmp_path / "nowhere.so")))
+
+
+def test_missing_installed_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(trt, "LIBRARIES", tmp_path)
+    with pytest.raises(StageError, match=r"liblynx_plugin.so is missing. Reinstall lynx-compile"):
+        trt.plugin_library(recipe.Engine())
+
+
+def test_another_library_is_refused_once_one_is_loaded() -> None:
+    backend = trt.backend("tensorrt_rtx")
+    library = trt.plugin_library(recipe.Engine())
+    trt.load_plugin(backend, library)
+    trt.load_plugin(backend, library)
+    with pytest.raises(StageError, match="already loaded another LynxSparseLinear plugin"):
+        trt.load_plugin(backend, trt.PluginLibrary(library.path, "0" * 64))
+
+
+LOAD = """
+try:
+    trt.load_plugin(trt.backend("tensorrt_rtx"), trt.plugin_library(recipe.Engine(plugin=str(output))))
+except LynxError as error:
+    print(error)
+"""
+
+
+def test_file_that_is_no_library(tmp_path: Path, lynx: LynxOnnx, script: Script) -> None:
+    path = tmp_path / "text.so"
+    path.write_text("no library")
+    said = subprocess.run(script(LOAD, lynx, path), capture_output=True, text=True, check=True).stdout
+    assert f"{path} cannot be loaded ({path}: " in said
+
+
+def test_library_without_the_plugin(lynx: LynxOnnx, script: Script) -> None:
+    path = trt.LIBRARIES / "rtx_alias" / "libtensorrt_rtx.so"
+    said = subprocess.run(script(LOAD, lynx, path), capture_output=True, text=True, check=True).stdout
+    assert f"{path} holds no LynxSparseLinear version 1 plugin." in said
+
+
+def test_full_tensorrt_finds_the_plugin(lynx: LynxOnnx, tmp_path: Path, script: Script) -> None:
+    """TensorRT 11's own plugin registry, from the lean runtime's wheel, with the same code."""
+    pytest.importorskip("tensorrt_lean_bindings")
+    code = """
+import tensorrt_lean_bindings as module
+backend = trt.Backend(module, "tensorrt", module.__version__, trt._message_log(module))
+print(trt._has_creator(module.get_plugin_registry()))
+trt.load_plugin(backend, trt.plugin_library(recipe.Engine()))
+creator = module.get_plugin_registry().get_creator("LynxSparseLinear", "1", "lynx")
+print(creator.name, [field.name for field in creator.field_names])
+"""
+    done = subprocess.run(script(code, lynx, tmp_path), capture_output=True, text=True, check=False)
+    expected = ["False", "LynxSparseLinear ['rank', 'norm_scale', 'has_order', 'has_centre', 'has_saliency']"]
+    assert done.stdout.splitlines() == expected, done.stderr
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The library in the plugin registries of TensorRT for RTX and TensorRT (lean), each in its own process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from .native import LIBRARY
+
+MODULES = ("tensorrt_rtx", "tensorrt_lean_bindings")
+
+# Prints one JSON object: what the creator says of itself, and for which attributes a plugin came.
+PROBE = """
+import importlib, json, sys
+import numpy as np
+
+trt = importlib.import_module(sys.argv[1])
+
+class Log(trt.ILogger):
+    def __init__(self):
+        super().__init__()
+        self.errors = []
+
+    def log(self, severity, message):
+        if severity == trt.ILogger.ERROR:
+            self.errors.append(message)
+
+log = Log()
+builder = trt.Builder(log) if hasattr(trt, "Builder") else None
+registry = trt.get_plugin_registry()
+assert registry.load_library(sys.argv[2]) is not None
+creator = registry.get_creator("LynxSparseLinear", "1", "lynx")
+
+def created(attributes):
+    fields = [
+        trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32)
+        for name, value in attributes.items()
+    ]
+    collection = trt.PluginFieldCollection(fields)
+    return creator.create_plugin("linear", collection, trt.TensorRTPhase.BUILD) is not None
+
+print(json.dumps({
+    "name": [creator.name, creator.plugin_version, creator.plugin_namespace],
+    "fields": [field.name for field in creator.field_names],
+    "created": [created(attributes) for attributes in json.loads(sys.argv[3])],
+    "errors": [e for e in log.errors if e.startswith("LynxSparseLinear")],
+}))
+"""
+GOOD = [{}, {"rank": 16, "norm_scale": 1}, {"rank": 128, "has_order": 1, "has_centre": 1, "has_saliency": 1}]
+BAD = [{"rank": 24}, {"rank": -16}, {"rank": 144}, {"norm_scale": 2}, {"has_order": -1}]
+
+
+def probe(module: str, attributes: list[dict[str, int]]) -> tuple[dict[str, Any], str]:
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not installed")
+    if not LIBRARY.exists():
+        pytest.skip(f"{LIBRARY.name} is not built (cmake -S plugins -B build/plugin)")
+    command = [sys.executable, "-c", PROBE, module, str(LIBRARY), json.dumps(attributes)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_creator_is_found_and_makes_plugins(module: str) -> None:
+    found, _ = probe(module, GOOD)
+    assert found["name"] == ["LynxSparseLinear", "1", "lynx"]
+    assert found["fields"] == ["rank", "norm_scale", "has_order", "has_centre", "has_saliency"]
+    assert found["created"] == [True] * len(GOOD)
+    assert found["errors"] == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_bad_attributes_give_no_plugin_and_a_reason(module: str) -> None:
+    found, stderr = probe(module, BAD)
+    assert found["created"] == [False] * len(BAD)
+    reasons = (
+        found["errors"] if module == "tensorrt_rtx" else stderr.splitlines()
+    )  # lean: no builder, so no logger
+    reasons = [line for line in reasons if line.startswith("LynxSparseLinear")]
+    assert len(reasons) == len(BAD)
+    assert "rank is 24" in reasons[0] and "multiple of 16" in reasons[0]
+
+
+def test_library_exports_two_functions_and_needs_no_cuda() -> None:
+    if not LIBRARY.exists():
+        pytest.skip(f"{LIBRARY.name} is not built (cmake -S plugins -B build/plugin)")
+    symbols = subprocess.run(
+        ["nm", "-D", "--defined-only", LIBRARY], capture_output=True, text=True, check=True
+    )
+    assert sorted(line.split()[-1] for line in symbols.stdout.splitlines()) == [
+        "getCreators",
+        "setLoggerFinder",
+    ]
+    needed = subprocess.run(["ldd", LIBRARY], capture_output=True, text=True, check=True).stdout
+    assert "cuda" not in needed and "nvinfer" not in needed and "not found" not in needed
+    assert LIBRARY.stat().st_size < 10 * 2**20

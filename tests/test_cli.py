@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command as a user runs it: what it writes, what it does again, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import onnx
+import pytest
+from safetensors.torch import load_file
+
+from lynx_compile import cli
+from lynx_compile.engine.manifest import Manifest
+from lynx_compile.rewrite import OP
+
+pytestmark = pytest.mark.slow
+COMMAND = [sys.executable, "-c", "from lynx_compile.cli import main; main()"]
+STAGES = ["calibrate", "compensate", "export", "rewrite", "build"]
+
+
+@pytest.fixture(scope="module")
+def project(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tiny recipe with its engine compiled once."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copytree(tiny, folder, dirs_exist_ok=True)
+    done = _run(folder, "tiny.yaml", "-o", "out/tiny.engine")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def _main(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
+    """The same in this process, which has torch loaded already."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["lynx-compile", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+def _stages_run(folder: Path) -> list[str]:
+    """Stages that the last run did not take from the run before, by its log."""
+    lines = (folder / "out" / "tiny.log").read_text().splitlines()
+    return [line.split()[-2].rstrip(":") for line in lines if line.endswith(": started")]
+
+
+def test_everything_lies_beside_the_engine(project: Path) -> None:
+    out = project / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "tiny.engine", "tiny.json", "tiny.onnx", "tiny.safetensors", "tiny.log", "tiny.cache",
+    }  # fmt: skip
+    manifest = Manifest.read(out / "tiny.json")
+    model = onnx.load(out / "tiny.onnx", load_external_data=False)
+    assert (
+        manifest.plugin_layers
+        == sum(node.op_type == OP for node in model.graph.node)
+        == len(manifest.sparse)
+        == 10
+    )
+    assert (out / "tiny.engine").read_bytes()[:4] == b"vtrt"
+    assert manifest.engine.bytes == (out / "tiny.engine").stat().st_size
+    assert [tensor.name for tensor in manifest.inputs][:2] == ["hidden_states", "encoder_hidden_states"]
+    onnx.checker.check_model(out / "tiny.onnx", full_check=True)
+    assert load_file(out / "tiny.safetensors")
+
+
+def test_nothing_is_done_twice_and_a_change_runs_what_depends_on_it(
+    project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(project, tmp_path, dirs_exist_ok=True)
+    # The copy lies elsewhere: stages name their files, so it starts anew; from then on nothing is done twice.
+    recipe = (tmp_path / "tiny.yaml").read_text()
+    for text, expected in (
+        (recipe, None),
+        (recipe, []),
+        (recipe + "sparsity: {rank: 16}\n", ["compensate", "rewrite", "build"]),
+        (recipe + "sparsity: {rank: 16}\nengine: {gpus: [sm80]}\n", ["build"]),
+        (recipe.replace("steps: 4", "steps: 3"), ["calibrate", "compensate", "rewrite", "build"]),
+    ):
+        (tmp_path / "tiny.yaml").write_text(text)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["lynx-compile", "tiny.yaml", "-o", "out/tiny.engine"])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert not caught.value.code
+        if expected is not None:
+            assert _stages_run(tmp_path) == expected
+    # A damaged file is made again; --fresh makes all of them again.
+    (tmp_path / "out" / "tiny.engine").write_bytes(b"cut")
+    assert _main(monkeypatch, tmp_path, "tiny.yaml", "-o", "out/tiny.engine") == 0
+    assert _stages_run(tmp_path) == ["build"]
+    assert _main(monkeypatch, tmp_path, "tiny.yaml", "-o", "out/tiny.engine", "--fresh") == 0
+    assert _stages_run(tmp_path) == STAGES
+
+
+def test_a_failed_build_leaves_the_old_engine_and_its_files(project: Path, tmp_path: Path) -> None:
+    shutil.copytree(project, tmp_path, dirs_exist_ok=True)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("tiny.[ejos]*")}
+    (tmp_path / "wrong.so").write_bytes(b"\x7fELF, but no library")
+    text = (tmp_path / "tiny.yaml").read_text() + "sparsity: {rank: 0}\nengine: {plugin: wrong.so}\n"
+    (tmp_path / "tiny.yaml").write_text(text)
+    failed = _run(tmp_path, "tiny.yaml", "-o", "out/tiny.engine")
+    assert failed.returncode == 3
+    message = " ".join(failed.stderr.split())
+    assert "Stage 'build' failed" in message and "wrong.so cannot be loaded" in message
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("tiny.[ejos]*")} == before
+
+
+@pytest.mark.parametrize("moment", ["calibrate", "build"])
+def test_ctrl_c_leaves_nothing_half_done(project: Path, tmp_path: Path, moment: str) -> None:
+    shutil.copytree(project, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.cache"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("tiny.[ejos]*")}
+    (tmp_path / "tiny.yaml").write_text(
+        (tmp_path / "tiny.yaml").read_text().replace("samples: 6", "samples: 60")
+    )
+    process = subprocess.Popen(
+        [*COMMAND, "tiny.yaml", "-o", "out/tiny.engine"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    log, marker = tmp_path / "out" / "tiny.log", f"{moment}: started"
+    deadline = time.monotonic() + 120
+    while marker not in (
+        log.read_text() if log.exists() and log.stat().st_mtime > process_start(process) else ""
+    ):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted" in errors and "Traceback" not in errors
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("tiny.[ejos]*")} == before
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def process_start(process: subprocess.Popen[str]) -> float:
+    """Start of a process, in seconds since the epoch."""
+    return Path(f"/proc/{process.pid}").stat().st_mtime
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["none.yaml", "-o", "x.engine"], 2, "The recipe none.yaml does not exist"),
+        (["tiny.yaml"], 2, "Missing option"),
+        (["tiny.yaml", "-o", "model"], 2, "is a folder"),
+        (["tiny.yaml", "-o", "tiny.yaml"], 2, "would take the place of another file"),
+        (["tiny.yaml", "-o", "out/tiny.onnx"], 2, "would take the place of another file"),
+        (["tiny.yaml", "-o", "prompts.safetensors/x.engine"], 2, "cannot be written"),
+        (["--version"], 0, ""),
+    ],
+)
+def test_wrong_use(
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    assert _main(monkeypatch, project, *arguments) == code
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ("engine: {backend: tensorrt}", 2, "tensorrt is not installed|there is none"),
+        ("engine: {plugin: none.so}", 2, "none.so does not exist"),
+        ("sparsity: {exclude: ['*']}", 2, "No linear would become sparse"),
+        ("sparsity: {include: ['blocks.*']}", 2, "'blocks.*' matches no linear"),
+    ],
+)
+def test_wrong_recipe_values(
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: str,
+    code: int,
+    message: str,
+) -> None:
+    (project / "wrong.yaml").write_text((project / "tiny.yaml").read_text() + change + "\n")
+    assert _main(monkeypatch, project, "wrong.yaml", "-o", "elsewhere/x.engine") == code
+    shown = " ".join(capsys.readouterr().err.split())
+    assert any(part in shown for part in message.split("|"))
+
+
+def test_external_weights(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small engine; the weights are inputs that the manifest names and the safetensors file holds."""
+    (project / "external.yaml").write_text(
+        (project / "tiny.yaml").read_text() + "engine: {weights: external}\n"
+    )
+    assert _main(monkeypatch, project, "external.yaml", "-o", "external/tiny.engine") == 0
+    manifest = Manifest.read(project / "external" / "tiny.json")
+    tensors = load_file(project / "external" / "tiny.safetensors")
+    assert manifest.weights.mode == "external" and manifest.weights.file == "tiny.safetensors"
+    assert len(manifest.weights.tensors) == 3 * manifest.plugin_layers
+    assert all(tuple(tensors[t.name].shape) == t.shape for t in manifest.weights.tensors)
+    embedded = json.loads((project / "out" / "tiny.json").read_text())["engine"]["bytes"]
+    assert manifest.engine.bytes < embedded
+    assert manifest.plugin_layers == 10
+
+
+def test_two_runs_give_the_same_engine(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _main(monkeypatch, project, "tiny.yaml", "-o", "again/tiny.engine") == 0
+    for name in ("tiny.engine", "tiny.onnx", "tiny.safetensors"):
+        assert (project / "again" / name).read_bytes() == (project / "out" / name).read_bytes(), name

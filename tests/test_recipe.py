@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe: defaults, paths, and one clear error with file, line and key for each mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lynx_compile.errors import InputError
+from lynx_compile.models import find_groups
+from lynx_compile.recipe import Sparsity, load_recipe
+from lynx_compile.select import candidates, select
+from tests.conftest import RECIPE, TINY
+
+ENGINES = Path(__file__).parents[1] / "engines"
+
+
+def _error(folder: Path, text: str) -> str:
+    path = folder / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_recipe(path)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  dtype: fp16", "  dtpe: fp16", r"r.yaml:3: unknown key 'model.dtpe'. Did you mean 'dtype'?"),
+        (
+            "  dtype: fp16",
+            "  dtype: fp32",
+            "r.yaml:3: 'model.dtype' is wrong: Input should be 'bf16' or 'fp16'",
+        ),
+        ("  source: model", "  dtype: bf16", "r.yaml:3: the key 'dtype' is there twice."),
+        (
+            "  source: model\n",
+            "",
+            "r.yaml:1: the key 'model.source' is missing. Add 'source:' under 'model'.",
+        ),
+        ("  source: model", "  source: ''", "r.yaml:2: 'model.source' is wrong"),
+        ("shapes:", "shape:", "r.yaml:4: unknown key 'shape'. Did you mean 'shapes'?"),
+        ("  batch: 2", "  batch: 0", "r.yaml:5: 'shapes.batch' is wrong"),
+        ("  batch: 2", "  batch: two", "r.yaml:5: 'shapes.batch' is wrong"),
+        ("  batch: 2", "  batch: 2.5", "r.yaml:5: 'shapes.batch' is wrong"),
+        ("  height: 16\n", "", "r.yaml:4: the key 'shapes.height' is missing."),
+        ("  samples: 6", "  samples: -1", "r.yaml:11: 'calibration.samples' is wrong"),
+        ("  samples: 6", "  memory_gib: 0", "r.yaml:11: 'calibration.memory_gib' is wrong"),
+        (
+            "  steps: 4",
+            "  steps: 4\nsparsity:\n  rank: 17",
+            "r.yaml:14: 'sparsity.rank' is wrong: it must be 'auto' or",
+        ),
+        (
+            "  steps: 4",
+            "  steps: 4\nsparsity:\n  rank: 256",
+            "r.yaml:14: 'sparsity.rank' is wrong: it must be 'auto' or",
+        ),
+        ("  steps: 4", "  steps: 4\nsparsity:\n  rank: true", "r.yaml:14: 'sparsity.rank' is wrong"),
+        (
+            "  steps: 4",
+            "  steps: 4\nsparsity: {method: none, rank: 16}",
+            "r.yaml:13: 'sparsity' is wrong: method 'none'",
+        ),
+        ("  steps: 4", "  steps: 4\nsparsity: {method: best}", "'sparsity.method' is wrong"),
+        ("  steps: 4", "  steps: 4\nsparsity: {include: attn}", "'sparsity.include' is wrong"),
+        ("  steps: 4", "  steps: 4\nengine:\n  gpus: [sm80, sm99]", "r.yaml:14: 'engine.gpus.1' is wrong"),
+        ("  steps: 4", "  steps: 4\nengine:\n  gpus: []", "r.yaml:14: 'engine.gpus' is wrong"),
+        ("  steps: 4", "  steps: 4\nengine: {weights: shared}", "'engine.weights' is wrong"),
+        ("model:", "model: [", "this is not valid YAML"),
+        ("model:", "model: !!python/object/apply:os.system ['true']\nx:", "this is not valid YAML"),
+        (RECIPE, "", "a recipe is a mapping of sections. Start with 'model:'."),
+        (RECIPE, "- a\n- b\n", "a recipe is a mapping of sections."),
+        (RECIPE, "a: &a [*a, *a]\n", "r.yaml:1: aliases (*a) are not allowed."),
+        ("  steps: 4", "  1: 4", "r.yaml:12: 'calibration.1' is wrong: Keys should be strings"),
+        (RECIPE, "\x00", "this is not valid YAML"),
+    ],
+)
+def test_mistakes(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in RECIPE
+    assert message in _error(tmp_path, RECIPE.replace(old, new, 1))
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    for path, message in (
+        (tmp_path / "none.yaml", "does not exist"),
+        (tmp_path, "cannot be read"),
+        (tmp_path / "binary.yaml", "is not UTF-8 text"),
+        (tmp_path / "huge.yaml", "is larger than 1 MiB"),
+    ):
+        (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfd")
+        (tmp_path / "huge.yaml").write_bytes(b" " * (2 << 20))
+        with pytest.raises(InputError, match=message):
+            load_recipe(path)
+
+
+def test_paths_are_relative_to_the_recipe_and_the_digest_is_not(tmp_path: Path) -> None:
+    digests = set()
+    for name in ("a", "b"):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "r.yaml").write_text(RECIPE)
+        recipe = load_recipe(tmp_path / name / "r.yaml")
+        assert recipe.model.source == str(tmp_path / name / "model")
+        assert recipe.calibration.source == str(tmp_path / name / "prompts.safetensors")
+        digests.add(recipe.digest)
+    assert len(digests) == 1
+
+
+def test_the_shipped_recipes_are_valid() -> None:
+    flux = load_recipe(ENGINES / "flux.yaml")
+    assert (flux.model.source, flux.shapes.height) == ("black-forest-labs/FLUX.1-dev", 1024)
+    assert Path(flux.calibration.source).is_file()
+    assert load_recipe(ENGINES / "digits-flux.yaml").model.dtype == "fp16"
+
+
+def test_the_flux_recipe_fits_the_flux_class() -> None:
+    """FLUX.1-dev's recipe against the class at a small size: its globs, ranks and candidates."""
+    recipe = load_recipe(ENGINES / "flux.yaml")
+    groups = find_groups(TINY)
+    plan = select(groups, recipe.sparsity)
+    sparse = {linear.path for group in plan.groups for linear in group.linears}
+    assert "transformer_blocks.0.attn.to_q" in sparse and "single_transformer_blocks.0.proj_out" in sparse
+    assert not any("norm" in path or "embed" in path for path in sparse)
+
+
+@pytest.mark.parametrize(
+    ("channels", "rank"), [(64, 16), (192, 16), (768, 32), (960, 32), (1024, 32), (3072, 64), (12288, 64)]
+)
+def test_default_rank(channels: int, rank: int) -> None:
+    assert Sparsity().rank_for(channels) == Sparsity(method="paper").rank_for(channels) == rank
+    assert Sparsity(method="none").rank_for(channels) == 0
+
+
+def test_norm_scale_defaults_to_the_method() -> None:
+    assert [Sparsity(method=m).uses_norm_scale for m in ("joint", "paper", "none")] == [False, True, False]
+    assert Sparsity(norm_scale=True).uses_norm_scale
+
+
+def test_globs() -> None:
+    groups = find_groups(TINY)
+    left = candidates(groups, Sparsity(include=("single_*",), exclude=("*.proj_mlp",)))
+    assert {linear.path.split(".")[-1] for group in left for linear in group.linears} == {
+        "to_q", "to_k", "to_v", "proj_out",
+    }  # fmt: skip
+    merged = next(group for group in left if len(group.linears) == 3)
+    assert (
+        merged.name == "single_transformer_blocks.0.proj_mlp"
+    )  # the tensor keeps its name, its moments are reused
+    reasons = {d.linear.path: d.reason for d in select(groups, Sparsity(exclude=("*.ff.*",))).decisions}
+    assert reasons["transformer_blocks.0.ff.net.2"] == "excluded by the recipe ('*.ff.*')"
+    for sparsity, message in (
+        (Sparsity(exclude=("*.atn.*",)), "matches no linear"),
+        (Sparsity(include=("proj_out",)), "No linear would become sparse"),
+    ):
+        with pytest.raises(InputError, match=message):
+            candidates(groups, sparsity)
+
+
+def test_groups_are_the_linears_that_read_one_tensor() -> None:
+    groups = {
+        group.name: [linear.path.split(".", 2)[2] for linear in group.linears]
+        for group in find_groups(TINY)
+        if group.linears[0].refusal is None
+    }
+    assert groups["transformer_blocks.0.attn.to_q"] == ["attn.to_q", "attn.to_k", "attn.to_v"]
+    assert groups["single_transformer_blocks.0.proj_mlp"] == [
+        "proj_mlp",
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+    ]
+    assert groups["transformer_blocks.0.ff.net.2"] == ["ff.net.2"]
