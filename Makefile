@@ -32,7 +32,7 @@ $(VENV)/.ready: pyproject.toml requirements/toolchain.txt requirements/tensorrt1
 	@command -v g++ >/dev/null || { echo "error: g++ is missing. On Debian and Ubuntu run: apt install g++"; exit 2; }
 	$(BIN)/pip install -q --upgrade pip
 	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q --no-deps -r requirements/toolchain.txt
+	$(BIN)/pip install -q --no-deps --target $(VENV)/toolchain --upgrade -r requirements/toolchain.txt
 	$(BIN)/pip install -q --no-deps --target $(VENV)/trt11 --upgrade -r requirements/tensorrt11.txt
 	$(BIN)/pip install -q cmake ninja scikit-build-core
 	SKBUILD_WHEEL_CMAKE=false $(BIN)/pip install -q --no-build-isolation -e '.[rtx,dev]'
@@ -40,8 +40,8 @@ $(VENV)/.ready: pyproject.toml requirements/toolchain.txt requirements/tensorrt1
 
 # Ninja decides what to compile again; the library is linked into lynx_compile/lib, where the package looks for it.
 plugin: setup
-	@test -f $(BUILD)/build.ninja || PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cmake -S plugins -B $(BUILD) -G Ninja \
-	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DLYNX_BUILD_TESTS=ON \
+	@test -f $(BUILD)/build.ninja || PYTHONPATH=$(abspath $(VENV))/toolchain $(BIN)/cmake -S plugins -B $(BUILD) -G Ninja \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DLYNX_BUILD_TESTS=ON \
 	  "-DLYNX_CUDA_ARCHITECTURES=$(LYNX_CUDA_ARCHITECTURES)"
 	@$(BIN)/cmake --build $(BUILD) -j $(JOBS)
 

@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from lynx_compile.errors import InputError, StageError
-from lynx_compile.files import save_tensors
 from lynx_compile.models import DiT, LinearGroup, flux
 from lynx_compile.recipe import Calibration, Recipe, Sparsity
 from lynx_compile.resume import Progress
 from lynx_compile.select import candidates
 from lynx_compile.sparsity import keep_mask, norm_scale_of
+from lynx_compile.tensors import save_tensors
 
 TOKENS_PER_CHANNEL = 10  # fewer calibration tokens than this leave the solves badly determined (measured)
 

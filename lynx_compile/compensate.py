@@ -26,12 +26,12 @@ from safetensors import SafetensorError, safe_open
 
 from lynx_compile.calibrate import LayerStatistics, Statistics
 from lynx_compile.errors import StageError
-from lynx_compile.files import save_tensors
 from lynx_compile.models import DiT, LinearGroup
 from lynx_compile.recipe import Sparsity
 from lynx_compile.resume import Progress
 from lynx_compile.select import SparsityPlan
 from lynx_compile.sparsity import expand_low_rank
+from lynx_compile.tensors import save_tensors
 
 
 @dataclass(frozen=True)

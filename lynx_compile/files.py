@@ -5,17 +5,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
-import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from safetensors.torch import save_file
 
 from lynx_compile.errors import InputError, LynxError
 
@@ -42,69 +36,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-
-
-def save_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file atomically."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        try:
-            save_file(contiguous, temporary, dict(metadata) if metadata else None)
-        except Exception as error:  # safetensors wraps the system's errors in its own
-            if "os error 28" in str(error):
-                raise OSError(errno.ENOSPC, "No space left on device") from error
-            raise
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor that is read only when it is written, so that a model need not fit in memory."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    read: Callable[[], torch.Tensor]
-
-
-def write_tensors(path: Path, specs: Sequence[TensorSpec]) -> dict[str, tuple[int, int]]:
-    """Write a safetensors file one tensor at a time; returns {name: (offset in the file, bytes)}.
-
-    The library's own writer wants all tensors in memory and does not tell where it put them.
-    """
-    ordered = sorted(specs, key=lambda spec: (-spec.dtype.itemsize, spec.name))  # keeps every start aligned
-    header: dict[str, object] = {}
-    end = 0
-    for spec in ordered:
-        start, end = end, end + math.prod(spec.shape) * spec.dtype.itemsize
-        header[spec.name] = {
-            "dtype": _SAFETENSORS[spec.dtype],
-            "shape": spec.shape,
-            "data_offsets": (start, end),
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 64)
-    offsets: dict[str, tuple[int, int]] = {}
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for spec in ordered:
-            tensor = spec.read().contiguous()
-            assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec.name
-            offsets[spec.name] = (file.tell(), tensor.nbytes)
-            file.write(tensor.flatten().view(torch.uint8).numpy().data)
-    return offsets
-
-
-_SAFETENSORS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.bool: "BOOL",
-}
 
 
 def save_text(path: Path, text: str) -> None:

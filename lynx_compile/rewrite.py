@@ -31,9 +31,10 @@ import torch
 from lynx_compile.compensate import SparseLinearWeights, load_weights
 from lynx_compile.errors import StageError
 from lynx_compile.export import LINEAR_KEY, OPSET, DenseOnnx
-from lynx_compile.files import TensorSpec, atomic_path, write_tensors
+from lynx_compile.files import atomic_path
 from lynx_compile.models import Linear
 from lynx_compile.select import SparsityPlan
+from lynx_compile.tensors import TensorSpec, write_tensors
 
 DOMAIN = "lynx"
 OP = "LynxSparseLinear"

@@ -68,7 +68,8 @@ def position_ids(prompts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 def load_model(dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:
     """The trained transformer; its weights are stored as fp16."""
-    return FluxTransformer2DModel.from_pretrained(MODEL / "transformer", torch_dtype=dtype).eval()
+    folder = MODEL / "transformer"
+    return FluxTransformer2DModel.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False).eval()
 
 
 def dense(model: FluxTransformer2DModel) -> Velocity:

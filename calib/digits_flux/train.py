@@ -220,10 +220,12 @@ def save_model(model: FluxTransformer2DModel, folder: Path) -> None:
     copy.deepcopy(model).half().save_pretrained(folder / "transformer")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
     scheduler.save_pretrained(folder / "scheduler")
+    absent = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     index: dict[str, Any] = {
         "_class_name": "FluxPipeline",
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "transformer": ["diffusers", "FluxTransformer2DModel"],
+        **{component: [None, None] for component in absent},
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 

@@ -111,7 +111,7 @@ def _strongly_typed_network(backend: trt.Backend, builder: Any) -> Any:
 
 def _parse(backend: trt.Backend, parser: Any, path: Path) -> None:
     """From the file, not from bytes: the weights are external data beside it."""
-    if not parser.parse_from_file(str(path)):
+    if not _in_thread(parser.parse_from_file, str(path)):
         raise StageError(
             "build", f"TensorRT cannot parse {path}.{trt.said(backend)}", "Run again with --fresh."
         )
@@ -173,19 +173,13 @@ def _set_targets(backend: trt.Backend, config: Any, gpus: tuple[str, ...]) -> No
 def _serialize(
     backend: trt.Backend, builder: Any, network: Any, config: Any, path: Path, progress: Progress | None
 ) -> _Plan:
-    """Build into ``path``, in a second thread so that Ctrl-C reaches this one while TensorRT works."""
+    """Build into ``path``, searching and digesting what passes."""
     stop = threading.Event()
     monitor = config.progress_monitor = _monitor(backend.module, progress or _silent, stop)
     with path.open("wb") as file:
         plan = _Plan(file)
         writer = _writer(backend.module, plan)
-        with ThreadPoolExecutor(1, "tensorrt") as pool:
-            future = pool.submit(builder.build_serialized_network_to_stream, network, config, writer)
-            try:
-                done = future.result()
-            except BaseException:  # Ctrl-C; leaving the pool waits for TensorRT to stop
-                stop.set()
-                raise
+        done = _in_thread(builder.build_serialized_network_to_stream, network, config, writer, stop=stop)
     if failure := writer.failure or monitor.failure:
         raise failure
     if not done:
@@ -193,6 +187,20 @@ def _serialize(
             "build", f"TensorRT built no engine.{trt.said(backend)}", "See the log for all of its messages."
         )
     return plan
+
+
+def _in_thread(work: Callable[..., bool], *arguments: Any, stop: threading.Event | None = None) -> bool:
+    """Run TensorRT in a second thread: Ctrl-C then reaches this one, and never Python code that TensorRT calls,
+    where it would be swallowed. Leaving waits for TensorRT to stop, which ``stop`` may ask it to.
+    """
+    with ThreadPoolExecutor(1, "tensorrt") as pool:
+        future = pool.submit(work, *arguments)
+        try:
+            return future.result()
+        except BaseException:
+            if stop is not None:
+                stop.set()
+            raise
 
 
 def _monitor(module: ModuleType, progress: Progress, stop: threading.Event) -> Any:

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+#
 # Finds nvcc, CUTLASS and the TensorRT headers: the user's own first, else those of the pip packages in
 # requirements/toolchain.txt. Sets LYNX_NVCC, LYNX_CUDA_INCLUDE_DIR, LYNX_CUDART_STATIC, LYNX_CUTLASS_DIR and
 # LYNX_TENSORRT_INCLUDE_DIR, or stops with what to install.

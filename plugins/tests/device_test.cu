@@ -4,7 +4,8 @@
 // library but the driver.
 //
 //   device_test            all cases; exit 1 when one fails, 77 when there is no GPU
-//   device_test --time     also times the two kernels on shapes of FLUX.1
+//   device_test TEXT       only the cases whose name holds TEXT, as for compute-sanitizer
+//   device_test --time     all cases, then the times of the two kernels on shapes of FLUX.1
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -139,6 +140,28 @@ struct Expected {
   std::vector<double> scale;       // [rows]
 };
 
+// The z of one block of row m.
+template <class Element>
+void expected_z(const Case& c, const Inputs& in, int64_t m, int64_t block, uint32_t (&z)[8]) {
+  uint16_t picked[16];
+  for (int i = 0; i < 16; ++i) {
+    const int64_t k = block * 16 + i;
+    picked[i] = in.x[size_t(m * c.channels + (c.order ? in.order[size_t(k)] : k))];
+  }
+  std::memcpy(z, picked, sizeof z);
+  uint32_t centre[8];
+  std::memcpy(centre, &in.centre[size_t(block * 16)], sizeof centre);
+  for (int i = 0; c.centre && i < 8; ++i) z[i] = lynx::subtract_pair<Element>(z[i], centre[i]);
+}
+
+template <class Element>
+double squares(const uint16_t* values, int count) {
+  double sum = 0.0;
+  for (int i = 0; i < count; ++i)
+    sum += double(Element::to_float(values[i])) * double(Element::to_float(values[i]));
+  return sum;
+}
+
 template <class Element>
 Expected expected_operand(const Case& c, const Inputs& in) {
   const int64_t rows_padded = lynx::padded_rows(c.rows), width = lynx::padded_width(c.channels, c.rank);
@@ -150,27 +173,20 @@ Expected expected_operand(const Case& c, const Inputs& in) {
   for (int64_t m = 0; m < c.rows; ++m) {
     double all = 0.0, kept = 0.0;
     for (int64_t block = 0; block < c.channels / lynx::kBlock; ++block) {
-      uint32_t z[8], saliency[8], centre[8];
-      Halves picked(16);
-      for (int i = 0; i < 16; ++i) {
-        const int64_t k = block * 16 + i;
-        picked[size_t(i)] = in.x[size_t(m * c.channels + (c.order ? in.order[size_t(k)] : k))];
-      }
-      std::memcpy(z, picked.data(), sizeof z);
-      std::memcpy(centre, &in.centre[size_t(block * 16)], sizeof centre);
-      std::memcpy(saliency, &in.saliency[size_t(block * 16)], sizeof saliency);
-      for (int i = 0; c.centre && i < 8; ++i) z[i] = lynx::subtract_pair<Element>(z[i], centre[i]);
-      const lynx::CompressedBlock compressed =
-          lynx::compress_block<Element>(z, c.saliency ? saliency : nullptr, nullptr);
-      std::memcpy(&out.z[size_t(m * c.channels + block * 16)], z, sizeof z);
+      uint16_t* z = &out.z[size_t(m * c.channels + block * 16)];
       uint16_t* values = &out.values[size_t(m * width / 2 + block * 8)];
+      uint32_t words[8], saliency[8];
+      expected_z<Element>(c, in, m, block, words);
+      std::memcpy(saliency, &in.saliency[size_t(block * 16)], sizeof saliency);
+      const lynx::CompressedBlock compressed =
+          lynx::compress_block<Element>(words, c.saliency ? saliency : nullptr, nullptr);
+      std::memcpy(z, words, sizeof words);
       std::memcpy(values, compressed.values, sizeof compressed.values);
       uint32_t& word = out.metadata[size_t(lynx::Sm80Metadata::word(m & ~int64_t(8), block, rows_padded))];
       const int shift = m & 8 ? 16 : 0;
       word = (word & ~(0xffffu << shift)) | compressed.metadata << shift;
-      for (int i = 0; i < 16; ++i)
-        all += std::pow(double(Element::to_float(out.z[size_t(m * c.channels + block * 16 + i)])), 2);
-      for (int i = 0; i < 8; ++i) kept += std::pow(double(Element::to_float(values[i])), 2);
+      all += squares<Element>(z, 16);
+      kept += squares<Element>(values, 8);
     }
     if (c.norm_scale) out.scale[size_t(m)] = std::sqrt(all / (kept + 1e-8));
   }
@@ -187,20 +203,28 @@ struct ExpectedRow {
 // times 4, since tensor cores truncate where they align addends.
 double sum_error(int64_t terms) { return 4.0 * 0x1p-23 * std::sqrt(double(terms)); }
 
-ExpectedRow expected_row(const Case& c, const Inputs& in, const Expected& operand, int m) {
-  const int64_t width = lynx::padded_width(c.channels, c.rank);
-  const double scale = operand.scale[size_t(m)], half = roundoff(c.dtype);
-  const auto value = [&](uint16_t bits) { return double(to_float(c.dtype, bits)); };
-  std::vector<double> z(size_t(c.channels)), pruned(size_t(c.channels), 0.0);
-  for (int k = 0; k < c.channels; ++k) z[size_t(k)] = value(operand.z[size_t(m) * c.channels + k]);
+// z of row m, and the same with the dropped channels zero, as the metadata say.
+void decode_row(const Case& c, const Expected& operand, int m, std::vector<double>& z,
+                std::vector<double>& pruned) {
+  z.resize(size_t(c.channels));
+  pruned.assign(size_t(c.channels), 0.0);
+  for (int k = 0; k < c.channels; ++k)
+    z[size_t(k)] = to_float(c.dtype, operand.z[size_t(m) * c.channels + k]);
   for (int group = 0; group < c.channels / 4; ++group) {
     const int64_t word = lynx::Sm80Metadata::word(m & ~8, group / 4, lynx::padded_rows(c.rows));
     const uint32_t nibble = operand.metadata[size_t(word)] >> ((m & 8 ? 16 : 0) + 4 * (group % 4)) & 15u;
     for (const uint32_t position : {nibble & 3u, nibble >> 2})
       pruned[group * 4 + position] = z[group * 4 + position];
   }
+}
+
+ExpectedRow expected_row(const Case& c, const Inputs& in, const Expected& operand, int m) {
+  const int64_t width = lynx::padded_width(c.channels, c.rank);
+  const double scale = operand.scale[size_t(m)], half = roundoff(c.dtype);
+  const auto value = [&](uint16_t bits) { return double(to_float(c.dtype, bits)); };
+  std::vector<double> z, pruned;
+  decode_row(c, operand, m, z, pruned);
   ExpectedRow out;
-  out.u.resize(size_t(c.rank)), out.u_tolerance.resize(size_t(c.rank));
   for (int j = 0; j < c.rank; ++j) {
     double t = 0.0, magnitude = 0.0;
     for (int k = 0; k < c.channels; ++k) {
@@ -208,11 +232,10 @@ ExpectedRow expected_row(const Case& c, const Inputs& in, const Expected& operan
       t += term, magnitude += std::fabs(term);
     }
     const double exact = scale > 0.0 ? t / scale : 0.0;
-    out.u[size_t(j)] = value(from_float(c.dtype, float(exact)));
-    out.u_tolerance[size_t(j)] =
-        scale > 0.0 ? 2.0 * half * std::fabs(exact) + sum_error(c.channels) * magnitude / scale + 1e-7 : 0.0;
+    const double tolerance = 2.0 * half * std::fabs(exact) + sum_error(c.channels) * magnitude / scale + 1e-7;
+    out.u.push_back(value(from_float(c.dtype, float(exact))));
+    out.u_tolerance.push_back(scale > 0.0 ? tolerance : 0.0);
   }
-  out.y.resize(size_t(c.out_channels)), out.y_tolerance.resize(size_t(c.out_channels));
   for (int n = 0; n < c.out_channels; ++n) {
     const uint16_t* weight = &in.weight[size_t(n) * width];
     double sum = 0.0, magnitude = 0.0, from_u = 0.0;
@@ -226,10 +249,9 @@ ExpectedRow expected_row(const Case& c, const Inputs& in, const Expected& operan
       sum += out.u[size_t(j)] * b, magnitude += std::fabs(out.u[size_t(j)] * b);
       from_u += out.u_tolerance[size_t(j)] * std::fabs(b);
     }
-    const double y = scale * sum + value(in.bias[size_t(n)]);
-    out.y[size_t(n)] = y;
-    out.y_tolerance[size_t(n)] =
-        1.01 * half * std::fabs(y) + std::fabs(scale) * (sum_error(width) * magnitude + from_u) + 1e-6;
+    out.y.push_back(scale * sum + value(in.bias[size_t(n)]));
+    out.y_tolerance.push_back(1.01 * half * std::fabs(out.y.back()) +
+                              std::fabs(scale) * (sum_error(width) * magnitude + from_u) + 1e-6);
   }
   return out;
 }
@@ -675,12 +697,18 @@ int main(int argc, char** argv) {
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, 0), "device properties");
   std::printf("%s, sm_%d%d\n", properties.name, properties.major, properties.minor);
-  for (const Case& c : all_cases()) run_case(c);
-  run_negative_control();
-  run_graph();
-  run_streams();
-  run_refusals();
+  const bool timing = argc > 1 && std::strcmp(argv[1], "--time") == 0;
+  const std::string only = argc > 1 && !timing ? argv[1] : "";
+  for (const Case& c : all_cases()) {
+    if (c.name().find(only) != std::string::npos) run_case(c);
+  }
+  if (only.empty()) {
+    run_negative_control();
+    run_graph();
+    run_streams();
+    run_refusals();
+  }
   std::printf("%d passed, %d failed\n", passed, failed);
-  if (argc > 1 && std::strcmp(argv[1], "--time") == 0) run_timing();
+  if (timing) run_timing();
   return failed == 0 ? 0 : 1;
 }

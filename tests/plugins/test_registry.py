@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .native import LIBRARY
+from .native import LIBRARY, PLUGINS, compile_cpp, header_folder
 
 MODULES = ("tensorrt_rtx", "tensorrt_lean_bindings")
 
@@ -86,6 +88,22 @@ def test_bad_attributes_give_no_plugin_and_a_reason(module: str) -> None:
     reasons = [line for line in reasons if line.startswith("LynxSparseLinear")]
     assert len(reasons) == len(BAD)
     assert "rank is 24" in reasons[0] and "multiple of 16" in reasons[0]
+
+
+def test_reasons_reach_the_loggers_of_tensorrt_10(tmp_path: Path) -> None:
+    """Its loggers have another layout than TensorRT 11's: a stand-in, built from its headers, takes the message."""
+    if not LIBRARY.exists():
+        pytest.skip(f"{LIBRARY.name} is not built (cmake -S plugins -B build/plugin)")
+    tensorrt = header_folder("NvInferRuntime.h", "kernel_lens/include/tensorrt")
+    cuda = header_folder("cuda_runtime_api.h", "nvidia/cu13/include")
+    options = ["-O1", "-w", "-shared", "-fPIC", f"-I{tensorrt}", f"-I{cuda}", "-ldl"]
+    stand_in = ctypes.CDLL(
+        str(compile_cpp(PLUGINS / "tests/tensorrt10.cpp", tmp_path / "trt10.so", *options))
+    )
+    stand_in.probe.restype = ctypes.c_char_p
+    for in_engine in (0, 1):
+        said = stand_in.probe(str(LIBRARY).encode(), in_engine).decode()
+        assert said.startswith("LynxSparseLinear: rank is 24"), said
 
 
 def test_library_exports_two_functions_and_needs_no_cuda() -> None:
