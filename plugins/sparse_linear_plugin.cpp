@@ -145,6 +145,11 @@ bool check_shapes(const std::array<Extents, kInputs>& in, const SparseLinearAttr
     return refuse("x has " + std::to_string(channels) + " channels, not a multiple of 16",
                   "Keep this linear dense");
   }
+  if (attributes.has_order && channels > kMaxOrderedChannels) {
+    return refuse(
+        "x has " + std::to_string(channels) + " channels and an order",
+        "Up to " + std::to_string(kMaxOrderedChannels) + " can be reordered; compile without an order");
+  }
   if (out_channels >= 0 && (out_channels == 0 || out_channels % 8 != 0)) {
     return refuse("weight has " + std::to_string(out_channels) + " rows, not a multiple of 8",
                   "Keep this linear dense");
@@ -265,7 +270,7 @@ int32_t SparseLinearPlugin::configurePlugin(const DynamicPluginTensorDesc* in, i
 size_t SparseLinearPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t,
                                             const DynamicPluginTensorDesc*, int32_t) const noexcept {
   const Extents x = extents_of(in[kX]);
-  return workspace_bytes(rows_of(x), int(x.last()), attributes_.rank);
+  return workspace_bytes(rows_of(x), int(x.last()), attributes_.rank, attributes_.has_order != 0);
 }
 
 int32_t SparseLinearPlugin::onShapeChange(const PluginTensorDesc* in, int32_t, const PluginTensorDesc*,

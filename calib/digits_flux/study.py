@@ -71,22 +71,43 @@ class Row:
 class Setup:
     recipe: Recipe
     dit: models.DiT
-    statistics: Mapping[bool, Statistics]  # by norm scale
     plan: SparsityPlan
     folder: Path
+    threads: int
+
+    def statistics(self, norm_scale: bool) -> Statistics:
+        """The calibration's moments; measured when first asked for."""
+        folder = self.folder / f"statistics-{norm_scale}"
+        if folder.exists():
+            return Statistics(folder, tuple(group.name for group in self.plan.groups))
+        recipe = self.recipe.model_copy(update={"sparsity": Sparsity(norm_scale=norm_scale)})
+        return calibrate(self.dit, recipe, folder, _counter("calibrate"))
 
 
-def main(samples: int = 500, steps: int = 20, only: list[str] | None = None, folder: Path = FOLDER) -> None:
-    """Measure all rows (or those that contain one of ONLY) and print the table."""
+def main(
+    samples: int = 500,
+    steps: int = 20,
+    only: list[str] | None = None,
+    threads: int = 2,
+    folder: Path = FOLDER,
+) -> None:
+    """Measure all rows and print the table; with --only just those that contain one of its texts.
+
+    Rows measured with --only take their place in the study.json that is there.
+    """
     methods = [row for row in ROWS if not only or row == "dense" or any(part in row for part in only)]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        rows = measure(set_up(Path(scratch)), methods, samples, steps, folder)
-    facts = {
-        "samples": samples, "steps": steps, "seed": SEED, "machine": machine(),
-        "minutes": round((time.monotonic() - start) / 60, 1), "rows": [asdict(row) for row in rows],
-    }  # fmt: skip
-    (folder / "study.json").write_text(json.dumps(facts, indent=1) + "\n")
+        rows = measure(set_up(Path(scratch), threads), methods, samples, steps, folder)
+    facts = {"samples": samples, "steps": steps, "seed": SEED, "machine": machine()}
+    path = folder / "study.json"
+    old = json.loads(path.read_text()) if only and path.exists() else facts | {"minutes": 0, "rows": []}
+    if any(old[key] != value for key, value in facts.items()):
+        sys.exit(f"error: {path} was measured differently. Run without --only.")
+    found = {row["method"]: row for row in (*old["rows"], *(asdict(row) for row in rows))}
+    facts["minutes"] = round(old["minutes"] + (time.monotonic() - start) / 60, 1)
+    facts["rows"] = [found[method] for method in ROWS if method in found]
+    path.write_text(json.dumps(facts, indent=1) + "\n")
     print(table(facts))
 
 
@@ -104,18 +125,12 @@ def table(facts: Mapping) -> str:  # type: ignore[type-arg]
     return "\n".join(lines)
 
 
-def set_up(scratch: Path) -> Setup:
-    """The demo's recipe at the study's batch, its model, and its moments with and without the norm scale."""
+def set_up(scratch: Path, threads: int = 2) -> Setup:
+    """The demo's recipe at the study's batch, and its model."""
     recipe = load_recipe(RECIPE)
     recipe = recipe.model_copy(update={"shapes": recipe.shapes.model_copy(update={"batch": BATCH})})
     dit = models.load(recipe)
-    statistics = {}
-    for norm_scale in (False, True):
-        part = recipe.model_copy(update={"sparsity": Sparsity(norm_scale=norm_scale)})
-        statistics[norm_scale] = calibrate(
-            dit, part, scratch / f"statistics-{norm_scale}", _counter("calibrate")
-        )
-    return Setup(recipe, dit, statistics, select(dit.groups, Sparsity()), scratch)
+    return Setup(recipe, dit, select(dit.groups, Sparsity()), scratch, threads)
 
 
 def measure(setup: Setup, methods: Sequence[str], samples: int, steps: int, folder: Path) -> list[Row]:
@@ -128,7 +143,7 @@ def measure(setup: Setup, methods: Sequence[str], samples: int, steps: int, fold
     rows = []
     for method in methods:
         path, layer_error = build(setup, method, dense_onnx)
-        transformer = runner(path)
+        transformer = runner(path, setup.threads)
         error = output_error(transformer, states) if states else 0.0
         recording = transformer if states else _recorder(transformer, states)
         images = sampler.sample(recording, labels, SEED, steps, batch=BATCH)
@@ -156,10 +171,11 @@ def build(setup: Setup, method: str, dense: DenseOnnx) -> tuple[Path, float | No
         return dense.path, None
     if method in ACTIVATIONS:
         sparsity, folder = ACTIVATIONS[method], setup.folder / _slug(method)
-        statistics = setup.statistics[sparsity.uses_norm_scale]
+        statistics = setup.statistics(sparsity.uses_norm_scale)
         weights = compensate(setup.dit, setup.plan, statistics, sparsity, folder, _counter(method))
         errors = [load_weights(path).error for path in weights]
         return rewrite(dense, setup.plan, weights, folder / "lynx.onnx").path, float(np.mean(errors))
+    setup.statistics(norm_scale=False)  # of the dense weights
     with _sparse_weights(setup, method) as errors:
         path = export(setup.dit, setup.folder / _slug(method) / "dense.onnx", torch.float32).path
     return path, float(np.mean(errors))
@@ -171,7 +187,7 @@ def _sparse_weights(setup: Setup, method: str) -> Iterator[list[float]]:
     state = {name: value.clone() for name, value in setup.dit.module.state_dict().items()}
     try:
         yield [
-            _sparsify(setup.dit.module, group, setup.statistics[False].load(group.name), method)
+            _sparsify(setup.dit.module, group, setup.statistics(norm_scale=False).load(group.name), method)
             for group in setup.plan.groups
         ]
     finally:
@@ -199,9 +215,11 @@ def _sparsify(module: torch.nn.Module, group: LinearGroup, moments: LayerStatist
     return (error / total) ** 0.5
 
 
-def runner(path: Path) -> Callable[..., torch.Tensor]:
+def runner(path: Path, threads: int = 2) -> Callable[..., torch.Tensor]:
     """An ONNX file as the callable that the sampler wants."""
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = {entry.name for entry in session.get_inputs()}
 
     def velocity(**inputs: torch.Tensor) -> torch.Tensor:

@@ -23,19 +23,18 @@ execute_process(
   OUTPUT_STRIP_TRAILING_WHITESPACE)
 
 # nvcc: -DLYNX_NVCC, $CUDACXX, PATH, /usr/local/cuda, pip.
-find_program(LYNX_NVCC nvcc HINTS $ENV{CUDACXX} PATHS /usr/local/cuda/bin NO_CACHE)
-if(DEFINED ENV{CUDACXX} AND NOT DEFINED CACHE{LYNX_NVCC})
+if(NOT LYNX_NVCC)
   set(LYNX_NVCC $ENV{CUDACXX})
 endif()
-if(NOT LYNX_NVCC)
-  find_program(LYNX_NVCC nvcc PATHS ${LYNX_PYTHON_PATH} PATH_SUFFIXES nvidia/cu13/bin nvidia/cuda_nvcc/bin NO_CACHE
-                                                                      NO_DEFAULT_PATH)
-endif()
+find_program(LYNX_NVCC nvcc PATHS /usr/local/cuda/bin NO_CACHE)
+find_program(LYNX_NVCC nvcc PATHS ${LYNX_PYTHON_PATH} PATH_SUFFIXES nvidia/cu13/bin NO_CACHE NO_DEFAULT_PATH)
 lynx_need(LYNX_NVCC "The CUDA compiler (nvcc)" "CUDACXX or -DLYNX_NVCC=")
 
 # nvcc itself says where its toolkit lies; the command may be a wrapper script elsewhere.
 execute_process(COMMAND ${LYNX_NVCC} --dryrun -x cu -c /dev/null ERROR_VARIABLE LYNX_NVCC_DRYRUN OUTPUT_QUIET)
-string(REGEX MATCH "TOP=([^\n]*)" LYNX_NVCC_TOP "${LYNX_NVCC_DRYRUN}")
+if(NOT LYNX_NVCC_DRYRUN MATCHES "TOP=([^\n]*)")
+  message(FATAL_ERROR "${LYNX_NVCC} does not run: run `${LYNX_TOOLCHAIN_HINT}`, or point CUDACXX to a working nvcc.")
+endif()
 get_filename_component(LYNX_CUDA_ROOT "${CMAKE_MATCH_1}" REALPATH)
 set(LYNX_CUDA_TARGET targets/${CMAKE_SYSTEM_PROCESSOR}-linux)
 find_path(LYNX_CUDA_INCLUDE_DIR cuda_runtime_api.h PATHS ${LYNX_CUDA_ROOT} PATH_SUFFIXES

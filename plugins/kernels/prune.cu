@@ -18,9 +18,8 @@ constexpr int kStep = 64;  // channels a warp takes at once: 4 lanes of 16
 constexpr int kTileRows = 16;
 
 struct PruneArgs {
-  const uint16_t* x;          // [rows, channels]
+  const uint16_t* x;          // [rows, channels], in order
   const uint16_t* lora_down;  // [rank, channels]
-  const int32_t* order;       // [channels] or null
   const uint16_t* centre;     // [channels] or null
   const uint16_t* saliency;   // [channels] or null
   uint16_t* values;           // [rows_padded, width / 2]
@@ -57,26 +56,11 @@ __device__ __forceinline__ void clear_block(Block& out) {
   for (int i = 0; i < kBlock / 2; ++i) out[i] = 0;
 }
 
-// 16 channels of one row in the given order.
-__device__ __forceinline__ void gather_block(Block& out, const uint16_t* row, const int32_t* order) {
-#pragma unroll
-  for (int i = 0; i < kBlock / 4; ++i) {
-    const int4 at = __ldg(reinterpret_cast<const int4*>(order) + i);
-    out[2 * i] = uint32_t(__ldg(row + at.x)) | uint32_t(__ldg(row + at.y)) << 16;
-    out[2 * i + 1] = uint32_t(__ldg(row + at.z)) | uint32_t(__ldg(row + at.w)) << 16;
-  }
-}
-
 // z of one block: rows beyond M and channels beyond K are zero.
 template <class Element, bool kGeneral>
 __device__ __forceinline__ void load_z(Block& z, const PruneArgs& args, int64_t row, int channel) {
   if (row >= args.rows || channel >= args.channels) return clear_block(z);
-  const uint16_t* x = args.x + row * args.channels;
-  if (!kGeneral || args.order == nullptr) {
-    load_block(z, x + channel);
-  } else {
-    gather_block(z, x, args.order + channel);
-  }
+  load_block(z, args.x + row * args.channels + channel);
   if (kGeneral && args.centre != nullptr) {
     Block centre;
     load_block(centre, args.centre + channel);
@@ -303,7 +287,7 @@ __global__ void __launch_bounds__(kThreads, 2) prune_kernel(const PruneArgs args
 
 template <class Element, int kRankCap>
 cudaError_t launch(const PruneArgs& args, cudaStream_t stream) {
-  const bool general = args.order != nullptr || args.centre != nullptr || args.saliency != nullptr;
+  const bool general = args.centre != nullptr || args.saliency != nullptr;
   const unsigned grid = unsigned(args.rows_padded / (kRowTiles<kRankCap> * kTileRows));
   if (general) {
     prune_kernel<Element, Sm80Metadata, kRankCap, true><<<grid, kThreads, 0, stream>>>(args);
@@ -325,10 +309,13 @@ cudaError_t launch_for_rank(const PruneArgs& args, cudaStream_t stream) {
 
 cudaError_t launch_prune(const SparseLinearParams& params, const CompressedOperand& out,
                          cudaStream_t stream) {
+  if (params.order != nullptr) {
+    const cudaError_t error = launch_reorder(params, out.reordered, stream);
+    if (error != cudaSuccess) return error;
+  }
   PruneArgs args;
-  args.x = static_cast<const uint16_t*>(params.x);
+  args.x = static_cast<const uint16_t*>(params.order == nullptr ? params.x : out.reordered);
   args.lora_down = static_cast<const uint16_t*>(params.lora_down);
-  args.order = params.order;
   args.centre = static_cast<const uint16_t*>(params.centre);
   args.saliency = static_cast<const uint16_t*>(params.saliency);
   args.values = static_cast<uint16_t*>(out.values);

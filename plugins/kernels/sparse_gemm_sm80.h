@@ -10,7 +10,7 @@ namespace lynx {
 using SparseGemmLaunch = cudaError_t(const SparseLinearParams&, const CompressedOperand&, int device,
                                      cudaStream_t);
 
-SparseGemmLaunch launch_gemm_bf16_small, launch_gemm_bf16_medium, launch_gemm_bf16_large;
-SparseGemmLaunch launch_gemm_fp16_small, launch_gemm_fp16_medium, launch_gemm_fp16_large;
+SparseGemmLaunch launch_gemm_bf16_medium, launch_gemm_bf16_small;
+SparseGemmLaunch launch_gemm_fp16_medium, launch_gemm_fp16_small;
 
 }  // namespace lynx

@@ -11,6 +11,8 @@ namespace lynx {
 
 enum class DType { kBf16, kFp16 };
 
+constexpr int kMaxOrderedChannels = 24576;  // K with an order: a row goes through 48 KiB of shared memory
+
 // One call of the op. All tensors are dense, row-major, 16-byte aligned device memory; `T` is the element
 // type.
 struct SparseLinearParams {
@@ -29,7 +31,7 @@ struct SparseLinearParams {
   const void* centre;     // T [K], or null
   const void* saliency;   // T [K], or null: selection by |z| * saliency
   void* y;                // T [M, N]
-  void* workspace;        // workspace_bytes(M, K, r), 256-byte aligned
+  void* workspace;        // workspace_bytes(M, K, r, whether there is an order), 256-byte aligned
 };
 
 // The compressed operand, as it lies in the workspace. Mp = padded_rows(M): rows M .. Mp are zero.
@@ -37,10 +39,11 @@ struct CompressedOperand {
   void* values;        // T [Mp, K' / 2]: kept values, then U = T / s, then zeros
   uint32_t* metadata;  // Sm80Metadata, Mp rows by K' channels
   float* scale;        // s [Mp]
+  void* reordered;     // T [M, K]: x[:, order]; there only with an order
 };
 
 // Bytes of workspace for `rows` tokens; grows with rows, so a profile's largest M is enough.
-size_t workspace_bytes(int64_t rows, int channels, int rank);
+size_t workspace_bytes(int64_t rows, int channels, int rank, bool ordered);
 
 // Where the compressed operand lies in a workspace made for `rows` tokens.
 CompressedOperand compressed_operand(void* workspace, int64_t rows, int channels, int rank);
@@ -50,7 +53,9 @@ CompressedOperand compressed_operand(void* workspace, int64_t rows, int channels
 // pointers, cudaErrorNotSupported for a device below sm_80, else what the launches return.
 cudaError_t launch_sparse_linear(const SparseLinearParams& params, cudaStream_t stream);
 
-// The two halves of launch_sparse_linear, which checks the arguments for them.
+// The parts of launch_sparse_linear, which checks the arguments for them. launch_prune begins with
+// launch_reorder when there is an order.
+cudaError_t launch_reorder(const SparseLinearParams& params, void* out, cudaStream_t stream);
 cudaError_t launch_prune(const SparseLinearParams& params, const CompressedOperand& out, cudaStream_t stream);
 cudaError_t launch_sparse_gemm_sm80(const SparseLinearParams& params, const CompressedOperand& a,
                                     cudaStream_t stream);

@@ -332,7 +332,7 @@ class DeviceProblem {
   DeviceProblem(const Case& c, const Inputs& in)
       : x(bytes_of(in.x)),
         y(size_t(c.rows) * c.out_channels * 2),
-        workspace(lynx::workspace_bytes(c.rows, c.channels, c.rank)),
+        workspace(lynx::workspace_bytes(c.rows, c.channels, c.rank, c.order)),
         case_(c),
         weight_(bytes_of(in.weight)),
         lora_down_(bytes_of(in.lora_down)),
@@ -442,19 +442,13 @@ std::string check_result(const Case& c, const Halves& y, const std::vector<int>&
   return "";
 }
 
-// Every tile configuration that the device can run, on the operand that the pruning pass left.
+// Every tile configuration, on the operand that the pruning pass left.
 std::string check_tiles(const Case& c, DeviceProblem& problem, const std::vector<int>& rows,
                         const std::vector<ExpectedRow>& wanted, double* worst) {
   using lynx::SparseGemmLaunch;
-  static constexpr SparseGemmLaunch* kBf16[] = {lynx::launch_gemm_bf16_medium, lynx::launch_gemm_bf16_small,
-                                                lynx::launch_gemm_bf16_large};
-  static constexpr SparseGemmLaunch* kFp16[] = {lynx::launch_gemm_fp16_medium, lynx::launch_gemm_fp16_small,
-                                                lynx::launch_gemm_fp16_large};
-  int shared_bytes = 0;
-  check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0),
-        "device attribute");
+  static constexpr SparseGemmLaunch* kBf16[] = {lynx::launch_gemm_bf16_medium, lynx::launch_gemm_bf16_small};
+  static constexpr SparseGemmLaunch* kFp16[] = {lynx::launch_gemm_fp16_medium, lynx::launch_gemm_fp16_small};
   for (int tile = 0; tile < lynx::kTileConfigs; ++tile) {
-    if (lynx::kTiles[tile].shared_bytes() > shared_bytes) continue;
     check(cudaMemset(problem.y.data(), 0xff, size_t(c.rows) * c.out_channels * 2), "cudaMemset");
     const auto launch = (c.dtype == lynx::DType::kBf16 ? kBf16 : kFp16)[tile];
     const cudaError_t error = launch(problem.params(), problem.operand(), 0, nullptr);
@@ -586,6 +580,10 @@ void run_refusals() {
   ok &= refused(cudaErrorInvalidValue, [](Params& p) { p.channels = 200; });
   ok &= refused(cudaErrorInvalidValue, [](Params& p) { p.out_channels = 12; });
   ok &= refused(cudaErrorInvalidValue, [](Params& p) { p.rows = 0; });
+  ok &= refused(cudaErrorInvalidValue, [](Params& p) {
+    p.channels = lynx::kMaxOrderedChannels + 16;
+    p.order = reinterpret_cast<const int32_t*>(p.x);
+  });
   ok &= refused(cudaErrorInvalidValue, [](Params& p) { p.y = nullptr; });
   ok &= refused(cudaErrorMisalignedAddress, [](Params& p) { p.x = static_cast<const char*>(p.x) + 2; });
   report(ok, "wrong sizes and pointers are refused before any launch");
@@ -650,17 +648,16 @@ double microseconds(const std::function<void()>& work) {
 }
 
 void run_timing() {
-  static constexpr lynx::SparseGemmLaunch* kLaunch[] = {
-      lynx::launch_gemm_bf16_medium, lynx::launch_gemm_bf16_small, lynx::launch_gemm_bf16_large};
-  static const char* const kName[] = {"128x128", "64x128", "256x128"};
-  int shared_bytes = 0, sm_count = 0;
-  check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0),
-        "device attribute");
+  static constexpr lynx::SparseGemmLaunch* kLaunch[] = {lynx::launch_gemm_bf16_medium,
+                                                        lynx::launch_gemm_bf16_small};
+  static const char* const kName[] = {"128x128", "64x128"};
+  int sm_count = 0;
   check(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, 0), "device attribute");
   std::printf("\nbf16, times in microseconds; * is the tile that choose_tile takes\n");
-  const int shapes[][4] = {{512, 3072, 9216, 64},   {4608, 3072, 9216, 0},   {4608, 3072, 9216, 64},
-                           {4608, 3072, 9216, 128}, {4608, 3072, 12288, 64}, {4608, 12288, 3072, 64},
-                           {4608, 15360, 3072, 64}};
+  const int shapes[][4] = {{64, 3072, 9216, 64},    {128, 3072, 9216, 64},   {256, 3072, 3072, 64},
+                           {512, 3072, 3072, 64},   {512, 3072, 9216, 64},   {4608, 3072, 9216, 0},
+                           {4608, 3072, 9216, 64},  {4608, 3072, 9216, 128}, {4608, 3072, 12288, 64},
+                           {4608, 12288, 3072, 64}, {4608, 15360, 3072, 64}};
   for (const auto& shape : shapes) {
     for (const bool order : {false, true}) {
       Case c;
@@ -673,9 +670,8 @@ void run_timing() {
       std::printf("%5d x %5d -> %5d, rank %3d%s: prune %.1f", c.rows, c.channels, c.out_channels, c.rank,
                   order ? ", order" : "", prune);
       for (int tile = 0; !order && tile < lynx::kTileConfigs; ++tile) {
-        if (lynx::kTiles[tile].shared_bytes() > shared_bytes) continue;
         const double time = microseconds([&] { check(kLaunch[tile](params, operand, 0, nullptr), "GEMM"); });
-        const bool chosen = lynx::choose_tile(c.rows, c.out_channels, {sm_count, shared_bytes}) == tile;
+        const bool chosen = lynx::choose_tile(c.rows, c.out_channels, sm_count) == tile;
         std::printf(", GEMM %s%s %.1f (%.0f dense TFLOP/s)", kName[tile], chosen ? "*" : "", time,
                     2e-6 * c.rows * double(c.channels) * c.out_channels / time);
       }

@@ -119,6 +119,7 @@ def test_node_builds_without_a_gpu(tmp_path: Path, good: dict[str, int]) -> None
     ("wrong", "reason"),
     [
         ({"channels": 200}, "x has 200 channels, not a multiple of 16"),
+        ({"channels": 24592}, "x has 24592 channels and an order"),
         ({"out_channels": 12}, "weight has 12 rows, not a multiple of 8"),
         ({"width": 192}, "weight has 192 columns where 256 are due"),
         ({"bias": 8}, "bias has 8 elements where 576 are due"),
