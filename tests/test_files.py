@@ -19,9 +19,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     path = tmp_path / "file"
     save_text(path, "old")
     with pytest.raises(KeyboardInterrupt), atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
+        _fail(temporary.write_text("half"))
     assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
+
+
+def _fail(_: object) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -48,7 +51,9 @@ def test_files_written_tensor_by_tensor_are_what_the_library_reads(tmp_path: Pat
         assert torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype
         start, size = offsets[name]
         assert start % max(tensor.itemsize, 1) == 0
-        assert content[start : start + size] == tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        assert (
+            content[start : start + size] == tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
 
 
 def test_a_full_disk_while_tensors_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +67,9 @@ def test_a_full_disk_while_tensors_are_written(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_a_runtime_needs_imports_neither_torch_nor_diffusers() -> None:
-    code = "import sys, lynx_compile.engine.manifest, lynx_compile.engine.trt; print({'torch', 'diffusers'} & set(sys.modules))"
+    code = (
+        "import sys, lynx_compile.engine.manifest, lynx_compile.engine.trt\n"
+        "print({'torch', 'diffusers'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
