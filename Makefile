@@ -8,7 +8,7 @@ JOBS ?= $(shell nproc)
 # GPU architectures of the plugin. CI builds one; `make LYNX_CUDA_ARCHITECTURES="80;90"` builds others.
 LYNX_CUDA_ARCHITECTURES ?= 80;86;89;120
 BUILD := build/plugin
-PLUGIN := lynx_compile/lib/liblynx_plugin.so
+CMAKE := PYTHONPATH=$(abspath $(VENV))/toolchain $(BIN)/cmake
 
 .PHONY: demo test unit plugin setup lint format clean
 
@@ -16,6 +16,7 @@ demo: setup plugin
 	$(BIN)/lynx-compile engines/digits-flux.yaml -o engines/digits-flux.engine
 
 test: setup plugin
+	@$(CMAKE) --build $(BUILD) -j $(JOBS)  # the plugin's own tests too
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 	$(BIN)/pytest
 
@@ -40,10 +41,10 @@ $(VENV)/.ready: pyproject.toml requirements/toolchain.txt requirements/tensorrt1
 
 # Ninja decides what to compile again; the library is linked into lynx_compile/lib, where the package looks for it.
 plugin: setup
-	@test -f $(BUILD)/build.ninja || PYTHONPATH=$(abspath $(VENV))/toolchain $(BIN)/cmake -S plugins -B $(BUILD) -G Ninja \
+	@test -f $(BUILD)/build.ninja || $(CMAKE) -S plugins -B $(BUILD) -G Ninja --log-level=WARNING \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DLYNX_BUILD_TESTS=ON \
 	  "-DLYNX_CUDA_ARCHITECTURES=$(LYNX_CUDA_ARCHITECTURES)"
-	@$(BIN)/cmake --build $(BUILD) -j $(JOBS)
+	@$(CMAKE) --build $(BUILD) -j $(JOBS) --target lynx_plugin rtx_alias
 
 lint: setup
 	$(BIN)/ruff check .
