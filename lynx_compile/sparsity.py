@@ -86,8 +86,14 @@ def keep_mask(z: torch.Tensor, saliency: torch.Tensor | None = None) -> torch.Te
 def norm_scale_of(z: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """Per-token norm scale s: float32 [..., 1]; sums in float64, ratio and root in float32."""
     squares = z.double().square()
-    kept = torch.where(keep, squares, 0.0).sum(-1, keepdim=True).float()
-    return torch.sqrt(squares.sum(-1, keepdim=True).float() / (kept + NORM_EPSILON))
+    kept = torch.where(keep, squares, 0.0).sum(-1, keepdim=True)
+    return scale_of_norms(squares.sum(-1, keepdim=True).float(), kept.float())
+
+
+def scale_of_norms(whole: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """s from squared norms of the token and of what is kept of it, float32, each operation rounded exactly."""
+    ratio = whole / (kept + NORM_EPSILON)
+    return torch.sqrt(ratio.double()).float()  # torch's float32 root is a unit off at times
 
 
 def padded_width(channels: int, rank: int) -> int:

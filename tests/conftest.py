@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from safetensors.torch import save_file
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A shell starts background jobs with Ctrl-C ignored, and their children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the models are tiny; more threads only get in each other's way
 
 TINY = {

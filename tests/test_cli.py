@@ -210,7 +210,9 @@ def test_external_weights(project: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert manifest.plugin_layers == 10
 
 
-def test_two_runs_give_the_same_engine(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _main(monkeypatch, project, "tiny.yaml", "-o", "again/tiny.engine") == 0
+def test_two_runs_give_the_same_engine(project: Path) -> None:
+    """In a process of its own like the first: LAPACK's last bits depend on the number of threads."""
+    done = _run(project, "tiny.yaml", "-o", "again/tiny.engine")
+    assert done.returncode == 0, done.stderr
     for name in ("tiny.engine", "tiny.onnx", "tiny.safetensors"):
         assert (project / "again" / name).read_bytes() == (project / "out" / name).read_bytes(), name
