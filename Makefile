@@ -5,8 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell nproc)
-# GPU architectures of the plugin. CI builds one; `make LYNX_CUDA_ARCHITECTURES="80;90"` builds others.
-LYNX_CUDA_ARCHITECTURES ?= 80;86;89;120
+# GPU architectures of the plugin. CI builds two; `make LYNX_CUDA_ARCHITECTURES=90a` builds for Hopper alone.
+LYNX_CUDA_ARCHITECTURES ?= 80;86;89;90a;120
 BUILD := build/plugin
 CMAKE := PYTHONPATH=$(abspath $(VENV))/toolchain $(BIN)/cmake
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lynx-compile RECIPE.yaml -o OUT.engine``: parses, shows, returns an exit code; nothing else.
+"""``lynx-compile RECIPE.yaml -o OUT.engine`` and ``lynx-compile bench``: parses, shows, returns an exit code.
 
 Exit codes: 0 done, 2 bad recipe or input, 3 a stage failed, 130 interrupted.
 """
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -26,17 +26,24 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
 
 from lynx_compile import __version__
 from lynx_compile.errors import InputError, LynxError
 
+if TYPE_CHECKING:
+    from lynx_compile.bench import Bench
+
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+bench_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
     """Entry point of the console script; errors end in one line and their exit code."""
     try:
+        if sys.argv[1:2] == ["bench"]:  # a recipe without a subcommand compiles, so there are no subcommands
+            bench_app(sys.argv[2:], prog_name="lynx-compile bench")
         app(standalone_mode=True)
     except LynxError as error:
         err.print(f"[bold red]error:[/] {escape(str(error))}")
@@ -79,6 +86,57 @@ def compile_(
         )
         raise typer.Exit(130) from None
     out.print(manifest.summary())
+
+
+@bench_app.command()
+def bench_(
+    folder: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the JSON and the picture.")
+    ] = Path(),
+    rank: Annotated[int, typer.Option(help="Rank of the low-rank branch: 0, 16, ... 128.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; the median is shown.")] = 30,
+    plugin: Annotated[Path | None, typer.Option(help="Another build of liblynx_plugin.so.")] = None,
+) -> None:
+    """Measure the sparse linears of FLUX.1-dev, Qwen-Image and Z-Image against cuBLAS on this GPU."""
+    if rank not in range(0, 129, 16):
+        raise InputError(f"--rank is {rank}.", "Give a multiple of 16 from 0 to 128.")
+    from lynx_compile import bench, kernels
+
+    try:
+        measured = bench.bench(
+            rank=rank,
+            rounds=rounds,
+            library=plugin or kernels.LIBRARY,
+            progress=lambda shape: err.print(f"[dim]{escape(f'{shape.model}: {shape.linear}')}"),
+        )
+    except KeyboardInterrupt:
+        err.print("[bold red]interrupted:[/] nothing was written.")
+        raise typer.Exit(130) from None
+    if not measured.measured:
+        out.print("There is no GPU here, so nothing was measured: what follows is a roofline prediction.")
+    Console(highlight=False, width=max(out.width, 150)).print(
+        _bench_table(measured)
+    )  # 80 would cut the names
+    out.print(f"geometric mean over the models' linears: {measured.geometric_mean:.2f}x")
+    for path in bench.save(measured, folder):
+        out.print(f"wrote {escape(str(path))}")
+
+
+def _bench_table(measured: Bench) -> Table:
+    table = Table(title=f"{measured.device}, {measured.dtype}; microseconds, medians", title_justify="left")
+    for heading in ("model", "linear", "M x K -> N"):
+        table.add_column(heading)
+    for heading in ("cuBLAS", "prune", "GEMM", "all", "cuSPARSELt", "GEMM alone", "all: ratio", "10-90 %"):
+        table.add_column(heading, justify="right")
+    for r in measured.results:
+        s = r.shape
+        table.add_row(
+            s.model, s.linear, f"{s.tokens} x {s.channels} -> {s.out_channels}",
+            *(f"{t.median:.0f}" for t in (r.dense, r.prune, r.gemm, r.whole)),
+            f"{r.cusparselt.median:.0f}" if r.cusparselt else "-",
+            f"{r.gemm_ratio:.2f}x", f"{r.ratio:.2f}x", f"{r.ratio_low:.2f}-{r.ratio_high:.2f}",
+        )  # fmt: skip
+    return table
 
 
 def _check_output(output: Path, recipe: Path) -> None:

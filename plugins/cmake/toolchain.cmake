@@ -59,11 +59,14 @@ set(LYNX_NVCC_FLAGS
     -std=c++17 -O3 -DNDEBUG --expt-relaxed-constexpr --expt-extended-lambda -Xcompiler=-fPIC,-fvisibility=hidden
     -I${LYNX_CUTLASS_DIR}/include -I${LYNX_CUTLASS_DIR}/tools/util/include)
 
-# lynx_cuda_objects(<out> ARCHITECTURES <80;...> SOURCES <file>...): compiles each source for the architectures and
-# for compute_80 PTX, from which drivers make code for any other GPU. <out> becomes the list of object files.
+# lynx_cuda_objects(<out> ARCHITECTURES <80;...> [PTX <80>] SOURCES <file>...): compiles each source for the
+# architectures and for PTX, from which drivers make code for any later GPU. <out> becomes the list of object files.
 function(lynx_cuda_objects out)
-  cmake_parse_arguments(arg "" "" "ARCHITECTURES;SOURCES" ${ARGN})
-  set(gencode -gencode=arch=compute_80,code=compute_80)
+  cmake_parse_arguments(arg "" "PTX" "ARCHITECTURES;SOURCES" ${ARGN})
+  set(gencode)
+  if(arg_PTX)
+    list(APPEND gencode -gencode=arch=compute_${arg_PTX},code=compute_${arg_PTX})
+  endif()
   foreach(arch IN LISTS arg_ARCHITECTURES)
     list(APPEND gencode -gencode=arch=compute_${arch},code=sm_${arch})
   endforeach()

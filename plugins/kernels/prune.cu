@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The pruning pass: one read of x gives the compressed operand of the sparse GEMM.
 //
-// A thread block owns kTiles x 16 rows, its 8 warps share the channels in steps of 64. In a step a lane owns
+// A thread block owns 16 rows, its 8 warps share the channels in steps of 64. In a step a lane owns
 // one block of 16 channels in rows g and g + 8 (g = lane / 4): two 16-byte loads and one 16-byte store a row,
 // one metadata word, and, because a sum over channels has no order, just the fragment that mma.m16n8k16 wants
 // for T = z A^T when the lane reads the same 16 channels of A. Norms and T are summed over the warps at the
 // end, when the row scale is known and U = T / s can be written behind the kept values.
 #include "sparse24.h"
 #include "sparse_linear.h"
+#include "tile_config.h"
 
 namespace lynx {
 namespace {
@@ -15,7 +16,7 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kStep = 64;  // channels a warp takes at once: 4 lanes of 16
-constexpr int kTileRows = 16;
+constexpr int kRows = 16;  // of a thread block
 
 struct PruneArgs {
   const uint16_t* x;          // [rows, channels], in order
@@ -30,10 +31,10 @@ struct PruneArgs {
   bool norm_scale;
 };
 
-// 16-row tiles of a thread block. Two halve the reads of A, which every thread block reads whole; at rank 128
-// the accumulators of two would spill, and without A one gives more thread blocks.
+// Thread blocks that share an SM. Two leave a thread 128 registers, what the sums of T for 64 ranks and more
+// need; up to 32 ranks three fit, which spares 288 thread blocks (4608 rows) a second wave on 132 SMs.
 template <int kRankCap>
-constexpr int kRowTiles = kRankCap == 32 || kRankCap == 64 ? 2 : 1;
+constexpr int kBlocksPerSm = kRankCap == 32 ? 3 : 2;
 
 // Where a thread stands in its warp's step.
 struct Lane {
@@ -103,64 +104,57 @@ __device__ __forceinline__ void mma_m16n8k16<Fp16>(float (&d)[4], uint32_t a0, u
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// A warp's part of T for kTiles x 16 rows: [n tile of 8 ranks][mma accumulator].
-template <int kTiles, int kRankCap>
+// A warp's part of T for 16 rows: [n tile of 8 ranks][mma accumulator].
+template <int kRankCap>
 struct PartialT {
-  static constexpr int kNTiles = kRankCap / 8;
-  float sum[kTiles][kNTiles][4] = {};
+  float sum[kRankCap / 8][4] = {};
 };
 
-template <int kTiles>
-struct PartialT<kTiles, 0> {};
+template <>
+struct PartialT<0> {};
 
-// T += z A^T over one step. Every lane of the warp takes part; channels beyond K are zero on both sides.
-template <class Element, int kTiles, int kRankCap>
-__device__ __forceinline__ void accumulate_t(PartialT<kTiles, kRankCap>& t, const Block (&z)[kTiles][2],
+// T += z A^T over one step. Every lane of the warp takes part; channels beyond K are zero on both sides. No
+// branch leaves the loop early, so that the loads of A, which come from L2, may run ahead of the products.
+template <class Element, int kRankCap>
+__device__ __forceinline__ void accumulate_t(PartialT<kRankCap>& t, const Block (&z)[2],
                                              const PruneArgs& args, const Lane& lane, int channel) {
 #pragma unroll
   for (int n = 0; n < kRankCap / 8; ++n) {
-    if (8 * n >= args.rank) break;
     Block down;
-    if (channel < args.channels) {
+    if (8 * n < args.rank && channel < args.channels) {
       load_block(down, args.lora_down + int64_t(8 * n + lane.row) * args.channels + channel);
     } else {
       clear_block(down);
     }
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int q = 0; q < kBlock / 2; q += 2) {
-        mma_m16n8k16<Element>(t.sum[tile][n], z[tile][0][q], z[tile][1][q], z[tile][0][q + 1],
-                              z[tile][1][q + 1], down[q], down[q + 1]);
-      }
+    for (int q = 0; q < kBlock / 2; q += 2) {
+      mma_m16n8k16<Element>(t.sum[n], z[0][q], z[1][q], z[0][q + 1], z[1][q + 1], down[q], down[q + 1]);
     }
   }
 }
 
 // What the warps of a thread block exchange.
-template <int kTiles, int kRankCap>
+template <int kRankCap>
 struct Exchange {
-  static constexpr int kRows = kTiles * kTileRows;
   RowNorm norm[kWarps][kRows];
   float scale[kRows];
   float t[kWarps / 2]
          [kRows * kRankCap];  // partial sums by accumulator; at the end t[1] is T [kRows][kRankCap]
 };
 
-template <int kTiles>
-struct Exchange<kTiles, 0> {
-  static constexpr int kRows = kTiles * kTileRows;
+template <>
+struct Exchange<0> {
   RowNorm norm[kWarps][kRows];
   float scale[kRows];
 };
 
 // Sums the norms over lanes and warps in a fixed order; leaves the row scales in shared and global memory.
-template <int kTiles, int kRankCap>
-__device__ __forceinline__ void reduce_scale(Exchange<kTiles, kRankCap>& shared, RowNorm (&norm)[kTiles][2],
+template <int kRankCap>
+__device__ __forceinline__ void reduce_scale(Exchange<kRankCap>& shared, RowNorm (&norm)[2],
                                              const PruneArgs& args, const Lane& lane, int64_t first_row) {
 #pragma unroll
-  for (int i = 0; i < 2 * kTiles; ++i) {
-    RowNorm& sum = norm[i / 2][i % 2];
+  for (int i = 0; i < 2; ++i) {
+    RowNorm& sum = norm[i];
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) {
       sum.all += __shfl_xor_sync(~0u, sum.all, step);
@@ -169,7 +163,7 @@ __device__ __forceinline__ void reduce_scale(Exchange<kTiles, kRankCap>& shared,
     if (lane.quad == 0) shared.norm[lane.warp][i * 8 + lane.row] = sum;
   }
   __syncthreads();
-  if (threadIdx.x < shared.kRows) {
+  if (threadIdx.x < kRows) {
     RowNorm sum;
     for (int warp = 0; warp < kWarps; ++warp) {
       sum.all += shared.norm[warp][threadIdx.x].all;
@@ -183,12 +177,12 @@ __device__ __forceinline__ void reduce_scale(Exchange<kTiles, kRankCap>& shared,
 }
 
 // Sums T over the warps as a tree, in a fixed order; leaves it in shared.t[1] as [kRows][kRankCap].
-template <int kTiles, int kRankCap>
-__device__ __forceinline__ void reduce_t(Exchange<kTiles, kRankCap>& shared, PartialT<kTiles, kRankCap>& t,
+template <int kRankCap>
+__device__ __forceinline__ void reduce_t(Exchange<kRankCap>& shared, PartialT<kRankCap>& t,
                                          const Lane& lane) {
-  constexpr int kSums = kTiles * kRankCap / 8 * 4;
+  constexpr int kSums = kRankCap / 8 * 4;
   const int thread = threadIdx.x % 32;
-  float* sums = &t.sum[0][0][0];
+  float* sums = &t.sum[0][0];
 #pragma unroll
   for (int half = kWarps / 2; half > 0; half /= 2) {
     if (lane.warp >= half && lane.warp < 2 * half) {
@@ -205,8 +199,8 @@ __device__ __forceinline__ void reduce_t(Exchange<kTiles, kRankCap>& shared, Par
   if (lane.warp == 0) {
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
-      const int tile = i / (kRankCap / 8 * 4), n = i / 4 % (kRankCap / 8), sub = i % 4;
-      const int row = tile * kTileRows + lane.row + 8 * (sub / 2);
+      const int n = i / 4, sub = i % 4;
+      const int row = lane.row + 8 * (sub / 2);
       shared.t[1][row * kRankCap + n * 8 + lane.quad * 2 + sub % 2] = sums[i];
     }
   }
@@ -214,9 +208,9 @@ __device__ __forceinline__ void reduce_t(Exchange<kTiles, kRankCap>& shared, Par
 }
 
 // Eight values of U [rows, rank]; zeros behind the last rank.
-template <class Element, int kTiles, int kRankCap>
-__device__ __forceinline__ uint4 low_rank_block(const Exchange<kTiles, kRankCap>& shared,
-                                                const PruneArgs& args, int row, int block) {
+template <class Element, int kRankCap>
+__device__ __forceinline__ uint4 low_rank_block(const Exchange<kRankCap>& shared, const PruneArgs& args,
+                                                int row, int block) {
   uint32_t pairs[kKeptPerBlock / 2] = {};
   if constexpr (kRankCap > 0) {
     if (block * kKeptPerBlock < args.rank) {
@@ -234,11 +228,11 @@ __device__ __forceinline__ uint4 low_rank_block(const Exchange<kTiles, kRankCap>
 
 // Writes the columns K .. K' of the compressed operand: U, then zeros, all under the nibble of an empty
 // group.
-template <class Element, class Metadata, int kTiles, int kRankCap>
-__device__ __forceinline__ void write_extension(const Exchange<kTiles, kRankCap>& shared,
-                                                const PruneArgs& args, int64_t first_row) {
+template <class Element, class Metadata, int kRankCap>
+__device__ __forceinline__ void write_extension(const Exchange<kRankCap>& shared, const PruneArgs& args,
+                                                int64_t first_row) {
   const int first_block = args.channels / kBlock, blocks = args.width / kBlock - first_block;
-  for (int i = threadIdx.x; i < shared.kRows * blocks; i += kThreads) {
+  for (int i = threadIdx.x; i < kRows * blocks; i += kThreads) {
     const int row = i / blocks, block = i % blocks;
     uint16_t* to = args.values + (first_row + row) * (args.width / 2) + (first_block + block) * kKeptPerBlock;
     *reinterpret_cast<uint4*>(to) = low_rank_block<Element>(shared, args, row, block);
@@ -250,34 +244,28 @@ __device__ __forceinline__ void write_extension(const Exchange<kTiles, kRankCap>
 }
 
 template <class Element, class Metadata, int kRankCap, bool kGeneral>
-__global__ void __launch_bounds__(kThreads, 2) prune_kernel(const PruneArgs args) {
-  constexpr int kTiles = kRowTiles<kRankCap>;
-  __shared__ Exchange<kTiles, kRankCap> shared;
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<kRankCap>) prune_kernel(const PruneArgs args) {
+  __shared__ Exchange<kRankCap> shared;
   const Lane lane;
-  const int64_t first_row = int64_t(blockIdx.x) * kTiles * kTileRows;
-  RowNorm norm[kTiles][2];
-  PartialT<kTiles, kRankCap> t;
+  const int64_t first_row = int64_t(blockIdx.x) * kRows;
+  RowNorm norm[2];
+  PartialT<kRankCap> t;
 
   for (int step = lane.warp * kStep; step < args.channels; step += kWarps * kStep) {
     const int channel = step + lane.quad * kBlock;
-    Block z[kTiles][2], saliency;
+    Block z[2], saliency;
 #pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {
-      load_z<Element, kGeneral>(z[i / 2][i % 2], args, first_row + i * 8 + lane.row, channel);
+    for (int i = 0; i < 2; ++i) {
+      load_z<Element, kGeneral>(z[i], args, first_row + i * 8 + lane.row, channel);
     }
     if (channel < args.channels) {
       if (kGeneral && args.saliency != nullptr) load_block(saliency, args.saliency + channel);
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const int64_t row = first_row + tile * kTileRows + lane.row;
-        const uint32_t low =
-            prune_block<Element, kGeneral>(z[tile][0], saliency, args, row, channel, norm[tile][0]);
-        const uint32_t high =
-            prune_block<Element, kGeneral>(z[tile][1], saliency, args, row + 8, channel, norm[tile][1]);
-        args.metadata[Metadata::word(row, channel / kBlock, args.rows_padded)] = low | high << 16;
-      }
+      const int64_t row = first_row + lane.row;
+      const uint32_t low = prune_block<Element, kGeneral>(z[0], saliency, args, row, channel, norm[0]);
+      const uint32_t high = prune_block<Element, kGeneral>(z[1], saliency, args, row + 8, channel, norm[1]);
+      args.metadata[Metadata::word(row, channel / kBlock, args.rows_padded)] = low | high << 16;
     }
-    if constexpr (kRankCap > 0) accumulate_t<Element, kTiles, kRankCap>(t, z, args, lane, channel);
+    if constexpr (kRankCap > 0) accumulate_t<Element, kRankCap>(t, z, args, lane, channel);
   }
 
   reduce_scale(shared, norm, args, lane, first_row);
@@ -285,24 +273,30 @@ __global__ void __launch_bounds__(kThreads, 2) prune_kernel(const PruneArgs args
   write_extension<Element, Metadata>(shared, args, first_row);
 }
 
-template <class Element, int kRankCap>
+template <class Element, class Metadata, int kRankCap>
 cudaError_t launch(const PruneArgs& args, cudaStream_t stream) {
   const bool general = args.centre != nullptr || args.saliency != nullptr;
-  const unsigned grid = unsigned(args.rows_padded / (kRowTiles<kRankCap> * kTileRows));
+  const unsigned grid = unsigned(args.rows_padded / kRows);
   if (general) {
-    prune_kernel<Element, Sm80Metadata, kRankCap, true><<<grid, kThreads, 0, stream>>>(args);
+    prune_kernel<Element, Metadata, kRankCap, true><<<grid, kThreads, 0, stream>>>(args);
   } else {
-    prune_kernel<Element, Sm80Metadata, kRankCap, false><<<grid, kThreads, 0, stream>>>(args);
+    prune_kernel<Element, Metadata, kRankCap, false><<<grid, kThreads, 0, stream>>>(args);
   }
   return cudaGetLastError();
 }
 
-template <class Element>
+template <class Element, class Metadata>
 cudaError_t launch_for_rank(const PruneArgs& args, cudaStream_t stream) {
-  if (args.rank == 0) return launch<Element, 0>(args, stream);
-  if (args.rank <= 32) return launch<Element, 32>(args, stream);
-  if (args.rank <= 64) return launch<Element, 64>(args, stream);
-  return launch<Element, kMaxRank>(args, stream);
+  if (args.rank == 0) return launch<Element, Metadata, 0>(args, stream);
+  if (args.rank <= 32) return launch<Element, Metadata, 32>(args, stream);
+  if (args.rank <= 64) return launch<Element, Metadata, 64>(args, stream);
+  return launch<Element, Metadata, kMaxRank>(args, stream);
+}
+
+template <class Metadata>
+cudaError_t launch_for_dtype(DType dtype, const PruneArgs& args, cudaStream_t stream) {
+  return dtype == DType::kBf16 ? launch_for_rank<Bf16, Metadata>(args, stream)
+                               : launch_for_rank<Fp16, Metadata>(args, stream);
 }
 
 }  // namespace
@@ -327,8 +321,9 @@ cudaError_t launch_prune(const SparseLinearParams& params, const CompressedOpera
   args.width = int(padded_width(params.channels, params.rank));
   args.rank = params.rank;
   args.norm_scale = params.norm_scale;
-  return params.dtype == DType::kBf16 ? launch_for_rank<Bf16>(args, stream)
-                                      : launch_for_rank<Fp16>(args, stream);
+  return out.kernels == Kernels::kSm90
+             ? launch_for_dtype<Sm90Metadata<kAtomWidthSm90>>(params.dtype, args, stream)
+             : launch_for_dtype<Sm80Metadata>(params.dtype, args, stream);
 }
 
 }  // namespace lynx

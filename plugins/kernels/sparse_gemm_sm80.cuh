@@ -11,7 +11,7 @@
 #include "cutlass/epilogue/threadblock/fusion/visitors.hpp"
 
 #include "sparse24.h"
-#include "sparse_gemm_sm80.h"
+#include "sparse_gemm.h"
 
 namespace lynx {
 

@@ -2,9 +2,13 @@
 #include "sparse_linear.h"
 
 #include "sparse24.h"
+#include "tile_config.h"
 
 namespace lynx {
 namespace {
+
+static_assert(kWidthMultiple % kAtomWidthSm90 == 0,
+              "whole atoms: the metadata take the same bytes in both layouts");
 
 constexpr int64_t kSegment = 256;  // bytes; every part of the workspace starts at a multiple of it
 
@@ -46,19 +50,21 @@ size_t workspace_bytes(int64_t rows, int channels, int rank, bool ordered) {
   return size_t(segments(rows, channels, rank, ordered).total);
 }
 
-CompressedOperand compressed_operand(void* workspace, int64_t rows, int channels, int rank) {
+CompressedOperand compressed_operand(void* workspace, int64_t rows, int channels, int rank, Kernels kernels) {
   const Segments at = segments(rows, channels, rank, false);
   char* base = static_cast<char*>(workspace);
   return {base + at.values, reinterpret_cast<uint32_t*>(base + at.metadata),
-          reinterpret_cast<float*>(base + at.scale), base + at.reordered};
+          reinterpret_cast<float*>(base + at.scale), base + at.reordered, kernels};
 }
 
 cudaError_t launch_sparse_linear(const SparseLinearParams& params, cudaStream_t stream) {
   if (const cudaError_t error = check(params); error != cudaSuccess) return error;
+  Kernels kernels;
+  if (const cudaError_t error = choose_kernels(&kernels); error != cudaSuccess) return error;
   const CompressedOperand operand =
-      compressed_operand(params.workspace, params.rows, params.channels, params.rank);
+      compressed_operand(params.workspace, params.rows, params.channels, params.rank, kernels);
   if (const cudaError_t error = launch_prune(params, operand, stream); error != cudaSuccess) return error;
-  return launch_sparse_gemm_sm80(params, operand, stream);
+  return launch_sparse_gemm(params, operand, stream);
 }
 
 }  // namespace lynx

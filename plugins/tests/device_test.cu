@@ -20,7 +20,7 @@
 #include <vector>
 
 #include "kernels/sparse24.h"
-#include "kernels/sparse_gemm_sm80.h"
+#include "kernels/sparse_gemm.h"
 #include "kernels/sparse_linear.h"
 
 namespace {
@@ -42,6 +42,15 @@ void check(cudaError_t error, const char* what) {
 
 // ---- Problems
 // -----------------------------------------------------------------------------------------------
+
+lynx::Kernels kernels;  // those under test
+
+const char* kernels_name() { return kernels == lynx::Kernels::kSm90 ? "wgmma.sp" : "mma.sp"; }
+
+int64_t metadata_word(int64_t m, int64_t block, int64_t rows) {
+  return kernels == lynx::Kernels::kSm90 ? lynx::Sm90Metadata<lynx::kAtomWidthSm90>::word(m, block, rows)
+                                         : lynx::Sm80Metadata::word(m, block, rows);
+}
 
 enum class Special { kNone, kTies, kZeroRows, kInfinity, kNan };
 
@@ -136,7 +145,7 @@ Inputs make_inputs(const Case& c) {
 struct Expected {
   Halves z;                        // [rows, channels]
   Halves values;                   // [rows_padded, width / 2], U left zero
-  std::vector<uint32_t> metadata;  // Sm80Metadata
+  std::vector<uint32_t> metadata;  // layout of `kernels`
   std::vector<double> scale;       // [rows]
 };
 
@@ -182,7 +191,7 @@ Expected expected_operand(const Case& c, const Inputs& in) {
           lynx::compress_block<Element>(words, c.saliency ? saliency : nullptr, nullptr);
       std::memcpy(z, words, sizeof words);
       std::memcpy(values, compressed.values, sizeof compressed.values);
-      uint32_t& word = out.metadata[size_t(lynx::Sm80Metadata::word(m & ~int64_t(8), block, rows_padded))];
+      uint32_t& word = out.metadata[size_t(metadata_word(m & ~int64_t(8), block, rows_padded))];
       const int shift = m & 8 ? 16 : 0;
       word = (word & ~(0xffffu << shift)) | compressed.metadata << shift;
       all += squares<Element>(z, 16);
@@ -211,7 +220,7 @@ void decode_row(const Case& c, const Expected& operand, int m, std::vector<doubl
   for (int k = 0; k < c.channels; ++k)
     z[size_t(k)] = to_float(c.dtype, operand.z[size_t(m) * c.channels + k]);
   for (int group = 0; group < c.channels / 4; ++group) {
-    const int64_t word = lynx::Sm80Metadata::word(m & ~8, group / 4, lynx::padded_rows(c.rows));
+    const int64_t word = metadata_word(m & ~8, group / 4, lynx::padded_rows(c.rows));
     const uint32_t nibble = operand.metadata[size_t(word)] >> ((m & 8 ? 16 : 0) + 4 * (group % 4)) & 15u;
     for (const uint32_t position : {nibble & 3u, nibble >> 2})
       pruned[group * 4 + position] = z[group * 4 + position];
@@ -359,7 +368,7 @@ class DeviceProblem {
   }
 
   lynx::CompressedOperand operand() const {
-    return lynx::compressed_operand(workspace.data(), case_.rows, case_.channels, case_.rank);
+    return lynx::compressed_operand(workspace.data(), case_.rows, case_.channels, case_.rank, kernels);
   }
 
   Halves result() const { return y.copy<uint16_t>(size_t(case_.rows) * case_.out_channels); }
@@ -384,6 +393,15 @@ std::vector<T> from_device(const void* data, size_t count) {
   std::vector<T> out(count);
   check(cudaMemcpy(out.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
   return out;
+}
+
+// The whole op on the kernels under test; as the plugin launches it where they are the device's best.
+cudaError_t launch(const DeviceProblem& problem, cudaStream_t stream) {
+  lynx::Kernels best;
+  check(lynx::choose_kernels(&best), "choose_kernels");
+  if (kernels == best) return lynx::launch_sparse_linear(problem.params(), stream);
+  const cudaError_t error = lynx::launch_prune(problem.params(), problem.operand(), stream);
+  return error == cudaSuccess ? lynx::launch_sparse_gemm(problem.params(), problem.operand(), stream) : error;
 }
 
 // ---- Checks
@@ -445,12 +463,9 @@ std::string check_result(const Case& c, const Halves& y, const std::vector<int>&
 // Every tile configuration, on the operand that the pruning pass left.
 std::string check_tiles(const Case& c, DeviceProblem& problem, const std::vector<int>& rows,
                         const std::vector<ExpectedRow>& wanted, double* worst) {
-  using lynx::SparseGemmLaunch;
-  static constexpr SparseGemmLaunch* kBf16[] = {lynx::launch_gemm_bf16_medium, lynx::launch_gemm_bf16_small};
-  static constexpr SparseGemmLaunch* kFp16[] = {lynx::launch_gemm_fp16_medium, lynx::launch_gemm_fp16_small};
-  for (int tile = 0; tile < lynx::kTileConfigs; ++tile) {
+  for (int tile = 0; tile < lynx::tile_count(kernels); ++tile) {
     check(cudaMemset(problem.y.data(), 0xff, size_t(c.rows) * c.out_channels * 2), "cudaMemset");
-    const auto launch = (c.dtype == lynx::DType::kBf16 ? kBf16 : kFp16)[tile];
+    lynx::SparseGemmLaunch* const launch = lynx::tile_launch(kernels, c.dtype, tile);
     const cudaError_t error = launch(problem.params(), problem.operand(), 0, nullptr);
     check(cudaDeviceSynchronize(), "GEMM");
     if (error != cudaSuccess) return "tile " + std::to_string(tile) + ": " + cudaGetErrorString(error);
@@ -469,7 +484,7 @@ void run_case(const Case& c) {
   for (const int row : rows) wanted.push_back(expected_row(c, in, operand, row));
 
   DeviceProblem problem(c, in);
-  const cudaError_t error = lynx::launch_sparse_linear(problem.params(), nullptr);
+  const cudaError_t error = launch(problem, nullptr);
   check(cudaDeviceSynchronize(), c.name().c_str());
   if (error != cudaSuccess) return report(false, c.name(), cudaGetErrorString(error));
   double worst = 0.0;
@@ -478,7 +493,7 @@ void run_case(const Case& c) {
   const Halves first = problem.result();
   if (wrong.empty()) wrong = check_tiles(c, problem, rows, wanted, &worst);
   if (wrong.empty()) {
-    check(lynx::launch_sparse_linear(problem.params(), nullptr), "second launch");
+    check(launch(problem, nullptr), "second launch");
     check(cudaDeviceSynchronize(), "second launch");
     if (problem.result() != first) wrong = "a second run gives other bits";
   }
@@ -496,7 +511,7 @@ void run_negative_control() {
   Case other = c;
   other.saliency = true;
   DeviceProblem problem(other, in);
-  check(lynx::launch_sparse_linear(problem.params(), nullptr), "negative control");
+  check(launch(problem, nullptr), "negative control");
   check(cudaDeviceSynchronize(), "negative control");
   int refused = 0;
   for (int row = 0; row < c.rows; ++row) {
@@ -520,11 +535,11 @@ void run_graph() {
   cudaGraph_t graph;
   cudaGraphExec_t executable;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
-  check(lynx::launch_sparse_linear(problem.params(), stream), "direct launch");
+  check(launch(problem, stream), "direct launch");
   check(cudaStreamSynchronize(stream), "direct launch");
   const Halves direct = problem.result();
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "begin capture");
-  const cudaError_t error = lynx::launch_sparse_linear(problem.params(), stream);
+  const cudaError_t error = launch(problem, stream);
   check(cudaStreamEndCapture(stream, &graph), "end capture");
   check(cudaGraphInstantiate(&executable, graph, 0), "instantiate");
   bool same = error == cudaSuccess;
@@ -548,8 +563,8 @@ void run_streams() {
   Inputs other = in;
   std::reverse(other.x.begin(), other.x.end());
   DeviceProblem a(c, in), b(c, other);
-  check(lynx::launch_sparse_linear(a.params(), nullptr), "launch");
-  check(lynx::launch_sparse_linear(b.params(), nullptr), "launch");
+  check(launch(a, nullptr), "launch");
+  check(launch(b, nullptr), "launch");
   check(cudaDeviceSynchronize(), "launch");
   const Halves alone_a = a.result(), alone_b = b.result();
   cudaStream_t streams[2];
@@ -557,8 +572,8 @@ void run_streams() {
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
   bool same = alone_a != alone_b;
   for (int round = 0; round < 50; ++round) {
-    check(lynx::launch_sparse_linear(a.params(), streams[0]), "stream 0");
-    check(lynx::launch_sparse_linear(b.params(), streams[1]), "stream 1");
+    check(launch(a, streams[0]), "stream 0");
+    check(launch(b, streams[1]), "stream 1");
   }
   check(cudaDeviceSynchronize(), "streams");
   same &= a.result() == alone_a && b.result() == alone_b && a.intact() && b.intact();
@@ -648,12 +663,10 @@ double microseconds(const std::function<void()>& work) {
 }
 
 void run_timing() {
-  static constexpr lynx::SparseGemmLaunch* kLaunch[] = {lynx::launch_gemm_bf16_medium,
-                                                        lynx::launch_gemm_bf16_small};
-  static const char* const kName[] = {"128x128", "64x128"};
   int sm_count = 0;
   check(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, 0), "device attribute");
-  std::printf("\nbf16, times in microseconds; * is the tile that choose_tile takes\n");
+  std::printf("\n%s, bf16, times in microseconds; * is the tile that choose_tile takes\n", kernels_name());
+  const bool sm90 = kernels == lynx::Kernels::kSm90;
   const int shapes[][4] = {{64, 3072, 9216, 64},    {128, 3072, 9216, 64},   {256, 3072, 3072, 64},
                            {512, 3072, 3072, 64},   {512, 3072, 9216, 64},   {4608, 3072, 9216, 0},
                            {4608, 3072, 9216, 64},  {4608, 3072, 9216, 128}, {4608, 3072, 12288, 64},
@@ -669,10 +682,14 @@ void run_timing() {
           microseconds([&] { check(lynx::launch_prune(params, operand, nullptr), "prune"); });
       std::printf("%5d x %5d -> %5d, rank %3d%s: prune %.1f", c.rows, c.channels, c.out_channels, c.rank,
                   order ? ", order" : "", prune);
-      for (int tile = 0; !order && tile < lynx::kTileConfigs; ++tile) {
-        const double time = microseconds([&] { check(kLaunch[tile](params, operand, 0, nullptr), "GEMM"); });
-        const bool chosen = lynx::choose_tile(c.rows, c.out_channels, sm_count) == tile;
-        std::printf(", GEMM %s%s %.1f (%.0f dense TFLOP/s)", kName[tile], chosen ? "*" : "", time,
+      for (int tile = 0; !order && tile < lynx::tile_count(kernels); ++tile) {
+        lynx::SparseGemmLaunch* const gemm = lynx::tile_launch(kernels, c.dtype, tile);
+        const double time = microseconds([&] { check(gemm(params, operand, 0, nullptr), "GEMM"); });
+        const int chosen = sm90 ? lynx::choose_tile(lynx::kTilesSm90, c.rows, c.out_channels, sm_count)
+                                : lynx::choose_tile(lynx::kTiles, c.rows, c.out_channels, sm_count);
+        const int m = sm90 ? lynx::kTilesSm90[tile].m : lynx::kTiles[tile].m;
+        const int n = sm90 ? lynx::kTilesSm90[tile].n : lynx::kTiles[tile].n;
+        std::printf(", GEMM %dx%d%s %.1f (%.0f dense TFLOP/s)", m, n, tile == chosen ? "*" : "", time,
                     2e-6 * c.rows * double(c.channels) * c.out_channels / time);
       }
       std::printf("\n");
@@ -695,16 +712,26 @@ int main(int argc, char** argv) {
   std::printf("%s, sm_%d%d\n", properties.name, properties.major, properties.minor);
   const bool timing = argc > 1 && std::strcmp(argv[1], "--time") == 0;
   const std::string only = argc > 1 && !timing ? argv[1] : "";
-  for (const Case& c : all_cases()) {
-    if (c.name().find(only) != std::string::npos) run_case(c);
-  }
-  if (only.empty()) {
+  lynx::Kernels best;
+  check(lynx::choose_kernels(&best), "choose_kernels");
+  std::vector<lynx::Kernels> all = {lynx::Kernels::kSm80};
+  if (best != lynx::Kernels::kSm80) all.push_back(best);
+  for (const lynx::Kernels each : all) {
+    kernels = each;
+    std::printf("%s\n", kernels_name());
+    for (const Case& c : all_cases()) {
+      if (c.name().find(only) != std::string::npos) run_case(c);
+    }
+    if (!only.empty()) continue;
     run_negative_control();
     run_graph();
     run_streams();
     run_refusals();
   }
   std::printf("%d passed, %d failed\n", passed, failed);
-  if (timing) run_timing();
+  for (const lynx::Kernels each : all) {
+    kernels = each;
+    if (timing) run_timing();
+  }
   return failed == 0 ? 0 : 1;
 }

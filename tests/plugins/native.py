@@ -44,7 +44,11 @@ def run_native(program: Path) -> None:
 
 def header_folder(header: str, *suffixes: str) -> Path:
     """The folder with ``header``: one of ``suffixes`` among the installed packages, or /usr/local/cuda."""
-    candidates = [Path(entry) / suffix for entry in sys.path if entry for suffix in suffixes]
+    entries = [
+        Path(sys.prefix) / "toolchain",
+        *(Path(entry) for entry in sys.path if entry),
+    ]  # first: `make setup`
+    candidates = [entry / suffix for entry in entries for suffix in suffixes]
     for folder in [*candidates, Path("/usr/local/cuda/include")]:
         if (folder / header).exists():
             return folder
