@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lynx-compile bench``: the plugin's sparse linear against cuBLAS, for the linears of real models, on this GPU.
+"""``lynx-compile bench``: the plugin's sparse linears against cuBLAS, for the linears of real models, on this GPU.
+
+Both operands are measured: pruned activations (pruning pass and GEMM) and sparse weights (a GEMM alone). Where a model
+makes x by a norm or an activation right before the linear, the fused form is measured against that kernel and cuBLAS.
 
 Everything is timed with CUDA events over buffers that together exceed the L2 cache; dense and sparse take turns,
 so that each ratio compares neighbours in time. Before it is timed, every sparse result is compared with the
@@ -11,19 +14,32 @@ from __future__ import annotations
 import ctypes
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch.nn import functional
 
 from lynx_compile.errors import StageError
 from lynx_compile.files import save_text
-from lynx_compile.kernels import LIBRARY, SparseLinear, load_library
-from lynx_compile.sparsity import expand_low_rank, padded_width, sparse_linear
+from lynx_compile.kernels import (
+    LIBRARY,
+    Gated,
+    Gelu,
+    Norm,
+    SparseLinear,
+    SparseWeightLinear,
+    load_library,
+)
+from lynx_compile.sparsity import expand_low_rank, keep_mask, padded_width, sparse_linear
+from lynx_compile.weight_sparsity import pack_weight
 
 CHECKED_ROWS = 64
-TOLERANCE = 2**-7  # relative error of a bf16 result: rounding of y, and of T / s
+# Relative error of a bf16 result: rounding of y, and of T / s. A fused producer is rounded once where torch rounds
+# several times, so that some close calls of the selection go the other way.
+TOLERANCE = {"pruned activations": 2**-7, "sparse weight": 2**-7, "fused producer": 2**-4}
 BUFFER_BYTES = 2**28  # more than any L2
 # H100: dense bf16 rate and memory bandwidth measured with torch, the GEMM's gain over dense with 128x256x64 tiles.
 ROOFLINE_FLOPS, ROOFLINE_BYTES, ROOFLINE_GAIN = 650e12, 3.0e12, 1.4
@@ -31,32 +47,37 @@ ROOFLINE_FLOPS, ROOFLINE_BYTES, ROOFLINE_GAIN = 650e12, 3.0e12, 1.4
 
 @dataclass(frozen=True)
 class Shape:
-    """A linear: tokens M, input channels K, output channels N (of linears that are merged into one node)."""
+    """A linear: tokens M, input channels K, output channels N (of linears that are merged into one node).
+
+    ``producer``: what the model makes x of right before: a LayerNorm or RMSNorm with modulation, GELU, or SiLU times
+    a gate.
+    """
 
     model: str
     linear: str
     tokens: int
     channels: int
     out_channels: int
+    producer: Literal["layer norm", "rms norm", "gelu", "gated"] | None = None
 
 
 # 1024x1024 pixels: 4096 image tokens, and 512 text tokens where the two are one sequence.
 SHAPES = (
-    Shape("FLUX.1-dev", "double: to_q,k,v", 4096, 3072, 9216),
+    Shape("FLUX.1-dev", "double: to_q,k,v", 4096, 3072, 9216, "layer norm"),
     Shape("FLUX.1-dev", "double: to_out", 4096, 3072, 3072),
-    Shape("FLUX.1-dev", "double: ff up", 4096, 3072, 12288),
-    Shape("FLUX.1-dev", "double: ff down", 4096, 12288, 3072),
-    Shape("FLUX.1-dev", "double: text to_q,k,v", 512, 3072, 9216),
-    Shape("FLUX.1-dev", "single: to_q,k,v + mlp", 4608, 3072, 21504),
+    Shape("FLUX.1-dev", "double: ff up", 4096, 3072, 12288, "layer norm"),
+    Shape("FLUX.1-dev", "double: ff down", 4096, 12288, 3072, "gelu"),
+    Shape("FLUX.1-dev", "double: text to_q,k,v", 512, 3072, 9216, "layer norm"),
+    Shape("FLUX.1-dev", "single: to_q,k,v + mlp", 4608, 3072, 21504, "layer norm"),
     Shape("FLUX.1-dev", "single: proj_out", 4608, 15360, 3072),
-    Shape("Qwen-Image", "to_q,k,v", 4096, 3072, 9216),
+    Shape("Qwen-Image", "to_q,k,v", 4096, 3072, 9216, "layer norm"),
     Shape("Qwen-Image", "to_out", 4096, 3072, 3072),
-    Shape("Qwen-Image", "mlp up", 4096, 3072, 12288),
-    Shape("Qwen-Image", "mlp down", 4096, 12288, 3072),
-    Shape("Z-Image", "to_q,k,v", 4608, 3840, 11520),
+    Shape("Qwen-Image", "mlp up", 4096, 3072, 12288, "layer norm"),
+    Shape("Qwen-Image", "mlp down", 4096, 12288, 3072, "gelu"),
+    Shape("Z-Image", "to_q,k,v", 4608, 3840, 11520, "rms norm"),
     Shape("Z-Image", "to_out", 4608, 3840, 3840),
-    Shape("Z-Image", "w1,w3", 4608, 3840, 20480),
-    Shape("Z-Image", "w2", 4608, 10240, 3840),
+    Shape("Z-Image", "w1,w3", 4608, 3840, 20480, "rms norm"),
+    Shape("Z-Image", "w2", 4608, 10240, 3840, "gated"),
     Shape("square", "4096x4096x3072", 4096, 3072, 4096),
     Shape("square", "4096x4096x12288", 4096, 12288, 4096),
     Shape("square", "8192x8192x12288", 8192, 12288, 8192),
@@ -73,11 +94,24 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Result:
-    """One linear measured (or predicted): times in microseconds, ratios against cuBLAS (above 1: sparse is faster).
+class Ratio:
+    """How many times as fast as dense: median over the rounds, 10th and 90th percentile. Above 1: sparse is faster."""
 
-    ``ratio``: median over rounds of dense / sparse with everything included. ``error``: relative, against float64;
-    None where predicted. ``cusparselt``: its GEMM with a 2:4 weight, None where torch has none or it refuses.
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One linear measured (or predicted): times in microseconds, ratios against cuBLAS in the same round.
+
+    ``whole``: the op with pruned activations, everything included; ``prune`` and ``gemm`` are its parts.
+    ``weight``: the op with a sparse weight. ``fused_dense``: the producer of x as a kernel of its own, and cuBLAS;
+    ``fused`` and ``fused_weight``: what takes their place (the second has the producer's kernel too); None without a
+    producer. ``cusparselt``: its GEMM with a 2:4 weight, None where torch has none or it refuses. ``tile`` and
+    ``weight_tile``: the fastest configurations. ``error``: the largest relative one, against float64; None where
+    predicted.
     """
 
     shape: Shape
@@ -86,13 +120,24 @@ class Result:
     prune: Timing
     gemm: Timing
     whole: Timing
+    weight: Timing
+    fused_dense: Timing | None
+    fused: Timing | None
+    fused_weight: Timing | None
     cusparselt: Timing | None
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    gemm_ratio: float
+    ratio: Ratio
+    gemm_ratio: Ratio
+    weight_ratio: Ratio
+    fused_ratio: Ratio | None
+    fused_weight_ratio: Ratio | None
     tile: int | None
+    weight_tile: int | None
     error: float | None
+
+    @property
+    def best(self) -> float:
+        """The faster operand's ratio; 1 where both are slower than dense, which is what stays then."""
+        return max(1.0, self.ratio.median, self.weight_ratio.median)
 
 
 @dataclass(frozen=True)
@@ -106,10 +151,16 @@ class Bench:
     results: tuple[Result, ...]
 
     @property
-    def geometric_mean(self) -> float:
+    def geometric_means(self) -> dict[str, float]:
         """Of the ratios of the models' linears (the square shapes are left out)."""
-        ratios = [result.ratio for result in self.results if result.shape.model != "square"]
-        return statistics.geometric_mean(ratios) if ratios else float("nan")
+        of_models = [result for result in self.results if result.shape.model != "square"]
+        ratios = {
+            "activations": [result.ratio.median for result in of_models],
+            "weights": [result.weight_ratio.median for result in of_models],
+            "best of both, or dense": [result.best for result in of_models],
+            "GEMM alone": [result.gemm_ratio.median for result in of_models],
+        }
+        return {name: statistics.geometric_mean(values) for name, values in ratios.items() if values}
 
 
 def bench(
@@ -142,8 +193,8 @@ class _Problem:
     """Random operands of one shape, in as many copies as it takes to outgrow the L2 cache."""
 
     def __init__(self, shape: Shape, rank: int, kernels: ctypes.CDLL) -> None:
-        self.shape, self.rank = shape, rank
-        self.tile_count: int = kernels.lynx_tile_count()
+        self.shape, self.rank, self.kernels = shape, rank, kernels
+        self.tiles = range(kernels.lynx_tile_count())
         generator = torch.Generator("cuda").manual_seed(0)
 
         def normal(*size: int, deviation: float = 1.0) -> torch.Tensor:
@@ -155,61 +206,98 @@ class _Problem:
         self.bias = normal(n)
         self.lora_down = normal(max(rank, 1), k, deviation=deviation)
         lora_up = normal(n, rank, deviation=0.1)
+        self.gain, self.shift = 1 + normal(1, k, deviation=0.2), normal(1, k, deviation=0.2)
+        self.gate = normal(m, k)
         self.x = [normal(m, k) for _ in range(copies)]
         self.weight = [normal(n, k, deviation=deviation) for _ in range(copies)]
-        self.sparse = [
-            SparseLinear(
-                kernels,
-                expand_low_rank(weight, lora_up),
-                self.lora_down,
-                self.bias,
-                rows=m,
-                rank=rank,
-                norm_scale=True,
-            )
-            for weight in self.weight
-        ]
+        expanded = [expand_low_rank(weight, lora_up) for weight in self.weight]
+        self.pruned = [self._sparse_linear(weight, None) for weight in expanded]
+        self.fused = [self._sparse_linear(weight, self._producer()) for weight in expanded if shape.producer]
+        self.sparse_weight = [self._sparse_weight(weight) for weight in self.weight]
         self.y = [torch.empty(m, n, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+
+    def _sparse_linear(self, weight: torch.Tensor, producer: Norm | Gelu | Gated | None) -> SparseLinear:
+        return SparseLinear(
+            self.kernels, weight, self.lora_down, self.bias,
+            rows=self.shape.tokens, rank=self.rank, norm_scale=True, producer=producer,
+        )  # fmt: skip
+
+    def _sparse_weight(self, weight: torch.Tensor) -> SparseWeightLinear:
+        layout = self.kernels.lynx_metadata_layout()
+        values, metadata = pack_weight(weight, keep_mask(weight), layout)
+        return SparseWeightLinear(
+            self.kernels, values, metadata, self.bias, rows=self.shape.tokens, metadata_layout=layout
+        )
+
+    def _producer(self) -> Norm | Gelu | Gated:
+        if self.shape.producer == "gelu":
+            return Gelu()
+        if self.shape.producer == "gated":
+            return Gated(self.gate)
+        return Norm(self.gain, self.shift, rms=self.shape.producer == "rms norm")
+
+    def _produce(self, x: torch.Tensor) -> torch.Tensor:
+        """The producer in torch: one kernel, but for the gate's two."""
+        channels = (self.shape.channels,)
+        if self.shape.producer == "gelu":
+            return functional.gelu(x, approximate="tanh")
+        if self.shape.producer == "gated":
+            return functional.silu(x) * self.gate.to(x.dtype)
+        gain, shift = self.gain[0].to(x.dtype), self.shift[0].to(x.dtype)
+        if self.shape.producer == "rms norm":
+            return functional.rms_norm(x, channels, gain, 1e-6) + shift
+        return functional.layer_norm(x, channels, gain, shift, 1e-6)
 
     def measure(self, rounds: int) -> Result:
         error = self._check()
-        tiles = range(self.tile_count)
-        works: list[Callable[[int], object]] = [self._dense, self._whole, self._prune, self._gemm]
-        works += [lambda i, tile=tile: self._gemm(i, tile) for tile in tiles]  # type: ignore[misc]
+        works: dict[str, Callable[[int], object]] = {
+            "dense": lambda i: self._dense(i, self.x[i]),
+            "whole": lambda i: self.pruned[i](self.x[i]),
+            "weight": lambda i: self.sparse_weight[i](self.x[i]),
+            "prune": lambda i: self.pruned[i].prune(self.x[i]),
+            "gemm": lambda i: self.pruned[i].gemm(self.x[i]),
+        }
+        if self.shape.producer:
+            works["fused_dense"] = lambda i: self._dense(i, self._produce(self.x[i]))
+            works["fused"] = lambda i: self.fused[i](self.x[i])
+            works["fused_weight"] = lambda i: self.sparse_weight[i](self._produce(self.x[i]))
+        for tile in self.tiles:
+            works[f"tile {tile}"] = lambda i, tile=tile: self.pruned[i].gemm(self.x[i], tile)  # type: ignore[misc]
+            works[f"weight tile {tile}"] = lambda i, tile=tile: self.sparse_weight[i](self.x[i], tile)  # type: ignore[misc]
         cusparselt = self._cusparselt()
         if cusparselt is not None:
-            works.append(cusparselt)
+            works["cusparselt"] = cusparselt
         times = _take_turns(works, rounds, len(self.x))
-        ratios = sorted(dense / whole for dense, whole in zip(times[0], times[1], strict=True))
-        summary = [_timing(part) for part in times]
-        best = min(tiles, key=lambda tile: summary[4 + tile].median)
+
+        def timing(name: str) -> Timing | None:
+            return _timing(times[name]) if name in times else None
+
+        def ratio(name: str, dense: str = "dense") -> Ratio:
+            return Ratio(*_quantiles([d / s for d, s in zip(times[dense], times[name], strict=True)]))
+
+        def fastest(prefix: str) -> int:
+            return min(self.tiles, key=lambda tile: statistics.median(times[f"{prefix} {tile}"]))
+
         return Result(
             shape=self.shape,
             rank=self.rank,
-            dense=summary[0],
-            whole=summary[1],
-            prune=summary[2],
-            gemm=summary[3],
-            cusparselt=summary[-1] if cusparselt is not None else None,
-            ratio=statistics.median(ratios),
-            ratio_low=ratios[len(ratios) // 10],
-            ratio_high=ratios[-1 - len(ratios) // 10],
-            gemm_ratio=statistics.median(d / g for d, g in zip(times[0], times[3], strict=True)),
-            tile=best,
+            **{name: _timing(times[name]) for name in ("dense", "prune", "gemm", "whole", "weight")},
+            fused_dense=timing("fused_dense"),
+            fused=timing("fused"),
+            fused_weight=timing("fused_weight"),
+            cusparselt=timing("cusparselt"),
+            ratio=ratio("whole"),
+            gemm_ratio=ratio("gemm"),
+            weight_ratio=ratio("weight"),
+            fused_ratio=ratio("fused", "fused_dense") if self.shape.producer else None,
+            fused_weight_ratio=ratio("fused_weight", "fused_dense") if self.shape.producer else None,
+            tile=fastest("tile"),
+            weight_tile=fastest("weight tile"),
             error=error,
         )
 
-    def _dense(self, i: int) -> None:
-        torch.addmm(self.bias, self.x[i], self.weight[i].T, out=self.y[i])
-
-    def _whole(self, i: int) -> None:
-        self.sparse[i](self.x[i])
-
-    def _prune(self, i: int) -> None:
-        self.sparse[i].prune(self.x[i])
-
-    def _gemm(self, i: int, tile: int = -1) -> None:
-        self.sparse[i].gemm(self.x[i], tile)
+    def _dense(self, i: int, x: torch.Tensor) -> None:
+        torch.addmm(self.bias, x, self.weight[i].T, out=self.y[i])
 
     def _cusparselt(self) -> Callable[[int], object] | None:
         """cuSPARSELt through torch: 2:4 weight, compressed by cuSPARSELt itself. None where it is not there."""
@@ -228,73 +316,111 @@ class _Problem:
         return run
 
     def _check(self) -> float:
-        """Relative error of some rows against float64.
+        """Relative error of some rows of every op against float64; the largest.
 
         Raises:
-            StageError: it exceeds bf16's rounding.
+            StageError: it exceeds what rounding explains.
         """
-        x, op = self.x[0], self.sparse[0]
-        y = op(x)
+        x = self.x[0]
         rows = torch.linspace(0, len(x) - 1, CHECKED_ROWS, device="cuda").long()
+        wanted = self._definition(self.pruned[0], x[rows].double())
+        errors = {"pruned activations": _error(self.pruned[0](x)[rows], wanted)}
+        weight = self.weight[0].double() * keep_mask(self.weight[0])
+        wanted = functional.linear(x[rows].double(), weight, self.bias.double())
+        errors["sparse weight"] = _error(self.sparse_weight[0](x)[rows], wanted)
+        if self.shape.producer:
+            gate, self.gate = self.gate, self.gate[rows]
+            produced = self._produce(x[rows].double()).bfloat16()
+            self.gate = gate
+            wanted = self._definition(self.fused[0], produced.double())
+            errors["fused producer"] = _error(self.fused[0](x)[rows], wanted)
+        for what, error in errors.items():
+            if not error < TOLERANCE[what]:
+                raise StageError(
+                    "bench",
+                    f"{self.shape.model} {self.shape.linear}, {what}: the result is off by {error:.2e} of its norm.",
+                    "Do not use this build on this GPU; please report it with the GPU's name.",
+                )
+        return max(errors["pruned activations"], errors["sparse weight"])
+
+    def _definition(self, op: SparseLinear, x: torch.Tensor) -> torch.Tensor:
         weight, lora_down, bias = (tensor.double() for tensor in op.tensors)
-        wanted = sparse_linear(x[rows].double(), weight, lora_down, bias, rank=self.rank, norm_scale=True)
-        error = float((y[rows].double() - wanted).norm() / wanted.norm())
-        if not error < TOLERANCE:
-            raise StageError(
-                "bench",
-                f"{self.shape.model} {self.shape.linear}: the result is off by {error:.2e} of its norm.",
-                "Do not use this build on this GPU; please report it with the GPU's name.",
-            )
-        return error
+        return sparse_linear(x, weight, lora_down, bias, rank=self.rank, norm_scale=True)
 
 
-def _take_turns(works: Sequence[Callable[[int], object]], rounds: int, copies: int) -> list[list[float]]:
+def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+def _take_turns(
+    works: Mapping[str, Callable[[int], object]], rounds: int, copies: int
+) -> dict[str, list[float]]:
     """Microseconds of each work in each round; a round runs all works one after the other on the same copies."""
-    for work in works:
+    for work in works.values():
         for i in range(copies):
             work(i)
     torch.cuda.synchronize()
-    times: list[list[float]] = [[] for _ in works]
+    times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in works]
-        for work, (start, stop) in zip(works, events, strict=True):
-            start.record()
+        events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in works}
+        for name, work in works.items():
+            events[name][0].record()
             for i in range(copies):
                 work(i)
-            stop.record()
+            events[name][1].record()
         torch.cuda.synchronize()
-        for part, (start, stop) in zip(times, events, strict=True):
-            part.append(1000 * start.elapsed_time(stop) / copies)
+        for name, (start, stop) in events.items():
+            times[name].append(1000 * start.elapsed_time(stop) / copies)
     return times
 
 
+def _quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 10th and 90th percentile."""
+    ordered = sorted(values)
+    return statistics.median(ordered), ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
+
+
 def _timing(times: Sequence[float]) -> Timing:
-    ordered = sorted(times)
-    return Timing(statistics.median(ordered), ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10])
+    return Timing(*_quantiles(times))
 
 
 def _predict(shape: Shape, rank: int) -> Result:
     """Roofline: dense at cuBLAS's measured rate, the GEMM so much faster, pruning at memory speed."""
     m, k, n = shape.tokens, shape.channels, shape.out_channels
     dense = 2e6 * m * k * n / ROOFLINE_FLOPS
-    gemm = 2e6 * m * padded_width(k, rank) * n / ROOFLINE_FLOPS / ROOFLINE_GAIN
+    weight = dense / ROOFLINE_GAIN
+    gemm = weight * padded_width(k, rank) / k
     prune = 1e6 * m * k * (2 + 1 + 1 / 8) / ROOFLINE_BYTES
-    ratio = dense / (gemm + prune)
-    times = {
-        name: Timing(value, value, value)
-        for name, value in (("dense", dense), ("prune", prune), ("gemm", gemm), ("whole", gemm + prune))
-    }
+    times = {"dense": dense, "prune": prune, "gemm": gemm, "whole": gemm + prune, "weight": weight}
     return Result(
-        shape, rank, **times, cusparselt=None, ratio=ratio, ratio_low=ratio, ratio_high=ratio,
-        gemm_ratio=dense / gemm, tile=None, error=None,
-    )  # fmt: skip
+        shape=shape,
+        rank=rank,
+        **{name: Timing(value, value, value) for name, value in times.items()},
+        fused_dense=None,
+        fused=None,
+        fused_weight=None,
+        cusparselt=None,
+        **{
+            name: Ratio(value, value, value)
+            for name, value in (
+                ("ratio", dense / (gemm + prune)),
+                ("gemm_ratio", dense / gemm),
+                ("weight_ratio", dense / weight),
+            )
+        },
+        fused_ratio=None,
+        fused_weight_ratio=None,
+        tile=None,
+        weight_tile=None,
+        error=None,
+    )
 
 
 def save(bench: Bench, folder: Path) -> tuple[Path, Path]:
     """Write ``DEVICE-rankR.json`` and ``.png`` into ``folder``; returns their paths."""
     device = "-".join("".join(c if c.isalnum() else " " for c in bench.device.lower()).split())
     path = folder / f"{device}-rank{bench.results[0].rank}.json"
-    save_text(path, json.dumps(asdict(bench) | {"geometric_mean": bench.geometric_mean}, indent=1) + "\n")
+    save_text(path, json.dumps(asdict(bench) | {"geometric_means": bench.geometric_means}, indent=1) + "\n")
     picture = path.with_suffix(".png")
     _draw(bench, picture)
     return path, picture
@@ -308,24 +434,26 @@ def _draw(bench: Bench, path: Path) -> None:
 
     names = [f"{r.shape.model}  {r.shape.linear}" for r in bench.results]
     at = range(len(names))
-    figure, axes = plt.subplots(figsize=(9, 0.36 * len(names) + 1.6), layout="constrained")
-    axes.barh(
-        [i - 0.2 for i in at],
-        [r.gemm_ratio for r in bench.results],
-        0.38,
-        label="GEMM alone",
-        color="#b9cfe4",
-    )
-    axes.barh(
-        [i + 0.2 for i in at], [r.ratio for r in bench.results], 0.38, color="#2a6fb0", label="everything included",
-        xerr=[[r.ratio - r.ratio_low for r in bench.results], [r.ratio_high - r.ratio for r in bench.results]],
-        error_kw={"linewidth": 0.8},
-    )  # fmt: skip
+    figure, axes = plt.subplots(figsize=(9, 0.42 * len(names) + 1.6), layout="constrained")
+    for offset, label, color, ratios in (
+        (-0.2, "sparse weight", "#2a6fb0", [r.weight_ratio for r in bench.results]),
+        (
+            0.2,
+            f"pruned activations, rank {bench.results[0].rank}",
+            "#e0a33b",
+            [r.ratio for r in bench.results],
+        ),
+    ):
+        axes.barh(
+            [i + offset for i in at], [r.median for r in ratios], 0.38, label=label, color=color,
+            xerr=[[max(0.0, r.median - r.low) for r in ratios], [max(0.0, r.high - r.median) for r in ratios]],
+            error_kw={"linewidth": 0.8},
+        )  # fmt: skip
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_yticks(list(at), names)
     axes.invert_yaxis()
     axes.set_xlabel("times as fast as cuBLAS bf16" + ("" if bench.measured else " (predicted, not measured)"))
-    axes.set_title(f"{bench.device}: 2:4 activations, rank {bench.results[0].rank}", loc="left")
+    axes.set_title(f"{bench.device}: everything included", loc="left")
     axes.margins(y=0.01)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

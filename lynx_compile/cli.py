@@ -114,10 +114,11 @@ def bench_(
         raise typer.Exit(130) from None
     if not measured.measured:
         out.print("There is no GPU here, so nothing was measured: what follows is a roofline prediction.")
-    Console(highlight=False, width=max(out.width, 150)).print(
+    Console(highlight=False, width=max(out.width, 190)).print(
         _bench_table(measured)
     )  # 80 would cut the names
-    out.print(f"geometric mean over the models' linears: {measured.geometric_mean:.2f}x")
+    means = ", ".join(f"{name} {value:.2f}x" for name, value in measured.geometric_means.items())
+    out.print(f"geometric means over the models' linears: {means}")
     for path in bench.save(measured, folder):
         out.print(f"wrote {escape(str(path))}")
 
@@ -126,15 +127,28 @@ def _bench_table(measured: Bench) -> Table:
     table = Table(title=f"{measured.device}, {measured.dtype}; microseconds, medians", title_justify="left")
     for heading in ("model", "linear", "M x K -> N"):
         table.add_column(heading)
-    for heading in ("cuBLAS", "prune", "GEMM", "all", "cuSPARSELt", "GEMM alone", "all: ratio", "10-90 %"):
+    for heading in ("cuBLAS", "prune", "GEMM", "all", "weight", "cuSPARSELt"):
+        table.add_column(heading, justify="right")
+    for heading in (
+        "GEMM alone",
+        "all: ratio",
+        "10-90 %",
+        "weight: ratio",
+        "10-90 %",
+        "fused",
+        "fused: weight",
+    ):
         table.add_column(heading, justify="right")
     for r in measured.results:
         s = r.shape
+        times = (r.dense, r.prune, r.gemm, r.whole, r.weight, r.cusparselt)
         table.add_row(
             s.model, s.linear, f"{s.tokens} x {s.channels} -> {s.out_channels}",
-            *(f"{t.median:.0f}" for t in (r.dense, r.prune, r.gemm, r.whole)),
-            f"{r.cusparselt.median:.0f}" if r.cusparselt else "-",
-            f"{r.gemm_ratio:.2f}x", f"{r.ratio:.2f}x", f"{r.ratio_low:.2f}-{r.ratio_high:.2f}",
+            *(f"{t.median:.0f}" if t else "-" for t in times),
+            f"{r.gemm_ratio.median:.2f}x",
+            *(f"{r.ratio.median:.2f}x", f"{r.ratio.low:.2f}-{r.ratio.high:.2f}"),
+            *(f"{r.weight_ratio.median:.2f}x", f"{r.weight_ratio.low:.2f}-{r.weight_ratio.high:.2f}"),
+            *(f"{t.median:.2f}x" if t else "-" for t in (r.fused_ratio, r.fused_weight_ratio)),
         )  # fmt: skip
     return table
 

@@ -17,6 +17,10 @@ lynx::SparseLinearParams params_of(const LynxSparseLinear& call) {
   params.out_channels = call.out_channels;
   params.rank = call.rank;
   params.norm_scale = call.norm_scale != 0;
+  params.gelu_from = call.gelu_from;
+  params.producer = lynx::Producer(call.producer);
+  params.rms = call.rms != 0, params.epsilon = call.epsilon, params.gain_rows = call.gain_rows;
+  params.gain = call.gain, params.shift = call.shift, params.gate = call.gate;
   params.x = call.x, params.weight = call.weight, params.lora_down = call.lora_down, params.bias = call.bias;
   params.order = static_cast<const int32_t*>(call.order);
   params.centre = call.centre, params.saliency = call.saliency;
@@ -24,18 +28,46 @@ lynx::SparseLinearParams params_of(const LynxSparseLinear& call) {
   return params;
 }
 
+lynx::SparseWeightParams params_of(const LynxSparseWeightLinear& call) {
+  lynx::SparseWeightParams params;
+  params.dtype = call.fp16 ? lynx::DType::kFp16 : lynx::DType::kBf16;
+  params.rows = call.rows;
+  params.channels = call.channels;
+  params.out_channels = call.out_channels;
+  params.gelu_from = call.gelu_from;
+  params.kernels = call.metadata_layout == 90 ? lynx::Kernels::kSm90 : lynx::Kernels::kSm80;
+  params.x = call.x, params.values = call.values;
+  params.metadata = static_cast<const uint32_t*>(call.metadata);
+  params.bias = call.bias, params.y = call.y, params.workspace = call.workspace;
+  return params;
+}
+
 cudaError_t operand_of(const LynxSparseLinear& call, lynx::CompressedOperand* operand) {
   lynx::Kernels kernels;
   if (const cudaError_t error = lynx::choose_kernels(&kernels); error != cudaSuccess) return error;
-  *operand = lynx::compressed_operand(call.workspace, call.rows, call.channels, call.rank, kernels);
+  *operand = lynx::compressed_operand(params_of(call), kernels);
   return cudaSuccess;
 }
 
 }  // namespace
 
-// Bytes of workspace that a call needs.
+// Bytes of workspace that a call needs on the current device; 0 where the kernels do not run.
 LYNX_EXPORT int64_t lynx_workspace_bytes(const LynxSparseLinear* call) {
-  return int64_t(lynx::workspace_bytes(call->rows, call->channels, call->rank, call->order != nullptr));
+  lynx::Kernels kernels;
+  if (lynx::choose_kernels(&kernels) != cudaSuccess) return 0;
+  return int64_t(lynx::workspace_bytes(params_of(*call), kernels));
+}
+
+LYNX_EXPORT int64_t lynx_weight_workspace_bytes(const LynxSparseWeightLinear* call) {
+  return int64_t(lynx::weight_workspace_bytes(params_of(*call)));
+}
+
+// Which metadata layout a sparse weight should have for the current device: 80, 90, or 0 where the kernels do
+// not run.
+LYNX_EXPORT int lynx_metadata_layout() {
+  lynx::Kernels kernels;
+  if (lynx::choose_kernels(&kernels) != cudaSuccess) return 0;
+  return kernels == lynx::Kernels::kSm90 ? 90 : 80;
 }
 
 // Number of tile configurations on the current device; 0 where there is none that the kernels run on.
@@ -46,7 +78,7 @@ LYNX_EXPORT int lynx_tile_count() {
 
 // The whole op: checks, pruning pass, GEMM.
 LYNX_EXPORT int lynx_sparse_linear(const LynxSparseLinear* call, cudaStream_t stream) {
-  return lynx::launch_sparse_linear(params_of(*call), stream);
+  return lynx::launch_sparse_linear(params_of(*call), call->tile, stream);
 }
 
 // The pruning pass alone.
@@ -57,13 +89,13 @@ LYNX_EXPORT int lynx_prune(const LynxSparseLinear* call, cudaStream_t stream) {
 }
 
 // The GEMM alone, on what a pruning pass left in the workspace.
-LYNX_EXPORT int lynx_sparse_gemm(const LynxSparseLinear* call, cudaStream_t stream) {
+LYNX_EXPORT int lynx_pruned_gemm(const LynxSparseLinear* call, cudaStream_t stream) {
   lynx::CompressedOperand operand;
   if (const cudaError_t error = operand_of(*call, &operand); error != cudaSuccess) return error;
-  const lynx::SparseLinearParams params = params_of(*call);
-  if (call->tile < 0) return lynx::launch_sparse_gemm(params, operand, stream);
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (call->tile >= lynx::tile_count(operand.kernels)) return cudaErrorInvalidValue;
-  return lynx::tile_launch(operand.kernels, params.dtype, call->tile)(params, operand, device, stream);
+  return lynx::launch_pruned_gemm(params_of(*call), operand, call->tile, stream);
+}
+
+// The op with a sparse weight.
+LYNX_EXPORT int lynx_sparse_weight_linear(const LynxSparseWeightLinear* call, cudaStream_t stream) {
+  return lynx::launch_sparse_weight_linear(params_of(*call), call->tile, stream);
 }

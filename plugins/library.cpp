@@ -3,13 +3,19 @@
 // logger.
 #include "log.h"
 #include "sparse_linear_plugin.h"
+#include "sparse_weight_plugin.h"
 
 #define LYNX_EXPORT extern "C" __attribute__((visibility("default")))
 
 LYNX_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-  static lynx::SparseLinearCreator sparse_linear;
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&sparse_linear};
-  count = 1;
+  static lynx::Creator<lynx::SparseLinearOp<lynx::Producer::kNone>> sparse_linear;
+  static lynx::Creator<lynx::SparseLinearOp<lynx::Producer::kNorm>> norm_sparse_linear;
+  static lynx::Creator<lynx::SparseLinearOp<lynx::Producer::kGelu>> gelu_sparse_linear;
+  static lynx::Creator<lynx::SparseLinearOp<lynx::Producer::kGated>> gated_sparse_linear;
+  static lynx::Creator<lynx::SparseWeightOp> sparse_weight_linear;
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {
+      &sparse_linear, &norm_sparse_linear, &gelu_sparse_linear, &gated_sparse_linear, &sparse_weight_linear};
+  count = int32_t(sizeof creators / sizeof creators[0]);
   return creators;
 }
 

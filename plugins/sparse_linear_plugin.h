@@ -1,88 +1,99 @@
 // SPDX-License-Identifier: Apache-2.0
-// The TensorRT side of LynxSparseLinear: shapes, dtypes, attributes, messages. Kernels live in kernels/.
+// The TensorRT side of LynxSparseLinear and of its forms with a fused producer of x: shapes, dtypes,
+// attributes, messages. Kernels live in kernels/.
 #pragma once
 
-#include <NvInferRuntime.h>
-
-#include <array>
-#include <cstdint>
-#include <string>
+#include "kernels/sparse_linear.h"
+#include "plugin.h"
 
 namespace lynx {
 
-// The op's attributes, all int32: what an engine stores of the plugin. Weights are inputs.
 struct SparseLinearAttributes {
   int32_t rank = 0;
   int32_t norm_scale = 0;
   int32_t has_order = 0;
   int32_t has_centre = 0;
   int32_t has_saliency = 0;
+  int32_t activation = 0;       // 1: GELU (tanh) on the output
+  int32_t activation_from = 0;  // first output channel that it applies to
+  int32_t rms = 0;              // kNorm: RMSNorm instead of LayerNorm
+  float epsilon = 1e-6f;        // kNorm
 };
 
-// Inputs in the order of the op; all are wired, the has_* flags say which of the last three count.
-enum SparseLinearInput : int32_t { kX, kWeight, kLoraDown, kBias, kOrder, kCentre, kSaliency, kInputs };
-
-// One node. Holds no state but its attributes, so that contexts and streams can share nothing by accident.
-class SparseLinearPlugin final : public nvinfer1::IPluginV3,
-                                 public nvinfer1::IPluginV3OneCore,
-                                 public nvinfer1::IPluginV3OneBuild,
-                                 public nvinfer1::IPluginV3OneRuntime {
- public:
-  explicit SparseLinearPlugin(const SparseLinearAttributes& attributes);
-  SparseLinearPlugin(const SparseLinearPlugin&) = delete;  // fields_ points into attributes_: use clone()
-  SparseLinearPlugin& operator=(const SparseLinearPlugin&) = delete;
-
-  nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
-  nvinfer1::IPluginV3* clone() noexcept override;
-
-  const char* getPluginName() const noexcept override;
-  const char* getPluginVersion() const noexcept override;
-  const char* getPluginNamespace() const noexcept override;
-
-  int32_t getNbOutputs() const noexcept override { return 1; }
-  int32_t getOutputDataTypes(nvinfer1::DataType* output_types, int32_t outputs,
-                             const nvinfer1::DataType* input_types, int32_t inputs) const noexcept override;
-  int32_t getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count,
-                          const nvinfer1::DimsExprs* shape_inputs, int32_t shape_input_count,
-                          nvinfer1::DimsExprs* outputs, int32_t output_count,
-                          nvinfer1::IExprBuilder& builder) noexcept override;
-  bool supportsFormatCombination(int32_t position, const nvinfer1::DynamicPluginTensorDesc* tensors,
-                                 int32_t inputs, int32_t outputs) noexcept override;
-  int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc* in, int32_t inputs,
-                          const nvinfer1::DynamicPluginTensorDesc* out, int32_t outputs) noexcept override;
-  size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* in, int32_t inputs,
-                          const nvinfer1::DynamicPluginTensorDesc* out,
-                          int32_t outputs) const noexcept override;
-
-  int32_t onShapeChange(const nvinfer1::PluginTensorDesc* in, int32_t inputs,
-                        const nvinfer1::PluginTensorDesc* out, int32_t outputs) noexcept override;
-  int32_t enqueue(const nvinfer1::PluginTensorDesc* input_desc, const nvinfer1::PluginTensorDesc* output_desc,
-                  const void* const* inputs, void* const* outputs, void* workspace,
-                  cudaStream_t stream) noexcept override;
-  nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext* context) noexcept override;
-  const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override;
-
- private:
-  SparseLinearAttributes attributes_;
-  std::array<nvinfer1::PluginField, 5> fields_;
-  nvinfer1::PluginFieldCollection collection_;
+// Inputs in the order of the op; all are wired, the has_* flags say whether order, centre and saliency count.
+enum SparseLinearInput : int32_t {
+  kWeight = 1,
+  kLoraDown,
+  kBias,
+  kOrder,
+  kCentre,
+  kSaliency,
+  kFirst,
+  kSecond
 };
 
-class SparseLinearCreator final : public nvinfer1::IPluginCreatorV3One {
- public:
-  SparseLinearCreator();
+template <Producer kProducer>
+struct SparseLinearNames;
 
-  // Null, with a logged reason, for an attribute out of range.
-  nvinfer1::IPluginV3* createPlugin(const char* name, const nvinfer1::PluginFieldCollection* fields,
-                                    nvinfer1::TensorRTPhase phase) noexcept override;
-  const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &collection_; }
-  const char* getPluginName() const noexcept override;
-  const char* getPluginVersion() const noexcept override;
-  const char* getPluginNamespace() const noexcept override;
+template <>
+struct SparseLinearNames<Producer::kNone> {
+  static constexpr char kName[] = "LynxSparseLinear";
+  static constexpr const char* kInputNames[] = {"x",     "weight", "lora_down", "bias",
+                                                "order", "centre", "saliency"};
+};
 
- private:
-  std::array<nvinfer1::PluginField, 5> fields_;
-  nvinfer1::PluginFieldCollection collection_;
+template <>
+struct SparseLinearNames<Producer::kNorm> {
+  static constexpr char kName[] = "LynxNormSparseLinear";
+  static constexpr const char* kInputNames[] = {"x",      "weight",   "lora_down", "bias", "order",
+                                                "centre", "saliency", "gain",      "shift"};
+};
+
+template <>
+struct SparseLinearNames<Producer::kGelu> {
+  static constexpr char kName[] = "LynxGeluSparseLinear";
+  static constexpr const char* kInputNames[] = {"x",     "weight", "lora_down", "bias",
+                                                "order", "centre", "saliency"};
+};
+
+template <>
+struct SparseLinearNames<Producer::kGated> {
+  static constexpr char kName[] = "LynxGatedSparseLinear";
+  static constexpr const char* kInputNames[] = {"x",     "weight", "lora_down", "bias",
+                                                "order", "centre", "saliency",  "gate"};
+};
+
+template <Producer kProducer>
+struct SparseLinearOp : SparseLinearNames<kProducer> {
+  using Attributes = SparseLinearAttributes;
+  static constexpr auto kInt = nvinfer1::PluginFieldType::kINT32;
+  static constexpr AttributeField kFields[] = {
+      {"rank", kInt, offsetof(Attributes, rank)},
+      {"norm_scale", kInt, offsetof(Attributes, norm_scale)},
+      {"has_order", kInt, offsetof(Attributes, has_order)},
+      {"has_centre", kInt, offsetof(Attributes, has_centre)},
+      {"has_saliency", kInt, offsetof(Attributes, has_saliency)},
+      {"activation", kInt, offsetof(Attributes, activation)},
+      {"activation_from", kInt, offsetof(Attributes, activation_from)},
+      {"rms", kInt, offsetof(Attributes, rms)},
+      {"epsilon", nvinfer1::PluginFieldType::kFLOAT32, offsetof(Attributes, epsilon)},
+  };
+  using Inputs = std::array<Extents, sizeof(SparseLinearNames<kProducer>::kInputNames) / sizeof(const char*)>;
+
+  static bool check_attributes(const Attributes& attributes);
+  static bool check_shapes(const Attributes& attributes, const Inputs& in);
+  static nvinfer1::DataType input_type(int32_t input, nvinfer1::DataType x) {
+    return input == kOrder ? nvinfer1::DataType::kINT32 : x;
+  }
+  static const nvinfer1::IDimensionExpr* output_channels(const Attributes&, const nvinfer1::DimsExprs* inputs,
+                                                         nvinfer1::IExprBuilder&) {
+    return inputs[kWeight].d[0];
+  }
+  static cudaError_t kernels(const Attributes&, Kernels* kernels) { return choose_kernels(kernels); }
+  static size_t workspace(const Attributes& attributes, const Inputs& in, nvinfer1::DataType x);
+  static cudaError_t launch(const Attributes& attributes, const Inputs& in, nvinfer1::DataType x,
+                            const void* const* inputs, void* y, void* workspace, int tile,
+                            cudaStream_t stream);
 };
 
 }  // namespace lynx

@@ -4,7 +4,9 @@
 // 16 bytes wide.
 #include <algorithm>
 
+#include "launch.h"
 #include "sparse_linear.h"
+#include "warp.h"
 
 namespace lynx {
 namespace {
@@ -18,7 +20,7 @@ static_assert(kMaxOrderedChannels * 2 == kSharedBytes, "a row must fit into shar
 // x, out: [rows, channels]; order: [channels].
 __global__ void __launch_bounds__(kThreads) reorder_kernel(const uint4* x, const int4* order, uint4* out,
                                                            int64_t rows, int channels, int block_rows) {
-  extern __shared__ uint4 staged[];  // [block_rows, channels]
+  uint4* const staged = dynamic_shared<uint4>();  // [block_rows, channels]
   const int row_chunks = channels / kChunk;
   const int64_t first_row = int64_t(blockIdx.x) * block_rows;
   const int count = int(min(int64_t(block_rows), rows - first_row));
@@ -43,10 +45,9 @@ cudaError_t launch_reorder(const SparseLinearParams& params, void* out, cudaStre
   const int row_bytes = params.channels * 2;
   const int block_rows = std::min(kSharedBytes / row_bytes, kMostRows);
   const unsigned grid = unsigned((params.rows + block_rows - 1) / block_rows);
-  reorder_kernel<<<grid, kThreads, size_t(block_rows * row_bytes), stream>>>(
-      static_cast<const uint4*>(params.x), reinterpret_cast<const int4*>(params.order),
-      static_cast<uint4*>(out), params.rows, params.channels, block_rows);
-  return cudaGetLastError();
+  return launch_kernel(reorder_kernel, grid, kThreads, size_t(block_rows * row_bytes), stream,
+                       static_cast<const uint4*>(params.x), reinterpret_cast<const int4*>(params.order),
+                       static_cast<uint4*>(out), params.rows, params.channels, block_rows);
 }
 
 }  // namespace lynx

@@ -2,23 +2,50 @@
 // Picks the kernels for the current device and the tile configuration for a problem.
 #include "sparse_gemm.h"
 
+#include <algorithm>
+
 namespace lynx {
 namespace {
 
-cudaError_t get_attribute(cudaDeviceAttr attribute, int device, int* value) {
-  return cudaDeviceGetAttribute(value, attribute, device);
+cudaError_t current_attribute(cudaDeviceAttr attribute, int* device, int* value) {
+  const cudaError_t error = cudaGetDevice(device);
+  return error == cudaSuccess ? cudaDeviceGetAttribute(value, attribute, *device) : error;
+}
+
+template <class Element, Operand kOperand>
+SparseGemmLaunch* sm80_launch(int tile) {
+  static constexpr SparseGemmLaunch* kLaunches[kTileConfigs] = {launch_gemm_sm80<Element, kMedium, kOperand>,
+                                                                launch_gemm_sm80<Element, kSmall, kOperand>};
+  return kLaunches[tile];
+}
+
+#if defined(LYNX_SM90)
+template <class Element, Operand kOperand>
+SparseGemmLaunch* sm90_launch(int tile) {
+  static constexpr SparseGemmLaunch* kLaunches[kTileConfigsSm90] = {
+      launch_gemm_sm90<Element, kWide, kOperand>, launch_gemm_sm90<Element, kTall, kOperand>,
+      launch_gemm_sm90<Element, kNarrow, kOperand>};
+  return kLaunches[tile];
+}
+#endif
+
+template <class Element, Operand kOperand>
+SparseGemmLaunch* launch_of(Kernels kernels, int tile) {
+#if defined(LYNX_SM90)
+  if (kernels == Kernels::kSm90) return sm90_launch<Element, kOperand>(tile);
+#endif
+  return kernels == Kernels::kSm80 ? sm80_launch<Element, kOperand>(tile) : nullptr;
 }
 
 }  // namespace
 
 cudaError_t choose_kernels(Kernels* kernels) {
   int device = 0, major = 0, minor = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (const cudaError_t error = get_attribute(cudaDevAttrComputeCapabilityMajor, device, &major);
+  if (const cudaError_t error = current_attribute(cudaDevAttrComputeCapabilityMajor, &device, &major);
       error != cudaSuccess) {
     return error;
   }
-  if (const cudaError_t error = get_attribute(cudaDevAttrComputeCapabilityMinor, device, &minor);
+  if (const cudaError_t error = current_attribute(cudaDevAttrComputeCapabilityMinor, &device, &minor);
       error != cudaSuccess) {
     return error;
   }
@@ -30,33 +57,48 @@ cudaError_t choose_kernels(Kernels* kernels) {
   return cudaSuccess;
 }
 
-int tile_count(Kernels kernels) { return kernels == Kernels::kSm90 ? kTileConfigsSm90 : kTileConfigs; }
-
-SparseGemmLaunch* tile_launch(Kernels kernels, DType dtype, int tile) {
-  const bool bf16 = dtype == DType::kBf16;
-#if defined(LYNX_SM90)
-  static constexpr SparseGemmLaunch* kSm90Bf16[] = {launch_gemm_sm90_bf16_wide, launch_gemm_sm90_bf16_narrow};
-  static constexpr SparseGemmLaunch* kSm90Fp16[] = {launch_gemm_sm90_fp16_wide, launch_gemm_sm90_fp16_narrow};
-  if (kernels == Kernels::kSm90) return (bf16 ? kSm90Bf16 : kSm90Fp16)[tile];
-#endif
-  static constexpr SparseGemmLaunch* kBf16[] = {launch_gemm_bf16_medium, launch_gemm_bf16_small};
-  static constexpr SparseGemmLaunch* kFp16[] = {launch_gemm_fp16_medium, launch_gemm_fp16_small};
-  return kernels == Kernels::kSm80 ? (bf16 ? kBf16 : kFp16)[tile] : nullptr;
+int64_t gemm_workspace_bytes(Kernels kernels, int64_t m, int64_t n) {
+  int64_t most = 0;
+  if (kernels == Kernels::kSm90) {
+    for (const TileConfigSm90& tile : kTilesSm90) most = std::max(most, stream_k_bytes(tile, m, n));
+  }
+  return most;
 }
 
-cudaError_t launch_sparse_gemm(const SparseLinearParams& params, const CompressedOperand& a,
-                               cudaStream_t stream) {
+int tile_count(Kernels kernels) {
+  return kernels == Kernels::kSm90 ? int(kTileConfigsSm90) : int(kTileConfigs);
+}
+
+SparseGemmLaunch* tile_launch(Kernels kernels, DType dtype, Operand operand, int tile) {
+  if (operand == Operand::kActivation) {
+    return dtype == DType::kBf16 ? launch_of<Bf16, Operand::kActivation>(kernels, tile)
+                                 : launch_of<Fp16, Operand::kActivation>(kernels, tile);
+  }
+  return dtype == DType::kBf16 ? launch_of<Bf16, Operand::kWeight>(kernels, tile)
+                               : launch_of<Fp16, Operand::kWeight>(kernels, tile);
+}
+
+cudaError_t best_tile(Kernels kernels, const SparseGemmCall& call, int* tile) {
   int device = 0, sm_count = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (const cudaError_t error = get_attribute(cudaDevAttrMultiProcessorCount, device, &sm_count);
+  if (const cudaError_t error = current_attribute(cudaDevAttrMultiProcessorCount, &device, &sm_count);
       error != cudaSuccess) {
     return error;
   }
-  const int tile = a.kernels == Kernels::kSm90
-                       ? choose_tile(kTilesSm90, params.rows, params.out_channels, sm_count)
-                       : choose_tile(kTiles, params.rows, params.out_channels, sm_count);
-  SparseGemmLaunch* const launch = tile_launch(a.kernels, params.dtype, tile);
-  return launch == nullptr ? cudaErrorNotSupported : launch(params, a, device, stream);
+  *tile = kernels == Kernels::kSm90 ? choose_tile(kTilesSm90, call.m, call.n, sm_count)
+                                    : choose_tile(kTiles, call.m, call.n, sm_count);
+  return cudaSuccess;
+}
+
+cudaError_t launch_sparse_gemm(Kernels kernels, DType dtype, Operand operand, const SparseGemmCall& call,
+                               int tile, cudaStream_t stream) {
+  if (tile == kAnyTile) {
+    if (const cudaError_t error = best_tile(kernels, call, &tile); error != cudaSuccess) return error;
+  }
+  if (tile < 0 || tile >= tile_count(kernels)) return cudaErrorInvalidValue;
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  SparseGemmLaunch* const launch = tile_launch(kernels, dtype, operand, tile);
+  return launch == nullptr ? cudaErrorNotSupported : launch(call, device, stream);
 }
 
 }  // namespace lynx

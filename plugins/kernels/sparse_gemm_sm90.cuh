@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUTLASS's wgmma.sp GEMM for sm_90a with the epilogue y = s[m] * acc + bias[n], for one tile configuration.
-// Included by the small instantiation files sparse_gemm_sm90_*.cu, which compile in parallel.
+// CUTLASS's wgmma.sp GEMM for sm_90a with our epilogues, for one tile configuration. Included by the small
+// instantiation files sparse_gemm_sm90_*.cu, which compile in parallel.
 #pragma once
+
+#include <type_traits>
 
 #include "cute/tensor.hpp"
 #include "cutlass/cutlass.h"
@@ -11,53 +13,127 @@
 #include "cutlass/gemm/device/gemm_universal_adapter.h"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 #include "cutlass/util/packed_stride.hpp"
-#include "sparse24.h"
+
+#include "activation.h"
 #include "sparse_gemm.h"
 
 namespace lynx {
 
-template <class Element, TileIndexSm90 kIndex>
+// Epilogue node: GELU on the output channels from `from` on, and the conversion to the output's type. kMode
+// is the mode of D (m: 0, n: 1) that output channels lie on. The elements of a fragment lie in one run of
+// kGeluMultiple channels, so that its first one speaks for all and the branch is a warp's.
+template <class Element, int kMode>
+struct GeluFrom : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
+  struct SharedStorage {};
+  struct Arguments {
+    int from;
+  };
+  using Params = Arguments;
+
+  template <class ProblemShape>
+  static constexpr Params to_underlying_arguments(const ProblemShape&, const Arguments& args, void*) {
+    return args;
+  }
+  template <class ProblemShape>
+  static bool can_implement(const ProblemShape&, const Arguments&) {
+    return true;
+  }
+  template <class ProblemShape>
+  static size_t get_workspace_size(const ProblemShape&, const Arguments&) {
+    return 0;
+  }
+  template <class ProblemShape>
+  static cutlass::Status initialize_workspace(const ProblemShape&, const Arguments&, void*, cudaStream_t,
+                                              cutlass::CudaHostAdapter* = nullptr) {
+    return cutlass::Status::kSuccess;
+  }
+
+  CUTLASS_HOST_DEVICE GeluFrom() {}
+  CUTLASS_HOST_DEVICE GeluFrom(const Params& params, const SharedStorage&) : params(params) {}
+
+  Params params;
+
+  template <class Coordinates>
+  struct Callbacks : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
+    CUTLASS_DEVICE Callbacks(const Coordinates& at, int from) : at(at), from(from) {}
+
+    template <class Accumulator, int kCount>
+    CUTLASS_DEVICE cutlass::Array<Element, kCount> visit(const cutlass::Array<Accumulator, kCount>&,
+                                                         int epi_v, int epi_m, int epi_n,
+                                                         const cutlass::Array<float, kCount>& input) {
+      cutlass::Array<float, kCount> value = input;
+      if (cute::get<kMode>(at(cute::_, cute::_, cute::_, epi_m, epi_n)(epi_v * kCount)) >= from) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kCount; ++i) value[i] = gelu_tanh(input[i]);
+      }
+      return cutlass::NumericArrayConverter<Element, float, kCount>{}(value);
+    }
+
+    Coordinates at;  // of the thread's elements, relative to its first
+    int from;        // relative to the thread's first element
+  };
+
+  template <bool kReferenceSource, class... Args>
+  CUTLASS_DEVICE auto get_consumer_store_callbacks(
+      const cutlass::epilogue::fusion::ConsumerStoreArgs<Args...>& args) {
+    const int first = cute::get<kMode>(args.problem_shape_mnkl) - int(cute::get<kMode>(args.residue_tCcD));
+    return Callbacks<decltype(args.tCcD)>(args.tCcD, params.from - first);
+  }
+};
+
+template <class Element, TileIndexSm90 kIndex, Operand kOperand>
 struct SparseGemmSm90 {
   static constexpr TileConfigSm90 kTile = kTilesSm90[kIndex];
+  static constexpr bool kSparseWeight = kOperand == Operand::kWeight;
   using TileShape = cute::Shape<cute::Int<kTile.m>, cute::Int<kTile.n>, cute::Int<kTile.k>>;
   using ClusterShape = cute::Shape<cute::Int<kTile.cluster_m>, cute::_1, cute::_1>;
   using Schedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+  // y is row-major: of a sparse weight's D, [output channels, tokens], that is column-major.
+  using LayoutD = std::conditional_t<kSparseWeight, cutlass::layout::ColumnMajor, cutlass::layout::RowMajor>;
   static constexpr int kAlignment = 8;  // 16 bytes, what TMA wants
   static constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
 
-  // Epilogue tree: store(multiply_add(scale[m], accumulator, bias[n])), in float32 until the store.
+  // Epilogue trees, in float32 until the store: gelu(scale[m] * accumulator + bias[n]), or with a sparse
+  // weight gelu(accumulator + bias[m]).
+  template <template <class> class Function, class... Children>
+  using Compute = cutlass::epilogue::fusion::Sm90EVT<
+      cutlass::epilogue::fusion::Sm90Compute<Function, float, float, kRound>, Children...>;
+  using Accumulator = cutlass::epilogue::fusion::Sm90AccFetch;
   using Scale = cutlass::epilogue::fusion::Sm90ColBroadcast<0, TileShape, float>;
-  using Bias = cutlass::epilogue::fusion::Sm90RowBroadcast<0, TileShape, Element, float>;
-  using Affine = cutlass::epilogue::fusion::Sm90EVT<
-      cutlass::epilogue::fusion::Sm90Compute<cutlass::homogeneous_multiply_add, Element, float, kRound>,
-      Scale, cutlass::epilogue::fusion::Sm90AccFetch, Bias>;
+  using RowBias = cutlass::epilogue::fusion::Sm90RowBroadcast<0, TileShape, Element, float>;
+  using ColumnBias = cutlass::epilogue::fusion::Sm90ColBroadcast<0, TileShape, Element, float>;
+  using Affine = std::conditional_t<kSparseWeight, Compute<cutlass::plus, Accumulator, ColumnBias>,
+                                    Compute<cutlass::homogeneous_multiply_add, Scale, Accumulator, RowBias>>;
+  using Tree = cutlass::epilogue::fusion::Sm90EVT<GeluFrom<Element, kSparseWeight ? 0 : 1>, Affine>;
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, TileShape, ClusterShape,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, cutlass::layout::RowMajor,
-      kAlignment, Element, cutlass::layout::RowMajor, kAlignment,
-      cutlass::epilogue::TmaWarpSpecializedCooperative, Affine>::CollectiveOp;
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, LayoutD, kAlignment, Element,
+      LayoutD, kAlignment, cutlass::epilogue::TmaWarpSpecializedCooperative, Tree>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Element, cutlass::layout::RowMajor,
       2 * kAlignment, Element, cutlass::layout::ColumnMajor, kAlignment, float, TileShape, ClusterShape,
       cutlass::gemm::collective::StageCountAutoCarveout<int(sizeof(typename Epilogue::SharedStorage))>,
       Schedule>::CollectiveOp;
   static_assert(Mainloop::DispatchPolicy::Stages == kTile.stages, "tile_config.h states the stages that fit");
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
+  using Scheduler =
+      std::conditional_t<kTile.stream_k, cutlass::gemm::StreamKScheduler, cutlass::gemm::PersistentScheduler>;
+  using Kernel =
+      cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue, Scheduler>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   using SparseConfig = typename Mainloop::SparseConfig;
   static_assert(SparseConfig::TensorEAtomK::value == kAtomWidthSm90 &&
                     SparseConfig::TensorEAtomM::value == kRowMultiple,
                 "the pruning pass writes the metadata layout that this GEMM reads");
 
-  static cudaError_t launch(const SparseLinearParams& params, const CompressedOperand& a, int device,
-                            cudaStream_t stream) {
-    const typename Gemm::Arguments args = arguments(params, a, device);
-    if (Gemm::can_implement(args) != cutlass::Status::kSuccess || Gemm::get_workspace_size(args) != 0) {
+  static cudaError_t launch(const SparseGemmCall& call, int device, cudaStream_t stream) {
+    const typename Gemm::Arguments args = arguments(call, device);
+    if (Gemm::can_implement(args) != cutlass::Status::kSuccess ||
+        Gemm::get_workspace_size(args) > call.workspace_bytes) {
       return cudaErrorInvalidValue;
     }
     Gemm gemm;
-    if (gemm.initialize(args, nullptr, stream) != cutlass::Status::kSuccess ||
+    if (gemm.initialize(args, call.workspace, stream) != cutlass::Status::kSuccess ||
         gemm.run(stream) != cutlass::Status::kSuccess) {
       const cudaError_t error = cudaGetLastError();
       return error == cudaSuccess ? cudaErrorLaunchFailure : error;
@@ -66,30 +142,50 @@ struct SparseGemmSm90 {
   }
 
  private:
-  static typename Gemm::Arguments arguments(const SparseLinearParams& params, const CompressedOperand& a,
-                                            int device) {
-    const int rows = int(params.rows), columns = params.out_channels;
-    const int width = int(padded_width(params.channels, params.rank));
-    const auto shape = cute::make_shape(rows, columns, width, 1);
+  static typename Gemm::Arguments arguments(const SparseGemmCall& call, int device) {
+    const auto shape = cute::make_shape(call.m, call.n, call.width, 1);
     typename Gemm::Arguments args;
     args.mode = cutlass::gemm::GemmUniversalMode::kGemm;
     args.problem_shape = shape;
-    args.mainloop.ptr_A = static_cast<const Element*>(a.values);
+    args.mainloop.ptr_A = static_cast<const Element*>(call.values);
     args.mainloop.layout_a = SparseConfig::fill_layoutA(shape);
-    args.mainloop.ptr_B = static_cast<const Element*>(params.weight);
+    args.mainloop.ptr_B = static_cast<const Element*>(call.dense);
     args.mainloop.dB =
-        cutlass::make_cute_packed_stride(typename Kernel::StrideB{}, cute::make_shape(columns, width, 1));
-    args.mainloop.ptr_E = reinterpret_cast<const typename Mainloop::ElementE*>(a.metadata);
+        cutlass::make_cute_packed_stride(typename Kernel::StrideB{}, cute::make_shape(call.n, call.width, 1));
+    args.mainloop.ptr_E = reinterpret_cast<const typename Mainloop::ElementE*>(call.metadata);
     args.mainloop.layout_e = SparseConfig::fill_layoutE(shape);
-    args.epilogue.thread = {
-        {a.scale, 0.0f, {}}, {}, {static_cast<const Element*>(params.bias), Element(0), {}}, {}};
-    args.epilogue.ptr_D = static_cast<Element*>(params.y);
+    args.epilogue.thread = tree_arguments(call);
+    args.epilogue.ptr_D = static_cast<Element*>(call.y);
     args.epilogue.dD =
-        cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, cute::make_shape(rows, columns, 1));
+        cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, cute::make_shape(call.m, call.n, 1));
     args.hw_info.device_id = device;
     args.hw_info.sm_count = cutlass::KernelHardwareInfo::query_device_multiprocessor_count(device);
     return args;
   }
+
+  static typename Tree::Arguments tree_arguments(const SparseGemmCall& call) {
+    const Element* const bias = static_cast<const Element*>(call.bias);
+    if constexpr (kSparseWeight) {
+      return {{{}, {bias, Element(0), {}}, {}}, {call.gelu_from}};
+    } else {
+      return {{{call.scale, 0.0f, {}}, {}, {bias, Element(0), {}}, {}}, {call.gelu_from}};
+    }
+  }
 };
+
+template <class Element>
+using CutlassElement =
+    std::conditional_t<std::is_same_v<Element, Bf16>, cutlass::bfloat16_t, cutlass::half_t>;
+
+template <class Element, TileIndexSm90 kIndex, Operand kOperand>
+cudaError_t launch_gemm_sm90(const SparseGemmCall& call, int device, cudaStream_t stream) {
+  return SparseGemmSm90<CutlassElement<Element>, kIndex, kOperand>::launch(call, device, stream);
+}
+
+// Instantiates all tiles for one element type and operand.
+#define LYNX_INSTANTIATE_SM90(Element, kOperand)                                                             \
+  template cudaError_t launch_gemm_sm90<Element, kWide, kOperand>(const SparseGemmCall&, int, cudaStream_t); \
+  template cudaError_t launch_gemm_sm90<Element, kTall, kOperand>(const SparseGemmCall&, int, cudaStream_t); \
+  template cudaError_t launch_gemm_sm90<Element, kNarrow, kOperand>(const SparseGemmCall&, int, cudaStream_t)
 
 }  // namespace lynx

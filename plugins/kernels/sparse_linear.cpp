@@ -2,7 +2,7 @@
 #include "sparse_linear.h"
 
 #include "sparse24.h"
-#include "tile_config.h"
+#include "sparse_gemm.h"
 
 namespace lynx {
 namespace {
@@ -13,58 +13,124 @@ static_assert(kWidthMultiple % kAtomWidthSm90 == 0,
 constexpr int64_t kSegment = 256;  // bytes; every part of the workspace starts at a multiple of it
 
 struct Segments {
-  int64_t values, metadata, scale, reordered, total;  // offsets in bytes, and the end
+  int64_t values, metadata, scale, gemm, reordered, total;  // offsets in bytes, and the end
 };
 
-Segments segments(int64_t rows, int channels, int rank, bool ordered) {
-  const int64_t padded = padded_rows(rows), width = padded_width(channels, rank);
+Segments segments(const SparseLinearParams& p, Kernels kernels) {
+  const int64_t padded = padded_rows(p.rows), width = padded_width(p.channels, p.rank);
   Segments at;
   at.values = 0;
   at.metadata = round_up(padded * (width / 2) * 2, kSegment);
   at.scale = at.metadata + round_up(Sm80Metadata::bytes(padded, width), kSegment);
-  at.reordered = at.scale + round_up(padded * int64_t(sizeof(float)), kSegment);
-  at.total = at.reordered + (ordered ? round_up(rows * channels * 2, kSegment) : 0);
+  at.gemm = at.scale + round_up(padded * int64_t(sizeof(float)), kSegment);
+  at.reordered = at.gemm + round_up(gemm_workspace_bytes(kernels, p.rows, p.out_channels), kSegment);
+  at.total = at.reordered + (p.order == nullptr ? 0 : round_up(p.rows * p.channels * 2, kSegment));
   return at;
 }
 
 bool misaligned(const void* pointer) { return (reinterpret_cast<uintptr_t>(pointer) & 15u) != 0; }
 
+// What both ops ask of their sizes; `step`: of K.
+template <class Params>
+bool sizes_fit(const Params& p, int step) {
+  return p.rows > 0 && padded_rows(p.rows) <= INT32_MAX && p.channels > 0 && p.channels % step == 0 &&
+         p.out_channels > 0 && p.out_channels % 8 == 0 && p.gelu_from >= 0 &&
+         (p.gelu_from >= p.out_channels || p.gelu_from % kGeluMultiple == 0);
+}
+
+bool producer_fits(const SparseLinearParams& p) {
+  if (p.producer == Producer::kNone) return true;
+  if (p.order || p.centre || p.saliency) return false;
+  if (p.producer == Producer::kGated) return p.gate != nullptr;
+  return p.producer == Producer::kGelu ||
+         (p.gain && p.shift && p.gain_rows > 0 && p.rows % p.gain_rows == 0 && p.epsilon > 0.0f);
+}
+
 cudaError_t check(const SparseLinearParams& p) {
-  const bool sizes_ok = p.rows > 0 && padded_rows(p.rows) <= INT32_MAX && p.channels > 0 &&
-                        p.channels % kBlock == 0 && p.out_channels > 0 && p.out_channels % 8 == 0 &&
-                        p.rank >= 0 && p.rank <= kMaxRank && p.rank % kRankMultiple == 0 &&
-                        (p.order == nullptr || p.channels <= kMaxOrderedChannels);
+  const bool sizes_ok = sizes_fit(p, kBlock) && p.rank >= 0 && p.rank <= kMaxRank &&
+                        p.rank % kRankMultiple == 0 &&
+                        (p.order == nullptr || p.channels <= kMaxOrderedChannels) && producer_fits(p);
   const bool present = p.x && p.weight && p.bias && p.y && p.workspace && (p.rank == 0 || p.lora_down);
   if (!sizes_ok || !present) return cudaErrorInvalidValue;
-  const void* const pointers[] = {p.x,      p.weight,   p.lora_down, p.bias,     p.order,
-                                  p.centre, p.saliency, p.y,         p.workspace};
+  const void* const pointers[] = {p.x,        p.weight, p.lora_down, p.bias, p.order, p.centre,
+                                  p.saliency, p.gain,   p.shift,     p.gate, p.y,     p.workspace};
   for (const void* pointer : pointers) {
     if (misaligned(pointer)) return cudaErrorMisalignedAddress;
   }
   return cudaSuccess;
 }
 
+cudaError_t check(const SparseWeightParams& p) {
+  const bool present =
+      p.x && p.values && p.metadata && p.bias && p.y && (p.workspace || weight_workspace_bytes(p) == 0);
+  if (!sizes_fit(p, kWidthMultiple) || !present) return cudaErrorInvalidValue;
+  const void* const pointers[] = {p.x, p.values, p.metadata, p.bias, p.y, p.workspace};
+  for (const void* pointer : pointers) {
+    if (misaligned(pointer)) return cudaErrorMisalignedAddress;
+  }
+  return cudaSuccess;
+}
+
+// mma.sp runs on every device from sm_80 on, wgmma.sp on sm_90 alone.
+cudaError_t check_runs(Kernels kernels) {
+  Kernels best;
+  if (const cudaError_t error = choose_kernels(&best); error != cudaSuccess) return error;
+  return kernels == Kernels::kSm80 || kernels == best ? cudaSuccess : cudaErrorNotSupported;
+}
+
 }  // namespace
 
-size_t workspace_bytes(int64_t rows, int channels, int rank, bool ordered) {
-  return size_t(segments(rows, channels, rank, ordered).total);
+size_t workspace_bytes(const SparseLinearParams& params, Kernels kernels) {
+  return size_t(segments(params, kernels).total);
 }
 
-CompressedOperand compressed_operand(void* workspace, int64_t rows, int channels, int rank, Kernels kernels) {
-  const Segments at = segments(rows, channels, rank, false);
-  char* base = static_cast<char*>(workspace);
-  return {base + at.values, reinterpret_cast<uint32_t*>(base + at.metadata),
-          reinterpret_cast<float*>(base + at.scale), base + at.reordered, kernels};
+CompressedOperand compressed_operand(const SparseLinearParams& params, Kernels kernels) {
+  const Segments at = segments(params, kernels);
+  char* base = static_cast<char*>(params.workspace);
+  CompressedOperand operand;
+  operand.values = base + at.values;
+  operand.metadata = reinterpret_cast<uint32_t*>(base + at.metadata);
+  operand.scale = reinterpret_cast<float*>(base + at.scale);
+  operand.gemm = base + at.gemm;
+  operand.gemm_bytes = size_t(at.reordered - at.gemm);
+  operand.reordered = base + at.reordered;
+  operand.kernels = kernels;
+  return operand;
 }
 
-cudaError_t launch_sparse_linear(const SparseLinearParams& params, cudaStream_t stream) {
+size_t weight_workspace_bytes(const SparseWeightParams& params) {
+  return size_t(gemm_workspace_bytes(params.kernels, params.out_channels, params.rows));
+}
+
+cudaError_t launch_sparse_linear(const SparseLinearParams& params, int tile, cudaStream_t stream) {
   if (const cudaError_t error = check(params); error != cudaSuccess) return error;
   Kernels kernels;
   if (const cudaError_t error = choose_kernels(&kernels); error != cudaSuccess) return error;
-  const CompressedOperand operand =
-      compressed_operand(params.workspace, params.rows, params.channels, params.rank, kernels);
+  const CompressedOperand operand = compressed_operand(params, kernels);
   if (const cudaError_t error = launch_prune(params, operand, stream); error != cudaSuccess) return error;
-  return launch_sparse_gemm(params, operand, stream);
+  return launch_pruned_gemm(params, operand, tile, stream);
+}
+
+cudaError_t launch_pruned_gemm(const SparseLinearParams& params, const CompressedOperand& a, int tile,
+                               cudaStream_t stream) {
+  SparseGemmCall call;
+  call.m = int(params.rows), call.n = params.out_channels;
+  call.width = int(padded_width(params.channels, params.rank));
+  call.values = a.values, call.metadata = a.metadata, call.dense = params.weight;
+  call.scale = a.scale, call.bias = params.bias, call.gelu_from = params.gelu_from, call.y = params.y;
+  call.workspace = a.gemm, call.workspace_bytes = a.gemm_bytes;
+  return launch_sparse_gemm(a.kernels, params.dtype, Operand::kActivation, call, tile, stream);
+}
+
+cudaError_t launch_sparse_weight_linear(const SparseWeightParams& params, int tile, cudaStream_t stream) {
+  if (const cudaError_t error = check(params); error != cudaSuccess) return error;
+  if (const cudaError_t error = check_runs(params.kernels); error != cudaSuccess) return error;
+  SparseGemmCall call;
+  call.m = params.out_channels, call.n = int(params.rows), call.width = params.channels;
+  call.values = params.values, call.metadata = params.metadata, call.dense = params.x;
+  call.scale = nullptr, call.bias = params.bias, call.gelu_from = params.gelu_from, call.y = params.y;
+  call.workspace = params.workspace, call.workspace_bytes = weight_workspace_bytes(params);
+  return launch_sparse_gemm(params.kernels, params.dtype, Operand::kWeight, call, tile, stream);
 }
 
 }  // namespace lynx

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = s * ([prune(z) | T / s] W^T) + bias on sparse tensor cores: parameters, workspace, launch. No TensorRT.
+// y = act(s * ([prune(z) | T / s] W^T) + bias), and y = act(x W_s^T + bias) with a sparse weight, on sparse
+// tensor cores: parameters, workspace, launch. No TensorRT.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,6 +15,14 @@ enum class DType { kBf16, kFp16 };
 // The sparse tensor-core instructions that multiply; the pruning pass writes the metadata layout they read.
 enum class Kernels { kSm80, kSm90 };  // mma.sp: every GPU from sm_80 on; wgmma.sp: sm_90 alone
 
+// What the pruning pass makes of x before it prunes, so that the dense result is never written.
+enum class Producer {
+  kNone,   // x
+  kNorm,   // norm(x) * gain + shift: LayerNorm or RMSNorm over the channels, without weights of its own
+  kGelu,   // gelu(x), tanh approximation
+  kGated,  // silu(x) * gate
+};
+
 constexpr int kMaxOrderedChannels = 24576;  // K with an order: a row goes through 48 KiB of shared memory
 
 // One call of the op. All tensors are dense, row-major, 16-byte aligned device memory; `T` is the element
@@ -26,6 +35,16 @@ struct SparseLinearParams {
   int rank;          // r, a multiple of 16 up to 128, or 0
   bool norm_scale;   // s = norm scale instead of 1
 
+  int gelu_from;  // output channels from here on go through GELU (tanh); a multiple of 64, N for none
+
+  Producer producer;  // with one, there can be no order, centre or saliency
+  bool rms;           // kNorm: RMSNorm instead of LayerNorm
+  float epsilon;      // kNorm
+  int64_t gain_rows;  // kNorm: a divisor of M; each row of gain and shift serves as many consecutive tokens
+  const void* gain;   // kNorm: T [gain_rows, K]
+  const void* shift;  // kNorm: T [gain_rows, K]
+  const void* gate;   // kGated: T [M, K]
+
   const void* x;          // T [M, K]
   const void* weight;     // T [N, K'], K' = padded_width(K, r): W' | B in pairs (B_2j, B_2j+1, 0, 0) | 0
   const void* lora_down;  // T [r, K]; not read when r = 0
@@ -34,7 +53,7 @@ struct SparseLinearParams {
   const void* centre;     // T [K], or null
   const void* saliency;   // T [K], or null: selection by |z| * saliency
   void* y;                // T [M, N]
-  void* workspace;        // workspace_bytes(M, K, r, whether there is an order), 256-byte aligned
+  void* workspace;        // workspace_bytes, 256-byte aligned
 };
 
 // The compressed operand, as it lies in the workspace. Mp = padded_rows(M): rows M .. Mp are zero.
@@ -42,30 +61,58 @@ struct CompressedOperand {
   void* values;        // T [Mp, K' / 2]: kept values, then U = T / s, then zeros
   uint32_t* metadata;  // layout of `kernels`, Mp rows by K' channels
   float* scale;        // s [Mp]
-  void* reordered;     // T [M, K]: x[:, order]; there only with an order
+  void* gemm;          // workspace of the GEMM
+  size_t gemm_bytes;
+  void* reordered;  // T [M, K]: x[:, order]; there only with an order
   Kernels kernels;
 };
 
-// Bytes of workspace for `rows` tokens; grows with rows, so a profile's largest M is enough.
-size_t workspace_bytes(int64_t rows, int channels, int rank, bool ordered);
+// Bytes of workspace of a call, from its sizes and whether it has an order; grows with rows, so that a
+// profile's largest M is enough.
+size_t workspace_bytes(const SparseLinearParams& params, Kernels kernels);
 
-// Where the compressed operand lies in a workspace made for `rows` tokens.
-CompressedOperand compressed_operand(void* workspace, int64_t rows, int channels, int rank, Kernels kernels);
+// Where the compressed operand lies in the call's workspace.
+CompressedOperand compressed_operand(const SparseLinearParams& params, Kernels kernels);
 
 // The fastest kernels that the current device runs and this library was built with.
 // Returns cudaErrorNotSupported for a device below sm_80, or what querying the device returns.
 cudaError_t choose_kernels(Kernels* kernels);
 
 // Queues the whole op on `stream`: pruning pass, then GEMM. Allocates nothing, never synchronizes, may be
-// captured. Returns cudaErrorInvalidValue for sizes outside the limits above, cudaErrorMisalignedAddress for
-// pointers, else what choose_kernels and the launches return.
-cudaError_t launch_sparse_linear(const SparseLinearParams& params, cudaStream_t stream);
+// captured. `tile`: a configuration of sparse_gemm.h, or -1 for the dispatcher's choice. Returns
+// cudaErrorInvalidValue for sizes outside the limits above, cudaErrorMisalignedAddress for pointers, else
+// what choose_kernels and the launches return.
+cudaError_t launch_sparse_linear(const SparseLinearParams& params, int tile, cudaStream_t stream);
 
 // The parts of launch_sparse_linear, which checks the arguments for them. launch_prune begins with
-// launch_reorder when there is an order; launch_sparse_gemm picks the tile for the operand's kernels.
+// launch_reorder when there is an order.
 cudaError_t launch_reorder(const SparseLinearParams& params, void* out, cudaStream_t stream);
 cudaError_t launch_prune(const SparseLinearParams& params, const CompressedOperand& out, cudaStream_t stream);
-cudaError_t launch_sparse_gemm(const SparseLinearParams& params, const CompressedOperand& a,
+cudaError_t launch_pruned_gemm(const SparseLinearParams& params, const CompressedOperand& a, int tile,
                                cudaStream_t stream);
+
+// One call of the op with a sparse weight, which was compressed at compile time for the kernels that read it.
+// Np = padded_rows(N).
+struct SparseWeightParams {
+  DType dtype;
+  int64_t rows;      // M, tokens; any
+  int channels;      // K, a multiple of 64
+  int out_channels;  // N, a multiple of 8
+  int gelu_from;     // as above
+  Kernels kernels;   // whose metadata layout the weight has
+
+  const void* x;             // T [M, K]
+  const void* values;        // T [Np, K / 2]; rows N .. Np are zero
+  const uint32_t* metadata;  // layout of `kernels`, Np rows by K channels
+  const void* bias;          // T [N]
+  void* y;                   // T [M, N]
+  void* workspace;           // weight_workspace_bytes, 256-byte aligned
+};
+
+size_t weight_workspace_bytes(const SparseWeightParams& params);
+
+// Queues it on `stream`, as above. Returns cudaErrorNotSupported also where the device cannot
+// run `kernels`.
+cudaError_t launch_sparse_weight_linear(const SparseWeightParams& params, int tile, cudaStream_t stream);
 
 }  // namespace lynx

@@ -35,25 +35,45 @@ constexpr int kSmallestSharedMemory = 99 * 1024;  // per thread block, of all GP
 static_assert(kTiles[kMedium].shared_bytes() <= kSmallestSharedMemory);
 static_assert(kTiles[kSmall].shared_bytes() <= kSmallestSharedMemory);
 
-// wgmma.sp. Tile M x N x K, blocks of a cluster along M (they share the weight by multicast), stages that fit
-// into an SM's shared memory beside the epilogue, and the time of one tile relative to the first.
+// wgmma.sp. Tile M x N x K, blocks of a cluster along M (they share the dense operand by multicast), stages
+// that fit into an SM's shared memory beside the epilogue, whether the last tiles' K is divided among the SMs
+// that would have nothing to do (stream-K; needs a workspace), and the time of one tile relative to the
+// first.
 struct TileConfigSm90 {
   int m, n, k;
   int cluster_m;
   int stages;
+  bool stream_k;
   double time;
 };
 
-enum TileIndexSm90 : int { kWide, kNarrow, kTileConfigsSm90 };
+enum TileIndexSm90 : int { kWide, kTall, kNarrow, kTileConfigsSm90 };
 
-// plugins/TUNING.md has the 11 configurations that were measured.
+// plugins/TUNING.md has the 24 configurations that were measured.
 constexpr TileConfigSm90 kTilesSm90[kTileConfigsSm90] = {
-    // Fastest or within 4 % of it in every shape measured. wgmma.sp reads the weight from shared memory for
-    // each of its two warp groups, so the wide side must be the weight's; K = 64 leaves room for 5 stages.
-    {128, 256, 64, 2, 5, 1.0},
-    // For few tokens: twice as many tiles, and no partner whose rows would be empty.
-    {128, 128, 64, 1, 8, 0.6},
+    // Fastest where its tiles fill the GPU evenly. wgmma.sp reads the dense operand from shared memory for
+    // each of
+    // its two warp groups, so the wide side must be the dense operand's; K = 64 leaves room for 5 stages.
+    {128, 256, 64, 2, 5, false, 1.0},
+    // The most work per byte of shared memory that 192 accumulators a thread allow. With stream-K the fastest
+    // where
+    // the first would leave a large part of its last wave idle: 3072 or 3840 output channels, 512 tokens.
+    {256, 192, 64, 2, 4, true, 1.55},
+    // For few tokens and few output channels: as many thread blocks as there can be.
+    {128, 128, 64, 2, 8, true, 0.75},
 };
+
+constexpr int kMaxSmsSm90 = 132;  // of H100, H200 and GH200; others have fewer
+
+// Bytes that a stream-K configuration needs at most: CUTLASS divides the tiles of less than two waves, each
+// with partial sums in float32 and a barrier per warp group.
+constexpr int64_t stream_k_bytes(const TileConfigSm90& tile, int64_t rows, int64_t columns) {
+  if (!tile.stream_k) return 0;
+  const int64_t clusters = (rows + tile.m * tile.cluster_m - 1) / (tile.m * tile.cluster_m);
+  const int64_t tiles = clusters * tile.cluster_m * ((columns + tile.n - 1) / tile.n);
+  const int64_t divided = tiles < 2 * kMaxSmsSm90 ? tiles : 2 * kMaxSmsSm90;
+  return divided * (int64_t(tile.m) * tile.n * 4 + 16) + 256;
+}
 
 // Channels of a metadata atom, which wgmma.sp derives from the tile: one pruning pass feeds every tile.
 constexpr int kAtomWidthSm90 = 64;
@@ -66,12 +86,23 @@ constexpr bool atoms_agree() {
 static_assert(atoms_agree(),
               "all tiles of sm_90a must read the metadata layout that the pruning pass writes");
 
+// Output channels from which an epilogue applies GELU come in multiples of this: a warp's part of a tile is
+// not split.
+constexpr int kGeluMultiple = 64;
+
 // Estimated time: waves of thread blocks over the SMs times a tile's time.
+constexpr double waves(const TileConfig&, int64_t tiles, int sm_count) {
+  return double((tiles + sm_count - 1) / sm_count);
+}
+constexpr double waves(const TileConfigSm90& tile, int64_t tiles, int sm_count) {
+  if (tile.stream_k && tiles > sm_count) return double(tiles) / sm_count;
+  return double((tiles + sm_count - 1) / sm_count);
+}
+
 template <class Tile>
 constexpr double relative_time(const Tile& tile, int64_t rows, int64_t columns, int sm_count) {
   const int64_t tiles = ((rows + tile.m - 1) / tile.m) * ((columns + tile.n - 1) / tile.n);
-  const int64_t waves = (tiles + sm_count - 1) / sm_count;
-  return double(waves) * tile.time;
+  return waves(tile, tiles, sm_count) * tile.time;
 }
 
 // The configuration of `tiles` with the least estimated time; the first of equals.
@@ -85,12 +116,15 @@ constexpr int choose_tile(const Tile (&tiles)[kCount], int64_t rows, int64_t col
   return best;
 }
 
-// Measured on an H100: the first is faster wherever it fills the GPU. The estimate gives the second to few
-// tokens.
+// Measured on an H100 (plugins/TUNING.md): rows are those of the sparse operand.
 static_assert(choose_tile(kTiles, 4608, 9216, 132) == kMedium &&
               choose_tile(kTiles, 4608, 3072, 132) == kMedium);
 static_assert(choose_tile(kTiles, 512, 9216, 132) == kMedium && choose_tile(kTiles, 1, 9216, 132) == kSmall);
-static_assert(choose_tile(kTilesSm90, 4608, 9216, 132) == kWide &&
-              choose_tile(kTilesSm90, 64, 3072, 132) == kNarrow);
+static_assert(choose_tile(kTilesSm90, 21504, 4608, 132) == kWide &&
+              choose_tile(kTilesSm90, 20480, 4608, 132) == kWide);
+static_assert(choose_tile(kTilesSm90, 3072, 4608, 132) == kTall &&
+              choose_tile(kTilesSm90, 3840, 4608, 132) == kTall &&
+              choose_tile(kTilesSm90, 9216, 512, 132) == kTall);
+static_assert(choose_tile(kTilesSm90, 3072, 512, 132) == kNarrow);
 
 }  // namespace lynx

@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "sparse_gemm_sm90.cuh"
+
+namespace lynx {
+LYNX_INSTANTIATE_SM90(Fp16, Operand::kActivation);
+}

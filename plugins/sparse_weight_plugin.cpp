@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "sparse_weight_plugin.h"
+
+namespace lynx {
+namespace {
+
+Kernels kernels_of(const SparseWeightAttributes& attributes) {
+  return attributes.metadata_layout == 90 ? Kernels::kSm90 : Kernels::kSm80;
+}
+
+SparseWeightParams params_of(const SparseWeightAttributes& attributes, const SparseWeightOp::Inputs& in,
+                             nvinfer1::DataType x) {
+  SparseWeightParams params{};
+  params.dtype = x == nvinfer1::DataType::kBF16 ? DType::kBf16 : DType::kFp16;
+  params.rows = in[kX].rows();
+  params.channels = int(in[kX].last());
+  params.out_channels = attributes.out_channels;
+  params.gelu_from = attributes.activation ? attributes.activation_from : attributes.out_channels;
+  params.kernels = kernels_of(attributes);
+  return params;
+}
+
+}  // namespace
+
+bool SparseWeightOp::check_attributes(const Attributes& a) {
+  if (a.out_channels <= 0 || a.out_channels % 8 != 0) {
+    return refuse(kName, "out_channels is " + std::to_string(a.out_channels) + ", not a multiple of 8",
+                  "Keep this linear dense");
+  }
+  if (a.metadata_layout != 80 && a.metadata_layout != 90) {
+    return refuse(kName, "metadata_layout is " + std::to_string(a.metadata_layout),
+                  "Rewrite the model with this version of lynx-compile");
+  }
+  if (a.activation != 0 && a.activation != 1) {
+    return refuse(kName, "activation is " + std::to_string(a.activation), "Use 0, or 1 for GELU (tanh)");
+  }
+  const bool from_fits = a.activation_from >= 0 && a.activation_from < a.out_channels;
+  if (a.activation && (!from_fits || a.activation_from % kGeluMultiple != 0)) {
+    return refuse(kName, "activation_from is " + std::to_string(a.activation_from),
+                  "Rewrite the model with this version of lynx-compile");
+  }
+  return true;
+}
+
+bool SparseWeightOp::check_shapes(const Attributes& attributes, const Inputs& in) {
+  if (in[kValues].count != 2) return refuse(kName, "values is not a matrix", "Rewrite the model");
+  if (in[kMetadata].count != 3) return refuse(kName, "metadata has not 3 dimensions", "Rewrite the model");
+  if (in[kWeightBias].count != 1) return refuse(kName, "bias is not a vector", "Rewrite the model");
+  const int64_t channels = in[kX].last(), rows = padded_rows(attributes.out_channels);
+  if (channels >= 0 && (channels == 0 || channels % kWidthMultiple != 0)) {
+    return refuse(kName, "x has " + std::to_string(channels) + " channels, not a multiple of 64",
+                  "Keep this linear dense");
+  }
+  const int64_t half = channels < 0 ? -1 : channels / 2, steps = channels < 0 ? -1 : channels / 64;
+  return check_extent(kName, "values", "rows", in[kValues].at[0], rows) &&
+         check_extent(kName, "values", "columns", in[kValues].at[1], half) &&
+         check_extent(kName, "metadata", "steps of 64 channels", in[kMetadata].at[0], steps) &&
+         check_extent(kName, "metadata", "blocks of 64 rows", in[kMetadata].at[1], rows / 64) &&
+         check_extent(kName, "metadata", "words", in[kMetadata].at[2], 128) &&
+         check_extent(kName, "bias", "elements", in[kWeightBias].at[0], attributes.out_channels);
+}
+
+cudaError_t SparseWeightOp::kernels(const Attributes& attributes, Kernels* kernels) {
+  Kernels best;
+  if (const cudaError_t error = choose_kernels(&best); error != cudaSuccess) return error;
+  *kernels = kernels_of(attributes);
+  return cudaSuccess;
+}
+
+size_t SparseWeightOp::workspace(const Attributes& attributes, const Inputs& in, nvinfer1::DataType x) {
+  return weight_workspace_bytes(params_of(attributes, in, x));
+}
+
+cudaError_t SparseWeightOp::launch(const Attributes& attributes, const Inputs& in, nvinfer1::DataType x,
+                                   const void* const* inputs, void* y, void* workspace, int tile,
+                                   cudaStream_t stream) {
+  SparseWeightParams params = params_of(attributes, in, x);
+  params.x = inputs[kX];
+  params.values = inputs[kValues];
+  params.metadata = static_cast<const uint32_t*>(inputs[kMetadata]);
+  params.bias = inputs[kWeightBias];
+  params.y = y;
+  params.workspace = workspace;
+  return launch_sparse_weight_linear(params, tile, stream);
+}
+
+}  // namespace lynx
