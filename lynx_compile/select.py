@@ -98,8 +98,8 @@ def _decide(linear: Linear, sparsity: Sparsity) -> Decision:
             return Decision(linear, "none", f"excluded by the recipe ('{glob}')")
     if not any(fnmatchcase(linear.path, glob) for glob in sparsity.include):
         return Decision(linear, "none", "not included by the recipe")
-    glob = next((glob for glob in sparsity.operand_globs if fnmatchcase(linear.path, glob)), None)
-    operand = "activation" if glob is None else sparsity.operand_globs[glob]
+    matching = (item for item in sparsity.operand_globs.items() if fnmatchcase(linear.path, item[0]))
+    glob, operand = next(matching, ("*", "activation"))
     if operand == "none":
         return Decision(linear, "none", f"operand none by the recipe ('{glob}')")
     if operand == "weight" and linear.in_channels % STEP:

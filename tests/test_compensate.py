@@ -9,16 +9,17 @@ import torch
 from lynx_compile.calibrate import LayerStatistics, _Moments
 from lynx_compile.compensate import SparseLinearWeights, load_weights, solve
 from lynx_compile.compensate import _save as save
-from lynx_compile.models import Linear, LinearGroup
-from lynx_compile.recipe import Sparsity
+from lynx_compile.models import Linear
+from lynx_compile.recipe import Operand, Sparsity
+from lynx_compile.select import SparseGroup
 from lynx_compile.sparsity import collapse_low_rank, keep_mask, norm_scale_of, sparse_linear
 
 K, N, TOKENS = 32, 48, 4000
 
 
-def _group() -> LinearGroup:
+def _group(operand: Operand = "activation") -> SparseGroup:
     linears = (Linear("a", K, 16, True, None), Linear("b", K, N - 16, True, None))
-    return LinearGroup("a", linears)
+    return SparseGroup("a", linears, operand)
 
 
 def _data(norm_scale: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, LayerStatistics]:

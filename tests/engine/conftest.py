@@ -56,7 +56,9 @@ from lynx_compile.engine import build as build_module, trt
 from lynx_compile.engine.build import build
 from lynx_compile.errors import LynxError
 
-lynx = SimpleNamespace(path=Path(sys.argv[1]), nodes=tuple(json.loads(sys.argv[2])), external_inputs=())
+lynx = SimpleNamespace(
+    path=Path(sys.argv[1]), nodes=tuple(json.loads(sys.argv[2])), external_inputs=(), plugins={}
+)
 output = Path(sys.argv[3])
 """
 

@@ -164,13 +164,13 @@ FAILURES = [
     (lose_weights, r"cannot parse .*Failed to open file: .*model\.safetensors"),
     (cut_weights, r"cannot parse .*out of range for file"),
     (cut_onnx, r"cannot parse .*Failed to parse the ONNX model"),
-    (empty_onnx, r"0 of 2 LynxSparseLinear nodes became plugin layers"),
+    (empty_onnx, r"0 of 2 Lynx nodes became plugin layers"),
     (garble_onnx, r"cannot parse .*Failed to parse the ONNX model"),
     (lose_onnx, r"cannot parse .*cannot be found"),
-    (lose_namespace, r"1 of 2 LynxSparseLinear nodes became plugin layers \(blocks\.0\.proj did not\)"),
-    (change_namespace, r"1 of 2 LynxSparseLinear nodes became plugin layers \(blocks\.0\.proj did not\)"),
-    (change_version, r"1 of 2 LynxSparseLinear nodes became plugin layers \(blocks\.0\.proj did not\)"),
-    (add_unknown_node, r"3 of 2 LynxSparseLinear nodes became plugin layers"),
+    (lose_namespace, r"1 of 2 Lynx nodes became plugin layers \(blocks\.0\.proj did not\)"),
+    (change_namespace, r"1 of 2 Lynx nodes became plugin layers \(blocks\.0\.proj did not\)"),
+    (change_version, r"1 of 2 Lynx nodes became plugin layers \(blocks\.0\.proj did not\)"),
+    (add_unknown_node, r"3 of 2 Lynx nodes became plugin layers"),
 ]
 
 
@@ -215,7 +215,7 @@ def test_withheld_plugin_is_noticed(lynx: LynxOnnx, output: Path, script: Script
     code = "trt.load_plugin = lambda *_: None\nbuild(lynx, recipe.Engine(backend='tensorrt_rtx'), output)"
     done = subprocess.run(script(code, lynx, output), capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "0 of 2 LynxSparseLinear nodes became plugin layers (blocks.0.proj did not)" in done.stderr
+    assert "0 of 2 Lynx nodes became plugin layers (blocks.0.proj did not)" in done.stderr
     assert_untouched(output)
 
 
