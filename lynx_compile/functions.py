@@ -16,10 +16,10 @@ WEIGHT_OP = "LynxSparseWeightLinear"
 OP_VERSION = "1"
 
 
-def lynx_function(op: str = OP, opset: int = OPSET) -> onnx.FunctionProto:
+def lynx_function(op: str = OP) -> onnx.FunctionProto:
     """The function of ``OP`` or ``WEIGHT_OP``."""
     text, doc = FUNCTIONS[op]
-    function = onnx.parser.parse_function(text.replace("ACTIVATE", ACTIVATE).replace("OPSET", str(opset)))
+    function = onnx.parser.parse_function(text.replace("ACTIVATE", ACTIVATE).replace("OPSET", str(OPSET)))
     function.doc_string = doc
     return function
 

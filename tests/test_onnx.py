@@ -144,7 +144,9 @@ def _spoil_power(model: onnx.ModelProto, chain: dict[str, onnx.NodeProto]) -> No
 
 def _read_linear(model: onnx.ModelProto, chain: dict[str, onnx.NodeProto]) -> None:
     """The linear's own output is a result of the graph too."""
-    model.graph.output.append(oh.make_tensor_value_info(chain["pow"].input[0], TensorProto.FLOAT, [2, 64, 256]))
+    model.graph.output.append(
+        oh.make_tensor_value_info(chain["pow"].input[0], TensorProto.FLOAT, [2, 64, 256])
+    )
 
 
 def _read_middle(model: onnx.ModelProto, chain: dict[str, onnx.NodeProto]) -> None:

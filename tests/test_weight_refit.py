@@ -22,7 +22,9 @@ def _moments(x: torch.Tensor) -> LayerStatistics:
     return LayerStatistics(len(x), mean, mean, covariance, covariance, covariance)
 
 
-def _layer(channels: int, out_channels: int = 48, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _layer(
+    channels: int, out_channels: int = 48, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens with strongly correlated channels of different sizes and a mean, weights, bias."""
     torch.manual_seed(seed)
     inner = channels // 3
@@ -75,12 +77,12 @@ def test_the_sweep_does_not_depend_on_its_blocks_and_is_sparsegpt(
     hessian = moments.xx.double() + torch.eye(40) * moments.xx.diagonal().mean() * RIDGE
     expected = weight.double().clone()
     for group in range(0, 40, 4):
-        left = hessian[group:, group:].inverse()
-        diagonals = []
-        for j in range(4):  # [H^-1]_jj once the columns before j are gone
-            diagonals.append(hessian[group + j :, group + j :].inverse()[0, 0])
-        loss = expected[:, group : group + 4].square() / torch.stack(diagonals)
-        keep = torch.zeros_like(loss, dtype=torch.bool).scatter(1, loss.argsort(1, descending=True)[:, :2], True)
+        # [H^-1]_jj once the columns before j are gone
+        diagonal = torch.stack([hessian[j:, j:].inverse()[0, 0] for j in range(group, group + 4)])
+        loss = expected[:, group : group + 4].square() / diagonal
+        keep = torch.zeros_like(loss, dtype=torch.bool).scatter(
+            1, loss.argsort(1, descending=True)[:, :2], True
+        )
         for j in range(4):
             left = hessian[group + j :, group + j :].inverse()
             lost = torch.where(keep[:, j], 0.0, expected[:, group + j])
@@ -97,7 +99,9 @@ def test_the_sweep_beats_its_mask_and_the_exact_solve_beats_the_sweep(channels: 
     swept = sweep(weight, moments.xx, RIDGE, "x")
     keep = keep_mask(swept)
     exact, _ = refit(weight, keep, moments, RIDGE)
-    errors = [_error(weight, v, moments) for v in (exact, swept, weight * keep, weight * magnitude_mask(weight))]
+    errors = [
+        _error(weight, v, moments) for v in (exact, swept, weight * keep, weight * magnitude_mask(weight))
+    ]
     assert errors == sorted(errors) and errors[1] < 0.9 * errors[2]
     by_wanda, _ = refit(weight, wanda_mask(weight, moments), moments, RIDGE)
     assert errors[0] < _error(weight, by_wanda, moments)

@@ -81,11 +81,17 @@ def test_the_other_layout_gives_another_result() -> None:
 
 
 def _run(feed: dict[str, torch.Tensor], **attributes: int) -> np.ndarray:
-    kinds = {torch.float32: TensorProto.FLOAT, torch.float16: TensorProto.FLOAT16, torch.int32: TensorProto.INT32}
+    kinds = {
+        torch.float32: TensorProto.FLOAT,
+        torch.float16: TensorProto.FLOAT16,
+        torch.int32: TensorProto.INT32,
+    }
     node = oh.make_node(
         WEIGHT_OP, list(feed), ["y"], domain=DOMAIN, plugin_namespace="lynx", plugin_version="1", **attributes
     )
-    inputs = [oh.make_tensor_value_info(name, kinds[value.dtype], value.shape) for name, value in feed.items()]
+    inputs = [
+        oh.make_tensor_value_info(name, kinds[value.dtype], value.shape) for name, value in feed.items()
+    ]
     result = oh.make_tensor_value_info("y", kinds[feed["x"].dtype], None)
     model = oh.make_model(
         oh.make_graph([node], "one", inputs, [result]),
