@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from onnx import TensorProto, helper
 from safetensors.torch import load_file
 
 from lynx_compile import recipe
-from lynx_compile.engine.build import _Search, build
+from lynx_compile.engine.build import _Plan, _Search, build
 from lynx_compile.errors import LynxError, StageError
 from lynx_compile.rewrite import LynxOnnx
 
@@ -280,6 +281,18 @@ def test_search_counts_across_pieces(size: int) -> None:
     for start in range(0, len(text), size):
         search.read(text[start : start + size])
     assert search.count == text.count(b"needle") == 4
+
+
+def test_layers_of_all_plugins_are_counted(tmp_path: Path) -> None:
+    records = [
+        struct.pack("<Q", len(name)) + name
+        for name in (b"LynxSparseLinear", b"LynxSparseWeightLinear", b"LynxSparseWeightLinear", b"LynxOther")
+    ]
+    with (tmp_path / "plan").open("wb") as file:
+        plan = _Plan(file)
+        for piece in (b"vtrt", *records, b"LynxSparseWeightLinear"):
+            plan.write(piece)
+    assert (plan.records, plan.names) == (3, 4)
 
 
 def edit(lynx: LynxOnnx, change: Callable[[onnx.GraphProto], None]) -> None:
