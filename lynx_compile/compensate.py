@@ -12,6 +12,8 @@ once (all means taken off)::
 
 Rank 0 leaves the refit alone. ``paper`` is RT-Lynx (arXiv 2605.26632, section 3): W and b stay, and only the
 low-rank branch is fitted, here to its optimum instead of by training. ``none`` prunes and repairs nothing.
+
+Where the weights are the 2:4 operand, ``joint`` is ``weight_refit.prune``, and ``none`` is Wanda's mask alone.
 """
 
 from __future__ import annotations
@@ -26,20 +28,23 @@ from safetensors import SafetensorError, safe_open
 
 from lynx_compile.calibrate import LayerStatistics, Statistics
 from lynx_compile.errors import StageError
+from lynx_compile.linalg import cholesky
 from lynx_compile.models import DiT, LinearGroup
-from lynx_compile.recipe import Sparsity
+from lynx_compile.recipe import Operand, Sparsity
 from lynx_compile.resume import Progress
-from lynx_compile.select import SparsityPlan
+from lynx_compile.select import SparseGroup, SparsityPlan
 from lynx_compile.sparsity import expand_low_rank
 from lynx_compile.tensors import save_tensors
+from lynx_compile.weight_refit import prune, wanda_mask
 
 
 @dataclass(frozen=True)
 class SparseLinearWeights:
-    """What one ``LynxSparseLinear`` node needs, for a whole group of linears: N is the sum of theirs.
+    """What one node needs, for a whole group of linears: N is the sum of theirs.
 
-    ``weight``: [N, padded_width(K, rank)], W' and the expanded B. ``lora_down``: A [max(rank, 1), K].
-    ``bias``: [N]. All float32. ``out_channels``: N of each linear, in the order of ``linears``.
+    ``weight``: [N, padded_width(K, rank)], W' and the expanded B; with operand ``weight`` [N, K], at most 2 of
+    every 4 not zero, and rank 0. ``lora_down``: A [max(rank, 1), K]. ``bias``: [N]. All float32.
+    ``out_channels``: N of each linear, in the order of ``linears``.
     ``error``: expected relative error of the output on the calibration tokens, by the moments.
     """
 
@@ -51,6 +56,7 @@ class SparseLinearWeights:
     rank: int
     norm_scale: bool
     error: float
+    operand: Operand = "activation"
 
     @property
     def in_channels(self) -> int:
@@ -69,7 +75,7 @@ def compensate(
     for done, group in enumerate(plan.groups):
         weight, bias = _dense(dit, group)
         solved = solve(group, weight, bias, statistics.load(group.name), sparsity)
-        paths.append(folder / f"{group.name}.safetensors")
+        paths.append(folder / f"{group.name}.{group.operand}.safetensors")
         _save(paths[-1], solved)
         progress("linears compensated", done + 1, len(plan.groups))
     return tuple(paths)
@@ -91,21 +97,29 @@ def load_weights(path: Path) -> SparseLinearWeights:
         rank=facts["rank"],
         norm_scale=facts["norm_scale"],
         error=facts["error"],
+        operand=facts["operand"],
         **tensors,
     )
 
 
 def solve(
-    group: LinearGroup, weight: torch.Tensor, bias: torch.Tensor, moments: LayerStatistics, sparsity: Sparsity
+    group: SparseGroup, weight: torch.Tensor, bias: torch.Tensor, moments: LayerStatistics, sparsity: Sparsity
 ) -> SparseLinearWeights:
     """The compensated weights of one group. weight: [N, K], bias: [N], float32."""
-    rank = min(sparsity.rank_for(group.in_channels), group.in_channels, len(weight)) // 16 * 16
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight, bias = weight.to(device), bias.to(device)
     moments = LayerStatistics(
         moments.tokens,
         *(m.to(device) for m in (moments.x_mean, moments.s_mean, moments.xx, moments.xs, moments.ss)),
     )
+    solver = _solve_weights if group.operand == "weight" else _solve_activations
+    return solver(group, weight, bias, moments, sparsity)
+
+
+def _solve_activations(
+    group: SparseGroup, weight: torch.Tensor, bias: torch.Tensor, moments: LayerStatistics, sparsity: Sparsity
+) -> SparseLinearWeights:
+    rank = min(sparsity.rank_for(group.in_channels), group.in_channels, len(weight)) // 16 * 16
     if sparsity.method == "joint":
         refit, lora_down, lora_up, offset = _joint(weight, moments, rank, sparsity.ridge, group.name)
     elif sparsity.method == "paper":
@@ -127,11 +141,33 @@ def solve(
     )
 
 
+def _solve_weights(
+    group: SparseGroup, weight: torch.Tensor, bias: torch.Tensor, moments: LayerStatistics, sparsity: Sparsity
+) -> SparseLinearWeights:
+    if sparsity.method == "none":
+        sparse, offset = weight * wanda_mask(weight, moments), torch.zeros_like(bias)
+    else:
+        sparse, offset = prune(weight, moments, sparsity.ridge, group.name)
+    lost = weight - sparse
+    squared = ((lost @ moments.xx) * lost).sum() + (lost @ moments.x_mean - offset).square().sum()
+    return SparseLinearWeights(
+        linears=tuple(linear.path for linear in group.linears),
+        out_channels=tuple(linear.out_channels for linear in group.linears),
+        weight=sparse.cpu(),
+        lora_down=torch.zeros(1, group.in_channels),
+        bias=(bias + offset).cpu(),
+        rank=0,
+        norm_scale=False,
+        error=_relative(squared, weight, moments),
+        operand="weight",
+    )
+
+
 def _joint(
     weight: torch.Tensor, m: LayerStatistics, rank: int, ridge: float, name: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """W' [N, K], A [r, K], B [N, r] and the change of bias [N]; the ridge pulls W' towards W."""
-    ss_factor = _cholesky(m.ss, ridge, name)
+    ss_factor = cholesky(m.ss, ridge, name)
     known = torch.cholesky_solve(m.xs.T, ss_factor)  # Css^-1 Csx
     unknown = m.xx - m.xs @ known  # C_perp
     lora_down, lora_up = _low_rank(weight.T, unknown, rank, ridge, name)
@@ -148,7 +184,7 @@ def _paper(
     """A [r, K], B [N, r] that minimise |x W^T - S W^T - x A^T B^T|, W untouched and no bias to lean on."""
     xx = m.xx + torch.outer(m.x_mean, m.x_mean)
     xs = m.xs + torch.outer(m.x_mean, m.s_mean)
-    target = torch.cholesky_solve((xx - xs) @ weight.T, _cholesky(xx, ridge, name))  # best D of full rank
+    target = torch.cholesky_solve((xx - xs) @ weight.T, cholesky(xx, ridge, name))  # best D of full rank
     return _low_rank(target, xx, rank, ridge, name)
 
 
@@ -158,7 +194,7 @@ def _low_rank(
     """A [r, K], B [N, r] whose A^T B^T is the best rank-r fit of ``target`` [K, N] in ``metric``^(1/2)."""
     if not rank:
         return target.new_zeros(0, target.shape[0]), target.new_zeros(target.shape[1], 0)
-    factor = _cholesky(metric, ridge, name)  # metric = L L^T, so |metric^(1/2) X| = |L^T X|
+    factor = cholesky(metric, ridge, name)  # metric = L L^T, so |metric^(1/2) X| = |L^T X|
     image = factor.T @ target
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the range finder is random; its result must not be
@@ -169,22 +205,6 @@ def _low_rank(
     # Both halves get the same size, so that neither leaves the range of a 16-bit type.
     balance = (lora_up.norm(dim=0) / lora_down.norm(dim=1).clamp_min(1e-30)).sqrt().clamp_min(1e-30)
     return lora_down * balance[:, None], lora_up / balance
-
-
-def _cholesky(matrix: torch.Tensor, ridge: float, name: str) -> torch.Tensor:
-    """Lower factor of ``matrix`` with ``ridge`` times its mean diagonal added; more where rounding needs it."""
-    diagonal = matrix.diagonal().mean().clamp_min(1e-12)
-    identity = torch.eye(len(matrix), device=matrix.device)
-    symmetric = (matrix + matrix.T) / 2
-    for attempt in range(4):
-        factor, info = torch.linalg.cholesky_ex(symmetric + identity * (diagonal * ridge * 10**attempt))
-        if info == 0:
-            return factor
-    raise StageError(
-        "compensate",
-        f"the moments of '{name}' cannot be factorised.",
-        "Calibrate on more tokens, or raise sparsity.ridge.",
-    )
 
 
 def _expected_error(
@@ -201,6 +221,11 @@ def _expected_error(
         ((on_x @ m.xx) * on_x).sum() - 2 * ((on_x @ m.xs) * refit).sum() + ((refit @ m.ss) * refit).sum()
         + (on_x @ m.x_mean - refit @ m.s_mean - offset).square().sum()
     )  # fmt: skip
+    return _relative(squared, weight, m)
+
+
+def _relative(squared: torch.Tensor, weight: torch.Tensor, m: LayerStatistics) -> float:
+    """The root of an expected squared error over that of y_dense - mean."""
     total = ((weight @ m.xx) * weight).sum()
     return float((squared.clamp_min(0) / total.clamp_min(1e-30)).sqrt())
 
@@ -219,6 +244,7 @@ def _dense(dit: DiT, group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
 def _save(path: Path, solved: SparseLinearWeights) -> None:
     tensors = {name: getattr(solved, name) for name in ("weight", "lora_down", "bias")}
     facts = {
-        name: getattr(solved, name) for name in ("linears", "out_channels", "rank", "norm_scale", "error")
+        name: getattr(solved, name)
+        for name in ("linears", "out_channels", "rank", "norm_scale", "error", "operand")
     }
     save_tensors(path, tensors, {"lynx": json.dumps(facts)})

@@ -67,11 +67,15 @@ def compile(recipe: Recipe, output: Path, *, fresh: bool = False, display: Displ
             dit.digest, recipe.model.dtype, recipe.shapes,
         )  # fmt: skip
         external = recipe.engine.weights == "external"
+        layout = trt.metadata_layout(backend)
         lynx = stages.run(
             "rewrite",
             LynxOnnx,
-            lambda _: rewrite(dense, plan, weights, cache / "lynx" / f"{output.stem}.onnx", external=external),
-            stages.key("compensate"), stages.key("export"), output.name, external,
+            lambda _: rewrite(
+                dense, plan, weights, cache / "lynx" / f"{output.stem}.onnx",
+                external=external, metadata_layout=layout,
+            ),
+            stages.key("compensate"), stages.key("export"), output.name, external, layout,
         )  # fmt: skip
         built = stages.run(
             "build",

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import re
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -14,8 +15,10 @@ import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     PrivateAttr,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -26,6 +29,8 @@ from lynx_compile.errors import InputError
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 GpuTarget = Literal["sm80", "sm86", "sm89", "sm120"]
 GPU_TARGETS: tuple[GpuTarget, ...] = get_args(GpuTarget)
+Operand = Literal["activation", "weight"]
+OperandGlobs = dict[str, Literal["activation", "weight", "none"]]
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -104,15 +109,25 @@ class Calibration(_Strict):
         return float(value) if type(value) is int else value
 
 
+_ONE_OPERAND, _OPERAND_GLOBS = "literal[operand]", "dict[operand]"
+
+
 class Sparsity(_Strict):
     """What becomes sparse and how its error is repaired (see ``compensate``).
 
-    ``rank``: of the low-rank branch; ``auto`` is K / 32 rounded up to 16, at most 64.
-    ``norm_scale``: the per-token scale s; by default on for ``paper`` and off for the others.
-    ``include`` and ``exclude``: globs over module paths, ``exclude`` wins.
+    ``operand``: what is 2:4. ``activation`` prunes the input while the model runs, ``weight`` the weights, once, at
+    compile time; or a mapping of globs over module paths to ``activation``, ``weight`` or ``none`` (dense), of
+    which the first that matches a linear counts, ``activation`` where none does. Quote globs that begin with a *.
+    ``rank``: of the activation operand's low-rank branch; ``auto`` is K / 32 rounded up to 16, at most 64.
+    ``norm_scale``: its per-token scale s; by default on for ``paper`` and off for the others.
+    ``include`` and ``exclude``: globs over module paths, ``exclude`` wins over ``include``, both over ``operand``.
     """
 
     method: Literal["joint", "paper", "none"] = "joint"
+    operand: Annotated[
+        Annotated[Operand, Tag(_ONE_OPERAND)] | Annotated[OperandGlobs, Tag(_OPERAND_GLOBS)],
+        Discriminator(lambda value: _OPERAND_GLOBS if isinstance(value, dict) else _ONE_OPERAND),
+    ] = "activation"
     rank: Literal["auto"] | int = "auto"
     norm_scale: bool | None = None
     ridge: Annotated[float, Field(gt=0, lt=1)] = 1e-3
@@ -138,6 +153,23 @@ class Sparsity(_Strict):
                 "method 'none' has no low-rank branch; remove 'rank' or choose 'joint' or 'paper'"
             )
         return self
+
+    @model_validator(mode="after")
+    def _weights_have_no_activations_parts(self) -> Sparsity:
+        if self.method == "paper" and "weight" in (self.operand, *self.operand_globs.values()):
+            raise ValueError(
+                "method 'paper' prunes activations; choose 'joint' or 'none' for the weight operand"
+            )
+        if self.operand == "weight" and (self.rank not in ("auto", 0) or self.norm_scale):
+            raise ValueError(
+                "the weight operand has no low-rank branch and no scale; remove 'rank' and 'norm_scale'"
+            )
+        return self
+
+    @property
+    def operand_globs(self) -> Mapping[str, Literal["activation", "weight", "none"]]:
+        """``operand`` as a mapping of globs."""
+        return self.operand if isinstance(self.operand, dict) else {"*": self.operand}
 
     @property
     def uses_norm_scale(self) -> bool:
@@ -276,7 +308,9 @@ def _explain(path: Path, node: yaml.Node | None, error: Any) -> tuple[str, str]:
 
 def _is_union_branch(key: Any) -> bool:
     """pydantic puts the name of a union's branch into ``loc``; it is no key of the file."""
-    return isinstance(key, str) and (key.startswith(("literal[", "constrained-")) or key in ("int", "float"))
+    return isinstance(key, str) and (
+        key.startswith(("literal[", "constrained-", "dict[")) or key in ("int", "float")
+    )
 
 
 def _section(keys: list[str]) -> type[BaseModel]:

@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replace the chosen linears of a dense ONNX graph by ``LynxSparseLinear`` nodes.
+"""Replace the chosen linears of a dense ONNX graph by ``LynxSparseLinear`` and ``LynxSparseWeightLinear`` nodes.
 
 Before::
 
     x ── MatMul(·, Transpose(Wq)) ── Add(bq) ── q        also Gemm(x, W, b) and MatMul without Add
     x ── MatMul(·, Transpose(Wk)) ── Add(bk) ── k
+    x ── MatMul(·, Transpose(Wm)) ── Add(bm) ── GELU ── m
 
 After::
 
-    x ── LynxSparseLinear(weight, lora_down, bias, order, centre, saliency) ── Split ── q, k
+    x ── LynxSparseLinear(weight, lora_down, bias, order, centre, saliency) ── Split ── q, k, m
+
+or, where the weights are the 2:4 operand::
+
+    x ── LynxSparseWeightLinear(values, metadata, bias) ── Split ── q, k, m
+
+A GELU (tanh form) that is all that reads a linear becomes the node's ``activation``. In a merged node its linears
+come last, and ``activation_from`` is the first of their output channels.
 
 Requires the node metadata that ``export`` leaves. Ensures that every linear of the plan is either rewritten or
 listed with the reason why not, that the file passes ONNX's full check, and that it runs in ONNX Runtime: it
@@ -18,8 +26,8 @@ carries the op's meaning as a model-local function.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,15 +38,17 @@ import torch
 
 from lynx_compile.compensate import SparseLinearWeights, load_weights
 from lynx_compile.errors import StageError
-from lynx_compile.export import LINEAR_KEY, OPSET, DenseOnnx
+from lynx_compile.export import LINEAR_KEY, DenseOnnx
 from lynx_compile.files import atomic_path
+from lynx_compile.functions import DOMAIN, OP, OP_VERSION, WEIGHT_OP, lynx_function
 from lynx_compile.models import Linear
+from lynx_compile.recipe import Operand
 from lynx_compile.select import SparsityPlan
+from lynx_compile.sparsity import keep_mask
 from lynx_compile.tensors import TensorSpec, write_tensors
+from lynx_compile.weight_sparsity import STEP, MetadataLayout, pack_weight
 
-DOMAIN = "lynx"
-OP = "LynxSparseLinear"
-OP_VERSION = "1"
+OPS: dict[Operand, str] = {"activation": OP, "weight": WEIGHT_OP}
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,10 @@ class DenseLinear:
 
 @dataclass(frozen=True)
 class SparseNode:
-    """One ``LynxSparseLinear`` node and the linears it replaces."""
+    """One ``LynxSparseLinear`` or ``LynxSparseWeightLinear`` node and the linears it replaces.
+
+    ``activation``: 1 where the node ends in the GELU of its output channels from ``activation_from`` on.
+    """
 
     name: str
     linears: tuple[str, ...]
@@ -60,6 +73,13 @@ class SparseNode:
     rank: int
     norm_scale: bool
     error: float
+    operand: Operand = "activation"
+    activation: int = 0
+    activation_from: int = 0
+
+    @property
+    def op(self) -> str:
+        return OPS[self.operand]
 
 
 @dataclass(frozen=True)
@@ -80,15 +100,32 @@ class LynxOnnx:
     def nodes(self) -> tuple[str, ...]:
         return tuple(node.name for node in self.sparse)
 
+    @property
+    def plugins(self) -> dict[str, tuple[str, ...]]:
+        """The plugins that the file needs, each with those of its fields that not every build of it knows."""
+        fields = ("activation", "activation_from")
+        return {
+            op: fields if any(node.activation for node in self.sparse if node.op == op) else ()
+            for op in OPS.values()
+            if any(node.op == op for node in self.sparse)
+        }
+
 
 def rewrite(
-    dense: DenseOnnx, plan: SparsityPlan, weights: Sequence[Path], path: Path, *, external: bool = False
+    dense: DenseOnnx,
+    plan: SparsityPlan,
+    weights: Sequence[Path],
+    path: Path,
+    *,
+    external: bool = False,
+    metadata_layout: MetadataLayout = 80,
 ) -> LynxOnnx:
     """Write ``path`` (.onnx) and ``path`` with suffix .safetensors from a dense file and compensated weights.
 
     Args:
         weights: what ``compensate`` wrote, one file per group.
         external: make the sparse linears' weights graph inputs instead of constants.
+        metadata_layout: of the 2:4 weights; the target GPU's (``trt.metadata_layout``).
 
     Raises:
         StageError: the dense file is unreadable, or the result is not valid ONNX.
@@ -99,8 +136,8 @@ def rewrite(
         raise StageError(
             "rewrite", f"{dense.path} cannot be read ({error}).", "Run again with --fresh."
         ) from None
-    graph, linear_of = _import(model)
     dtype = _torch_dtype(model)
+    graph, linear_of, scalars = _import(model)
     decisions = {decision.linear.path: decision for decision in plan.decisions}
     refused = {path: decision.reason for path, decision in decisions.items() if decision.operand == "none"}
     nodes: list[SparseNode] = []
@@ -111,159 +148,54 @@ def rewrite(
         linears = [decisions[linear].linear for linear in solved.linears]
         matches, reasons = _match(graph, linear_of, linears)
         refused |= reasons
-        identity = identities.setdefault(solved.in_channels, _identity(solved.in_channels, dtype))
+        matches = {linear: _with_gelu(match, graph, scalars, dtype) for linear, match in matches.items()}
         for readers in _readers_of_one_tensor(matches):
-            node = _describe(readers, solved)
-            specs = _tensors(node, solved, file, dtype)
-            _replace(graph, node, [matches[linear] for linear in readers], solved, [*specs, *identity])
+            node = _describe(readers, solved, matches)
+            if node.operand == "weight":
+                specs, shared = _weight_tensors(node, solved, file, dtype, metadata_layout), []
+            else:
+                specs = _tensors(node, solved, file, dtype)
+                shared = identities.setdefault(node.in_channels, _identity(node.in_channels, dtype))
+            attributes = _attributes(node, metadata_layout)
+            _replace(graph, node, attributes, matches, solved, [*specs, *shared])
             nodes.append(node)
             tensors += specs
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     external_inputs = tuple(tensor.name for tensor in tensors) if external else ()
     constants = [tensor for tensors_ in identities.values() for tensor in tensors_]
-    _save(gs.export_onnx(graph), dense.path.parent, [*tensors, *constants], external_inputs, path)
+    ops = [op for op in OPS.values() if any(node.op == op for node in nodes)]
+    _save(gs.export_onnx(graph), dense.path.parent, [*tensors, *constants], external_inputs, ops, path)
     left = tuple(DenseLinear(linear, reason) for linear, reason in refused.items())
     return LynxOnnx(path, path.with_suffix(".safetensors"), external_inputs, tuple(nodes), left)
 
 
-def lynx_function(opset: int = OPSET) -> onnx.FunctionProto:
-    """The op's meaning in plain ONNX ops (``sparsity`` has it in words); float32 inside, x's dtype outside."""
-    function = onnx.parser.parse_function(FUNCTION.replace("OPSET", str(opset)))
-    function.doc_string = "2:4 activation sparsity with compensation; see lynx_compile/sparsity.py."
-    return function
-
-
-FUNCTION = """
-<domain: "lynx", opset_import: ["" : OPSET]>
-LynxSparseLinear <rank, norm_scale, has_order, has_centre, has_saliency, plugin_namespace, plugin_version>
-    (x, weight, lora_down, bias, order, centre, saliency) => (y)
-{
-    shape = Shape (x)
-    channels = Shape <start = -1> (x)
-    zero = Constant <value_ints = [0]> ()
-    one = Constant <value_ints = [1]> ()
-    two = Constant <value_ints = [2]> ()
-    minus_one = Constant <value_ints = [-1]> ()
-    rank_scalar = Constant <value_int: int = @rank> ()
-    r = Reshape (rank_scalar, one)
-
-    ordered = Gather <axis = -1> (x, order)
-    ordered32 = Cast <to = 1> (ordered)
-    centre32 = Cast <to = 1> (centre)
-    centred = Sub (ordered32, centre32)
-    z = CastLike (centred, x)
-    z32 = Cast <to = 1> (z)
-
-    saliency32 = Cast <to = 1> (saliency)
-    weighed = Mul (z32, saliency32)
-    score = Abs (weighed)
-    groups_of_4 = Constant <value_ints = [-1, 4]> ()
-    grouped = Reshape (score, groups_of_4)
-    a, b, c, d = Split <axis = -1, num_outputs = 4> (grouped)
-    a_nan = IsNaN (a)
-    b_nan = IsNaN (b)
-    c_nan = IsNaN (c)
-    a_ge_b = GreaterOrEqual (a, b)
-    a_ge_c = GreaterOrEqual (a, c)
-    a_ge_d = GreaterOrEqual (a, d)
-    b_ge_c = GreaterOrEqual (b, c)
-    b_ge_d = GreaterOrEqual (b, d)
-    c_ge_d = GreaterOrEqual (c, d)
-    ab = Or (a_ge_b, a_nan)
-    ac = Or (a_ge_c, a_nan)
-    ad = Or (a_ge_d, a_nan)
-    bc = Or (b_ge_c, b_nan)
-    bd = Or (b_ge_d, b_nan)
-    cd = Or (c_ge_d, c_nan)
-    ba = Not (ab)
-    ca = Not (ac)
-    da = Not (ad)
-    cb = Not (bc)
-    db = Not (bd)
-    dc = Not (cd)
-    a_wins = Concat <axis = -1> (ab, ac, ad)
-    b_wins = Concat <axis = -1> (ba, bc, bd)
-    c_wins = Concat <axis = -1> (ca, cb, cd)
-    d_wins = Concat <axis = -1> (da, db, dc)
-    a_count = Cast <to = 1> (a_wins)
-    b_count = Cast <to = 1> (b_wins)
-    c_count = Cast <to = 1> (c_wins)
-    d_count = Cast <to = 1> (d_wins)
-    a_sum = ReduceSum <keepdims = 1> (a_count, minus_one)
-    b_sum = ReduceSum <keepdims = 1> (b_count, minus_one)
-    c_sum = ReduceSum <keepdims = 1> (c_count, minus_one)
-    d_sum = ReduceSum <keepdims = 1> (d_count, minus_one)
-    wins = Concat <axis = -1> (a_sum, b_sum, c_sum, d_sum)
-    enough = Constant <value_float = 1.5> ()
-    keep_grouped = Greater (wins, enough)
-    keep = Reshape (keep_grouped, shape)
-    none = Constant <value_float = 0.0> ()
-    kept = Where (keep, z32, none)
-
-    squares = Mul (z32, z32)
-    kept_squares = Mul (kept, kept)
-    norm = ReduceSum <keepdims = 1> (squares, minus_one)
-    kept_norm = ReduceSum <keepdims = 1> (kept_squares, minus_one)
-    epsilon = Constant <value_float = 1e-8> ()
-    kept_norm_safe = Add (kept_norm, epsilon)
-    ratio = Div (norm, kept_norm_safe)
-    root = Sqrt (ratio)
-    unit = Constant <value_float = 1.0> ()
-    flag_int = Constant <value_int: int = @norm_scale> ()
-    flag = Cast <to = 9> (flag_int)
-    scale = Where (flag, root, unit)
-
-    down = Slice (lora_down, zero, r, zero)
-    down32 = Cast <to = 1> (down)
-    down32_t = Transpose <perm = [1, 0]> (down32)
-    low = MatMul (z32, down32_t)
-    low_scaled = Div (low, scale)
-    alive = Greater (scale, none)
-    low_safe = Where (alive, low_scaled, none)
-    low_rounded = CastLike (low_safe, x)
-    low32 = Cast <to = 1> (low_rounded)
-    leading = Slice (shape, zero, minus_one, zero)
-    pairs = Div (r, two)
-    pairs_shape = Concat <axis = 0> (leading, pairs, two)
-    low_pairs = Reshape <allowzero = 1> (low32, pairs_shape)
-    no_pairs = ConstantOfShape (pairs_shape)
-    low_groups = Concat <axis = -1> (low_pairs, no_pairs)
-    width = Mul (r, two)
-    low_shape = Concat <axis = 0> (leading, width)
-    low_spread = Reshape <allowzero = 1> (low_groups, low_shape)
-
-    operand = Concat <axis = -1> (kept, low_spread)
-    used = Add (channels, width)
-    weight_used = Slice (weight, zero, used, one)
-    weight32 = Cast <to = 1> (weight_used)
-    weight32_t = Transpose <perm = [1, 0]> (weight32)
-    product = MatMul (operand, weight32_t)
-    scaled = Mul (product, scale)
-    bias32 = Cast <to = 1> (bias)
-    y32 = Add (scaled, bias32)
-    y = CastLike (y32, x)
-}
-"""
-
-
 @dataclass(frozen=True)
 class _Match:
-    """A linear in the graph: what it reads, what it makes, and the nodes in between (product, then bias)."""
+    """A linear in the graph: what it reads, what it makes, and the nodes in between (product, bias, GELU)."""
 
     x: gs.Variable
     y: gs.Variable
     nodes: tuple[gs.Node, ...]
+    gelu: bool = False
 
 
-def _import(model: onnx.ModelProto) -> tuple[gs.Graph, dict[str, str]]:
-    """The graph, and {node name: module path}: graphsurgeon does not carry metadata."""
+def _import(model: onnx.ModelProto) -> tuple[gs.Graph, dict[str, str], dict[str, float]]:
+    """The graph, {node name: module path}, and the values of scalar constants.
+
+    graphsurgeon does not carry metadata, and a bf16 constant whose value it is asked for becomes float32.
+    """
     linear_of = {
         node.name: entry.value
         for node in model.graph.node
         for entry in node.metadata_props
         if entry.key == LINEAR_KEY
     }
-    return gs.import_onnx(model), linear_of
+    scalars = {
+        initializer.name: float(onnx.numpy_helper.to_array(initializer))
+        for initializer in model.graph.initializer
+        if not initializer.dims and not _is_external(initializer)
+    }
+    return gs.import_onnx(model), linear_of, scalars
 
 
 def _match(
@@ -320,6 +252,53 @@ def _is_weight(tensor: gs.Tensor) -> bool:
     )
 
 
+# How the exporter writes GELU's tanh form, 0.5 y (1 + tanh(sqrt(2 / pi) (y + 0.044715 y^3))), step by step behind y:
+# each op's second operand is a constant or y itself.
+GELU = (
+    ("Pow", 3.0), ("Mul", 0.044715), ("Add", "y"), ("Mul", (2 / np.pi) ** 0.5), ("Tanh", None), ("Add", 1.0),
+    ("Mul", 0.5), ("Mul", "y"),
+)  # fmt: skip
+
+
+def _with_gelu(match: _Match, graph: gs.Graph, scalars: Mapping[str, float], dtype: torch.dtype) -> _Match:
+    """The match with the GELU behind it, if there is one and it is all that reads the linear."""
+    y, chain = match.y, []
+    value = y
+    for op, operand in GELU:
+        step = next(
+            (node for node in value.outputs if _is_step(node, op, value, operand, y, scalars, dtype)), None
+        )
+        if step is None or value in graph.outputs or (value is not y and len(value.outputs) != 1):
+            return match
+        chain.append(step)
+        value = step.outputs[0]
+    if {id(reader) for reader in y.outputs} - {id(step) for step in chain}:
+        return match
+    return replace(match, y=value, nodes=(*match.nodes, *chain), gelu=True)
+
+
+def _is_step(
+    node: gs.Node,
+    op: str,
+    value: gs.Variable,
+    operand: float | str | None,
+    y: gs.Variable,
+    scalars: Mapping[str, float],
+    dtype: torch.dtype,
+) -> bool:
+    """Whether ``node`` is ``op`` of ``value`` and ``operand``; constants compare after rounding to ``dtype``."""
+    if node.op != op or len(node.inputs) != 1 + (operand is not None):
+        return False
+    if operand is None:
+        return True
+    left, right = node.inputs
+    if right is value and op != "Pow":
+        left, right = right, left
+    if operand == "y":
+        return left is value and right is y
+    return left is value and scalars.get(right.name) == torch.tensor(operand, dtype=dtype).item()
+
+
 def _readers_of_one_tensor(matches: dict[str, _Match]) -> list[tuple[str, ...]]:
     """The linears, split by the tensor that they read in the graph (as a rule all of a group read one)."""
     readers: dict[str, list[str]] = defaultdict(list)
@@ -328,16 +307,23 @@ def _readers_of_one_tensor(matches: dict[str, _Match]) -> list[tuple[str, ...]]:
     return [tuple(linears) for linears in readers.values()]
 
 
-def _describe(linears: tuple[str, ...], solved: SparseLinearWeights) -> SparseNode:
+def _describe(
+    readers: tuple[str, ...], solved: SparseLinearWeights, matches: Mapping[str, _Match]
+) -> SparseNode:
     channels = dict(zip(solved.linears, solved.out_channels, strict=True))
+    plain = [linear for linear in readers if not matches[linear].gelu]
+    with_gelu = [linear for linear in readers if matches[linear].gelu]
     return SparseNode(
-        name=f"{linears[0]}.{OP}",
-        linears=linears,
+        name=f"{readers[0]}.{OPS[solved.operand]}",
+        linears=(*plain, *with_gelu),
         in_channels=solved.in_channels,
-        out_channels=sum(channels[linear] for linear in linears),
+        out_channels=sum(channels[linear] for linear in readers),
         rank=solved.rank,
         norm_scale=solved.norm_scale,
         error=solved.error,
+        operand=solved.operand,
+        activation=int(bool(with_gelu)),
+        activation_from=sum(channels[linear] for linear in plain) if with_gelu else 0,
     )
 
 
@@ -345,12 +331,7 @@ def _tensors(
     node: SparseNode, solved: SparseLinearWeights, file: Path, dtype: torch.dtype
 ) -> list[TensorSpec]:
     """Weight, lora_down and bias of a node; read from ``file`` only when they are written."""
-    ends = np.cumsum(solved.out_channels).tolist()
-    rows_of = {
-        linear: range(end - size, end)
-        for linear, size, end in zip(solved.linears, solved.out_channels, ends, strict=True)
-    }
-    rows = [row for linear in node.linears for row in rows_of[linear]]
+    rows = _rows(node, solved)
 
     def reader(name: str) -> Callable[[], torch.Tensor]:
         def read() -> torch.Tensor:
@@ -367,6 +348,42 @@ def _tensors(
     return [TensorSpec(f"{node.name}.{name}", dtype, shape, reader(name)) for name, shape in shapes.items()]
 
 
+def _weight_tensors(
+    node: SparseNode, solved: SparseLinearWeights, file: Path, dtype: torch.dtype, layout: MetadataLayout
+) -> list[TensorSpec]:
+    """Values, metadata and bias of a node with 2:4 weights; packed from ``file`` only when they are written."""
+    rows = _rows(node, solved)
+    padded, channels = -(-node.out_channels // STEP) * STEP, node.in_channels
+
+    def packed(part: int) -> torch.Tensor:
+        weight = load_weights(file).weight[rows]
+        return pack_weight(weight.to(dtype), keep_mask(weight), layout)[part]
+
+    def bias() -> torch.Tensor:
+        return load_weights(file).bias[rows].to(dtype)
+
+    return [
+        TensorSpec(f"{node.name}.values", dtype, (padded, channels // 2), partial(packed, 0)),
+        TensorSpec(
+            f"{node.name}.metadata",
+            torch.int32,
+            (channels // STEP, padded // STEP, 2 * STEP),
+            partial(packed, 1),
+        ),
+        TensorSpec(f"{node.name}.bias", dtype, (node.out_channels,), bias),
+    ]
+
+
+def _rows(node: SparseNode, solved: SparseLinearWeights) -> list[int]:
+    """The rows of ``solved`` in the order of the node's linears."""
+    ends = np.cumsum(solved.out_channels).tolist()
+    rows_of = {
+        linear: range(end - size, end)
+        for linear, size, end in zip(solved.linears, solved.out_channels, ends, strict=True)
+    }
+    return [row for linear in node.linears for row in rows_of[linear]]
+
+
 def _identity(channels: int, dtype: torch.dtype) -> list[TensorSpec]:
     """Order, centre and saliency that change nothing, shared by all nodes with so many channels."""
     values = {
@@ -380,20 +397,37 @@ def _identity(channels: int, dtype: torch.dtype) -> list[TensorSpec]:
     ]
 
 
+def _attributes(node: SparseNode, metadata_layout: MetadataLayout) -> dict[str, int | str]:
+    if node.operand == "weight":
+        own = {"metadata_layout": metadata_layout, "out_channels": node.out_channels}
+    else:
+        own = {"rank": node.rank, "norm_scale": int(node.norm_scale)}
+        own |= {"has_order": 0, "has_centre": 0, "has_saliency": 0}
+    return {
+        **own,
+        "activation": node.activation,
+        "activation_from": node.activation_from,
+        # With these two, TensorRT takes the plugin and not the function of the same name (which would run dense).
+        "plugin_namespace": DOMAIN,
+        "plugin_version": OP_VERSION,
+    }
+
+
 def _replace(
     graph: gs.Graph,
     node: SparseNode,
-    matches: list[_Match],
+    attributes: dict[str, int | str],
+    matches: Mapping[str, _Match],
     solved: SparseLinearWeights,
     tensors: list[TensorSpec],
 ) -> None:
     """Put the node where its linears were. Its weights are named here and given values in ``_save``."""
     existing = graph.tensors()
     inputs = [existing.get(t.name) or gs.Variable(t.name, _onnx_dtype(t.dtype), t.shape) for t in tensors]
-    outputs = [match.y for match in matches]
-    merged = outputs[0]
-    for match in matches:
-        for old in match.nodes:
+    outputs = [matches[linear].y for linear in node.linears]
+    x, merged = matches[node.linears[0]].x, outputs[0]
+    for linear in node.linears:
+        for old in matches[linear].nodes:
             old.outputs.clear()
     if len(outputs) > 1:
         channels = dict(zip(solved.linears, solved.out_channels, strict=True))
@@ -404,18 +438,8 @@ def _replace(
         graph.nodes.append(
             gs.Node("Split", f"{node.name}.Split", {"axis": -1}, inputs=[merged, split], outputs=outputs)
         )
-    attributes = {
-        "rank": node.rank,
-        "norm_scale": int(node.norm_scale),
-        "has_order": 0,
-        "has_centre": 0,
-        "has_saliency": 0,
-        # With these two, TensorRT takes the plugin and not the function of the same name (which would run dense).
-        "plugin_namespace": DOMAIN,
-        "plugin_version": OP_VERSION,
-    }
     graph.nodes.append(
-        gs.Node(OP, node.name, attributes, inputs=[matches[0].x, *inputs], outputs=[merged], domain=DOMAIN)
+        gs.Node(node.op, node.name, attributes, inputs=[x, *inputs], outputs=[merged], domain=DOMAIN)
     )
 
 
@@ -424,6 +448,7 @@ def _save(
     folder: Path,
     tensors: list[TensorSpec],
     external_inputs: tuple[str, ...],
+    ops: Sequence[str],
     path: Path,
 ) -> None:
     """Write all tensors into one safetensors file, refer to them from the model by offset, check and write it."""
@@ -441,7 +466,7 @@ def _save(
             _refer(initializer, weights.name, *offsets[tensor.name])
             model.graph.initializer.append(initializer)
     _drop_value_info(model, {tensor.name for tensor in tensors})
-    model.functions.append(lynx_function())
+    model.functions.extend(lynx_function(op) for op in ops)
     if DOMAIN not in {entry.domain for entry in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, int(OP_VERSION)))
     model.producer_name = "lynx-compile"

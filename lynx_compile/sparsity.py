@@ -7,10 +7,11 @@ The op ``LynxSparseLinear`` (domain ``lynx``, version 1), for a token x of K cha
     keep  = per group of 4 channels of z, the 2 with the largest |z_k| * saliency_k; ties keep the lower index
     z~    = z where kept, 0 elsewhere
     s     = 1, or with norm_scale sqrt(|z|^2 / (|z~|^2 + 1e-8))        (RT-Lynx, section 3: norm compensation)
-    y     = s * (z~ W'^T) + (z A^T) B^T + b'
+    y     = act(s * (z~ W'^T) + (z A^T) B^T + b')
+    act   = GELU in its tanh form from output channel activation_from on, where the activation is 1; else nothing
 
-is computed as one product, ``y = s * ([z~ | T / s] [W' | B]^T) + b'`` with ``T = z A^T``, so that the low-rank
-branch rides in the sparse GEMM (``expand_low_rank``). The ONNX function (``rewrite``) and the CUDA code
+is computed as one product, ``y = act(s * ([z~ | T / s] [W' | B]^T) + b')`` with ``T = z A^T``, so that the low-rank
+branch rides in the sparse GEMM (``expand_low_rank``). The ONNX function (``functions``) and the CUDA code
 (``plugins/kernels/sparse24.h``) say the same.
 """
 
@@ -35,6 +36,8 @@ def sparse_linear(
     order: torch.Tensor | None = None,
     centre: torch.Tensor | None = None,
     saliency: torch.Tensor | None = None,
+    activation: int = 0,
+    activation_from: int = 0,
 ) -> torch.Tensor:
     """``LynxSparseLinear`` in torch, any floating dtype, on any device; accumulates in float32 or better.
 
@@ -46,6 +49,7 @@ def sparse_linear(
         rank: r of the low-rank branch.
         norm_scale: whether s is the norm scale (else 1).
         order: [K] integers, a permutation. centre, saliency: [K].
+        activation: 0 none, 1 GELU in its tanh form, for the output channels from ``activation_from`` on.
 
     Returns:
         y [..., N] in x's dtype.
@@ -64,7 +68,15 @@ def sparse_linear(
         low = z.to(accumulate) @ lora_down.to(accumulate).T
         low = torch.where(scale > 0, low / scale, torch.zeros_like(low)).to(x.dtype)
         product = product + low.to(accumulate) @ collapse_low_rank(weight, channels, rank).to(accumulate).T
-    return (scale * product + bias.to(accumulate)).to(x.dtype)
+    return activate(scale * product + bias.to(accumulate), activation, activation_from).to(x.dtype)
+
+
+def activate(y: torch.Tensor, activation: int, activation_from: int) -> torch.Tensor:
+    """y [..., N] with its channels from ``activation_from`` on activated: 0 leaves them, 1 is the tanh GELU."""
+    if not activation:
+        return y
+    plain, activated = y.tensor_split((activation_from,), -1)
+    return torch.cat((plain, torch.nn.functional.gelu(activated, approximate="tanh")), -1)
 
 
 def keep_mask(z: torch.Tensor, saliency: torch.Tensor | None = None) -> torch.Tensor:

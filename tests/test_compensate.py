@@ -9,16 +9,17 @@ import torch
 from lynx_compile.calibrate import LayerStatistics, _Moments
 from lynx_compile.compensate import SparseLinearWeights, load_weights, solve
 from lynx_compile.compensate import _save as save
-from lynx_compile.models import Linear, LinearGroup
-from lynx_compile.recipe import Sparsity
+from lynx_compile.models import Linear
+from lynx_compile.recipe import Operand, Sparsity
+from lynx_compile.select import SparseGroup
 from lynx_compile.sparsity import collapse_low_rank, keep_mask, norm_scale_of, sparse_linear
 
 K, N, TOKENS = 32, 48, 4000
 
 
-def _group() -> LinearGroup:
+def _group(operand: Operand = "activation") -> SparseGroup:
     linears = (Linear("a", K, 16, True, None), Linear("b", K, N - 16, True, None))
-    return LinearGroup("a", linears)
+    return SparseGroup("a", linears, operand)
 
 
 def _data(norm_scale: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, LayerStatistics]:
@@ -133,3 +134,31 @@ def test_weights_survive_the_disk(tmp_path) -> None:  # type: ignore[no-untyped-
     loaded = load_weights(tmp_path / "w.safetensors")
     assert torch.equal(loaded.weight, solved.weight) and loaded.linears == ("a", "b")
     assert (loaded.rank, loaded.out_channels, loaded.error) == (solved.rank, (16, 32), solved.error)
+    assert loaded.operand == "activation"
+    pruned = solve(_group("weight"), weight, bias, moments, Sparsity())
+    save(tmp_path / "w.safetensors", pruned)
+    assert load_weights(tmp_path / "w.safetensors").operand == "weight"
+
+
+@pytest.mark.parametrize("method", ["joint", "none"])
+def test_weights_expected_error_is_the_measured_one(method: str) -> None:
+    x, _, weight, bias, moments = _data(norm_scale=False)
+    y = x @ weight.T + bias
+    solved = solve(_group("weight"), weight, bias, moments, Sparsity(method=method, operand="weight"))  # type: ignore[arg-type]
+    got = x @ solved.weight.T + solved.bias
+    measured = ((got - y).square().mean() / (y - y.mean(0)).square().mean()).sqrt()
+    assert solved.error == pytest.approx(float(measured), rel=1e-3)
+    assert (solved.operand, solved.rank, solved.norm_scale, solved.in_channels) == ("weight", 0, False, K)
+
+
+def test_pruned_weights_are_repaired_by_joint_and_only_masked_by_none() -> None:
+    _, _, weight, bias, moments = _data(norm_scale=False)
+    joint, none = (
+        solve(_group("weight"), weight, bias, moments, Sparsity(method=method, operand="weight"))
+        for method in ("joint", "none")
+    )
+    assert joint.error < 0.8 * none.error
+    assert torch.equal(none.weight[none.weight != 0], weight[none.weight != 0])
+    assert torch.equal(none.bias, bias) and not torch.equal(joint.bias, bias)
+    for solved in (joint, none):
+        assert solved.weight.ne(0).unflatten(-1, (-1, 4)).sum(-1).eq(2).all()

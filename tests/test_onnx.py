@@ -100,6 +100,84 @@ def test_linears_that_read_one_tensor_are_one_node(compiled: Compiled) -> None:
     assert merged.out_channels == 256 + 3 * 64
 
 
+def _gelus(lynx: LynxOnnx) -> dict[str, tuple[int, int]]:
+    """{last linear: (activation, activation_from)} of every node, as the file has them."""
+    model = onnx.load(lynx.path, load_external_data=False)
+    attributes = {n.name: {a.name: a.i for a in n.attribute} for n in model.graph.node if n.domain == DOMAIN}
+    return {
+        node.linears[-1]: (attributes[node.name]["activation"], attributes[node.name]["activation_from"])
+        for node in lynx.sparse
+    }
+
+
+def test_every_gelu_behind_a_sparse_linear_is_its_nodes_activation(compiled: Compiled) -> None:
+    """In a merged node its linear comes last."""
+    gelus = _gelus(compiled.lynx)
+    assert {linear: found for linear, found in gelus.items() if found[0]} == {
+        "transformer_blocks.0.ff.net.0.proj": (1, 0),
+        "transformer_blocks.0.ff_context.net.0.proj": (1, 0),
+        "single_transformer_blocks.0.proj_mlp": (1, 3 * 64),
+    }
+    model = onnx.load(compiled.lynx.path, load_external_data=False)
+    assert not [node.name for node in model.graph.node if node.op_type == "Tanh"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gelus_are_found_in_half_precision(compiled: Compiled, tmp_path: Path, dtype: torch.dtype) -> None:
+    dense = export(compiled.dit, tmp_path / "dense.onnx", dtype)
+    lynx = rewrite(dense, compiled.plan, compiled.weights, tmp_path / "half.onnx")
+    assert _gelus(lynx) == _gelus(compiled.lynx)
+
+
+def _spoil_constant(model: onnx.ModelProto, chain: dict[str, onnx.NodeProto]) -> None:
+    """0.0447 in place of 0.044715: another function."""
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0.0447), "other"))
+    scaled = chain["cube"]
+    index = 0 if scaled.input[1] == chain["pow"].output[0] else 1
+    scaled.input[index] = "other"
+
+
+def _spoil_power(model: onnx.ModelProto, chain: dict[str, onnx.NodeProto]) -> None:
+    """3 to the power of y."""
+    chain["pow"].input[:] = reversed(chain["pow"].input)
+
+
+def _read_linear(model: onnx.ModelProto, chain: dict[str, onnx.NodeProto]) -> None:
+    """The linear's own output is a result of the graph too."""
+    model.graph.output.append(
+        oh.make_tensor_value_info(chain["pow"].input[0], TensorProto.FLOAT, [2, 64, 256])
+    )
+
+
+def _read_middle(model: onnx.ModelProto, chain: dict[str, onnx.NodeProto]) -> None:
+    """A second reader in the middle of the chain."""
+    model.graph.node.append(oh.make_node("Identity", [chain["tanh"].output[0]], ["kept"], "reader"))
+    model.graph.output.append(oh.make_tensor_value_info("kept", TensorProto.FLOAT, [2, 64, 256]))
+
+
+@pytest.mark.parametrize("spoil", [_spoil_constant, _spoil_power, _read_linear, _read_middle])
+def test_what_only_resembles_a_gelu_stays_in_the_graph(compiled: Compiled, tmp_path: Path, spoil) -> None:  # type: ignore[no-untyped-def]
+    model, path = _dense_copy(compiled, tmp_path)
+    linear = "transformer_blocks.0.ff.net.0.proj"
+    y = next(n for n in model.graph.node if _product(model, linear).output[0] in n.input).output[0]
+    power = next(n for n in model.graph.node if n.op_type == "Pow" and n.input[0] == y)
+    chain = {"pow": power}
+    for name in ("cube", "sum", "inner", "tanh"):
+        last = list(chain.values())[-1].output[0]
+        chain[name] = next(n for n in model.graph.node if last in n.input)
+    assert chain["tanh"].op_type == "Tanh"
+    spoil(model, chain)
+    onnx.save(model, path)
+    lynx = rewrite(DenseOnnx(path), compiled.plan, compiled.weights, tmp_path / "x.onnx")
+    gelus = _gelus(lynx)
+    assert gelus[linear] == (0, 0) and sum(activation for activation, _ in gelus.values()) == 2
+    if spoil in (_read_linear, _read_middle):  # the same function, with one more result
+        feed = _feed(compiled.dit, torch.float32)
+        np.testing.assert_allclose(
+            _run(lynx.path, feed)[0], _run(compiled.lynx.path, feed)[0], rtol=1e-4, atol=1e-4
+        )
+
+
 def test_each_node_equals_the_definition_on_the_same_input(compiled: Compiled) -> None:
     """Node by node, since end to end one flipped choice of channels spreads."""
     model = onnx.load(compiled.lynx.path)
@@ -119,14 +197,17 @@ def test_each_node_equals_the_definition_on_the_same_input(compiled: Compiled) -
         expected = sparse_linear(
             torch.from_numpy(x), weight, down, bias, rank=attributes["rank"],
             norm_scale=bool(attributes["norm_scale"]), order=order, centre=centre, saliency=saliency,
+            activation=attributes["activation"], activation_from=attributes["activation_from"],
         ).numpy()  # fmt: skip
         assert np.abs(y - expected).max() <= 1e-5 * max(np.abs(expected).max(), 1)
 
 
-@pytest.mark.parametrize("rank", [0, 16, 48])
+@pytest.mark.parametrize(("rank", "gelu_from"), [(0, None), (16, 0), (48, 8)])
 @pytest.mark.parametrize(("norm_scale", "options"), list(itertools.product([0, 1], [False, True])))
-def test_function_equals_the_definition(rank: int, norm_scale: int, options: bool) -> None:
-    """Order, centre, saliency, a token of zeros, ties and a NaN token included."""
+def test_function_equals_the_definition(
+    rank: int, gelu_from: int | None, norm_scale: int, options: bool
+) -> None:
+    """Order, centre, saliency, a token of zeros, ties, a NaN token and GELU included."""
     torch.manual_seed(rank + norm_scale)
     channels, out_channels = 80, 24
     x = torch.randn(2, 9, channels).mul(3).round()  # ties
@@ -141,20 +222,22 @@ def test_function_equals_the_definition(rank: int, norm_scale: int, options: boo
     down, bias = torch.randn(max(rank, 1), channels), torch.randn(out_channels)
     feed = {"x": x, "weight": weight, "lora_down": down, "bias": bias}
     feed |= {"order": order, "centre": centre, "saliency": saliency}
-    y = ort.InferenceSession(_single_node(feed, rank, norm_scale), providers=["CPUExecutionProvider"]).run(
+    gelu = {} if gelu_from is None else {"activation": 1, "activation_from": gelu_from}
+    node = _single_node(feed, rank=rank, norm_scale=norm_scale, **gelu)
+    y = ort.InferenceSession(node, providers=["CPUExecutionProvider"]).run(
         None, {name: value.numpy() for name, value in feed.items()}
     )[0]
-    expected = sparse_linear(**feed, rank=rank, norm_scale=bool(norm_scale)).numpy()
+    expected = sparse_linear(**feed, rank=rank, norm_scale=bool(norm_scale), **gelu).numpy()
     np.testing.assert_allclose(
         y, expected, rtol=1e-5, atol=1e-5 * np.nanmax(np.abs(expected[np.isfinite(expected)]))
     )
 
 
-def _single_node(feed: dict[str, torch.Tensor], rank: int, norm_scale: int) -> bytes:
+def _single_node(feed: dict[str, torch.Tensor], **attributes: int) -> bytes:
     kinds = {torch.float32: TensorProto.FLOAT, torch.int32: TensorProto.INT32}
     node = oh.make_node(
-        OP, list(feed), ["y"], domain=DOMAIN, rank=rank, norm_scale=norm_scale, has_order=1, has_centre=1,
-        has_saliency=1, plugin_namespace="lynx", plugin_version="1",
+        OP, list(feed), ["y"], domain=DOMAIN, has_order=1, has_centre=1, has_saliency=1,
+        plugin_namespace="lynx", plugin_version="1", **attributes,
     )  # fmt: skip
     inputs = [oh.make_tensor_value_info(n, kinds[v.dtype], v.shape) for n, v in feed.items()]
     graph = oh.make_graph([node], "one", inputs, [oh.make_tensor_value_info("y", TensorProto.FLOAT, None)])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lynx_compile.errors import InputError
-from lynx_compile.models import find_groups
+from lynx_compile.models import Linear, LinearGroup, find_groups
 from lynx_compile.recipe import Sparsity, load_recipe
 from lynx_compile.select import candidates, select
 from tests.conftest import RECIPE, TINY
@@ -67,6 +67,33 @@ def _error(folder: Path, text: str) -> str:
         ),
         ("  steps: 4", "  steps: 4\nsparsity: {method: best}", "'sparsity.method' is wrong"),
         ("  steps: 4", "  steps: 4\nsparsity: {include: attn}", "'sparsity.include' is wrong"),
+        (
+            "  steps: 4",
+            "  steps: 4\nsparsity:\n  operand: weights",
+            "r.yaml:14: 'sparsity.operand' is wrong: Input should be 'activation' or 'weight' (got 'weights')",
+        ),
+        ("  steps: 4", "  steps: 4\nsparsity:\n  operand: 3", "r.yaml:14: 'sparsity.operand' is wrong"),
+        ("  steps: 4", "  steps: 4\nsparsity:\n  operand: none", "r.yaml:14: 'sparsity.operand' is wrong"),
+        (
+            "  steps: 4",
+            "  steps: 4\nsparsity:\n  operand:\n    '*.ff.*': weight\n    '*': both",
+            "r.yaml:16: 'sparsity.operand.*' is wrong: Input should be 'activation', 'weight' or 'none' (got 'both')",
+        ),
+        (
+            "  steps: 4",
+            "  steps: 4\nsparsity:\n  operand:\n    '*.ff.*': weight\n    '*.ff.*': none",
+            "r.yaml:16: the key '*.ff.*' is there twice.",
+        ),
+        (
+            "  steps: 4",
+            "  steps: 4\nsparsity: {method: paper, operand: {'*.ff.*': weight}}",
+            "r.yaml:13: 'sparsity' is wrong: method 'paper' prunes activations",
+        ),
+        (
+            "  steps: 4",
+            "  steps: 4\nsparsity: {operand: weight, rank: 16}",
+            "r.yaml:13: 'sparsity' is wrong: the weight operand has no low-rank branch",
+        ),
         ("  steps: 4", "  steps: 4\nengine:\n  gpus: [sm80, sm99]", "r.yaml:14: 'engine.gpus.1' is wrong"),
         ("  steps: 4", "  steps: 4\nengine:\n  gpus: []", "r.yaml:14: 'engine.gpus' is wrong"),
         ("  steps: 4", "  steps: 4\nengine: {weights: shared}", "'engine.weights' is wrong"),
@@ -154,9 +181,53 @@ def test_globs() -> None:
     for sparsity, message in (
         (Sparsity(exclude=("*.atn.*",)), "matches no linear"),
         (Sparsity(include=("proj_out",)), "No linear would become sparse"),
+        (Sparsity(operand={"*": "none"}), "No linear would become sparse"),
+        (
+            Sparsity(operand={"*.f.*": "weight"}),
+            r"sparsity.operand: '\*.f.\*' matches no linear of this model.",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             candidates(groups, sparsity)
+
+
+def test_operands_split_groups_and_the_first_glob_counts() -> None:
+    sparsity = Sparsity(
+        operand={"*.proj_mlp": "weight", "*.add_*": "none", "single_*.to_k": "weight", "*_k": "none"}
+    )
+    groups = find_groups(TINY)
+    plan = select(groups, sparsity)
+    split = [group for group in plan.groups if group.name == "single_transformer_blocks.0.proj_mlp"]
+    assert {group.operand: [linear.path.split(".")[-1] for linear in group.linears] for group in split} == {
+        "activation": ["to_q", "to_v"],
+        "weight": ["proj_mlp", "to_k"],
+    }
+    decisions = {decision.linear.path: decision for decision in plan.decisions}
+    assert decisions["transformer_blocks.0.attn.to_k"].reason == "operand none by the recipe ('*_k')"
+    assert (
+        decisions["transformer_blocks.0.attn.add_q_proj"].reason == "operand none by the recipe ('*.add_*')"
+    )
+    assert decisions["transformer_blocks.0.ff.net.2"].operand == "activation"
+    assert decisions["proj_out"].operand == "none"
+    names = [group.name for group in candidates(groups, sparsity)]
+    assert len(names) == len(set(names)), "one tensor is calibrated once, whatever its readers' operands"
+
+
+def test_one_operand_for_all() -> None:
+    groups = find_groups(TINY)
+    assert {group.operand for group in select(groups, Sparsity()).groups} == {"activation"}
+    plan = select(groups, Sparsity(operand="weight"))
+    assert {group.operand for group in plan.groups} == {"weight"}
+    assert [g.linears for g in plan.groups] == [g.linears for g in select(groups, Sparsity()).groups]
+
+
+def test_weights_need_channels_in_whole_steps_of_64() -> None:
+    group = LinearGroup("fc", (Linear("fc", 80, 64, True, None), Linear("other", 80, 64, True, None)))
+    plan = select((group,), Sparsity(operand={"fc": "weight"}))
+    assert [(d.operand, d.reason) for d in plan.decisions] == [
+        ("none", "K = 80 is not divisible by 64, as the weight operand needs it"),
+        ("activation", "candidate"),
+    ]
 
 
 def test_groups_are_the_linears_that_read_one_tensor() -> None:

@@ -78,6 +78,27 @@ def test_sparse_linear_is_its_formula(rank: int, norm_scale: bool) -> None:
     assert torch.allclose(y, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("start", [0, 8, 24])
+def test_activation_is_the_tanh_gelu_of_the_last_channels(start: int) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(5, 64).double(), torch.randn(24, 64).double(), torch.randn(24).double()
+    down = torch.zeros(1, 64).double()
+    y = sparse_linear(x, weight, down, bias)
+    gelu = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+    expected = torch.cat((y[:, :start], gelu[:, start:]), 1)
+    got = sparse_linear(x, weight, down, bias, activation=1, activation_from=start)
+    assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(sparse_linear(x, weight, down, bias, activation_from=start), y)
+
+
+def test_activation_is_computed_before_rounding() -> None:
+    x, weight = torch.randn(50, 16).bfloat16(), torch.randn(8, 16).bfloat16()
+    zero = torch.zeros(1, 16).bfloat16()
+    got = sparse_linear(x, weight, zero, zero[0, :8], activation=1)
+    full = sparse_linear(x.float(), weight.float(), zero.float(), zero[0, :8].float(), activation=1)
+    assert torch.equal(got, full.bfloat16())
+
+
 def test_a_token_of_zeros_gives_the_bias() -> None:
     weight = expand_low_rank(torch.randn(8, 16), torch.randn(8, 16))
     bias = torch.randn(8)

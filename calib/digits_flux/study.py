@@ -23,7 +23,7 @@ import torch
 import typer
 
 from calib.digits_flux import classifier, digits, evaluate, sampler
-from lynx_compile import models, weight_sparsity
+from lynx_compile import models, weight_refit
 from lynx_compile.calibrate import LayerStatistics, Statistics, calibrate
 from lynx_compile.compensate import compensate, load_weights
 from lynx_compile.export import DenseOnnx, export
@@ -201,12 +201,12 @@ def _sparsify(module: torch.nn.Module, group: LinearGroup, moments: LayerStatist
         linear = module.get_submodule(path)
         weight = linear.weight.detach().clone()
         if method.endswith("magnitude"):
-            keep = weight_sparsity.magnitude_mask(weight)
+            keep = weight_refit.magnitude_mask(weight)
         else:
-            keep = weight_sparsity.wanda_mask(weight, moments)
+            keep = weight_refit.wanda_mask(weight, moments)
         sparse, offset = weight * keep, torch.zeros_like(linear.bias)
         if method.endswith("refit"):
-            sparse, offset = weight_sparsity.refit(weight, keep, moments, Sparsity().ridge)
+            sparse, offset = weight_refit.refit(weight, keep, moments, Sparsity().ridge)
         linear.weight.copy_(sparse)
         linear.bias.add_(offset)
         lost = weight - sparse

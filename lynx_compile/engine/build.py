@@ -75,7 +75,7 @@ def build(
     start = time.monotonic()
     library = trt.plugin_library(engine)
     backend = trt.backend(engine.backend)
-    trt.load_plugin(backend, library)
+    trt.load_plugin(backend, library, lynx.plugins)
     backend.messages.clear()
     with atomic_path(output) as temporary:
         builder = backend.module.Builder(backend.messages)
@@ -128,7 +128,7 @@ def _check_network(backend: trt.Backend, network: Any, lynx: LynxOnnx) -> None:
     }
     missing = [node for node in lynx.nodes if node not in found]
     if missing or len(found) != len(lynx.nodes):
-        cause = f"{len(found)} of {len(lynx.nodes)} {trt.PLUGIN_NAME} nodes became plugin layers"
+        cause = f"{len(found)} of {len(lynx.nodes)} Lynx nodes became plugin layers"
         example = f" ({missing[0]} did not)" if missing else ""
         raise StageError("build", f"{cause}{example}.{trt.said(backend)}", "Run again with --fresh.")
     inputs = {network.get_input(i).name for i in range(network.num_inputs)}
@@ -144,7 +144,7 @@ def _is_ours(backend: trt.Backend, layer: Any) -> bool:
         return False
     layer.__class__ = module.IPluginV3Layer  # how TensorRT's Python API casts a layer
     core = layer.plugin.get_capability_interface(module.PluginCapabilityType.CORE)
-    return (core.plugin_name, core.plugin_namespace) == (trt.PLUGIN_NAME, trt.PLUGIN_NAMESPACE)
+    return core.plugin_name in trt.PLUGIN_NAMES and core.plugin_namespace == trt.PLUGIN_NAMESPACE
 
 
 def _config(backend: trt.Backend, builder: Any, engine: recipe.Engine, library: trt.PluginLibrary) -> Any:
@@ -242,12 +242,12 @@ class _Plan:
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        name = trt.PLUGIN_NAME.encode()
+        names = [name.encode() for name in trt.PLUGIN_NAMES]
         self.digest = hashlib.sha256()
         self.bytes = 0
         self.magic = b""
-        self.names = _Search(name)
-        self.records = _Search(struct.pack("<Q", len(name)) + name)
+        self._names = [_Search(name) for name in names]
+        self._records = [_Search(struct.pack("<Q", len(name)) + name) for name in names]
         self._file = file
 
     def write(self, piece: bytes) -> None:
@@ -255,8 +255,16 @@ class _Plan:
         self.digest.update(piece)
         self.bytes += len(piece)
         self.magic = (self.magic + piece[: len(MAGIC)])[: len(MAGIC)]
-        self.names.read(piece)
-        self.records.read(piece)
+        for search in (*self._names, *self._records):
+            search.read(piece)
+
+    @property
+    def names(self) -> int:
+        return sum(search.count for search in self._names)
+
+    @property
+    def records(self) -> int:
+        return sum(search.count for search in self._records)
 
 
 class _Search:
@@ -299,8 +307,8 @@ def _plugin_layers(backend: trt.Backend, plan: _Plan, lynx: LynxOnnx) -> int:
         raise StageError(
             "build", "what TensorRT wrote is no engine.", "Use a version of TensorRT named in the README."
         )
-    found, due = plan.records.count, len(lynx.nodes)
-    if not backend.ahead_of_time and not found and plan.names.count >= due:
+    found, due = plan.records, len(lynx.nodes)
+    if not backend.ahead_of_time and not found and plan.names >= due:
         log.warning(
             "%s %s: the plugin layers in its engines cannot be counted", backend.name, backend.version
         )

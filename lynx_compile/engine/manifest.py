@@ -56,9 +56,9 @@ class BackendVersion(_Strict):
 
 
 class Plugin(_Strict):
-    """The plugin library. ``embedded``: the engine holds a copy of it."""
+    """The plugin library. ``names``: its plugins that the engine uses. ``embedded``: the engine holds a copy of it."""
 
-    name: str
+    names: tuple[str, ...]
     version: str
     namespace: str
     library: FileName
@@ -90,9 +90,13 @@ class Source(_Strict):
 
 
 class SparseLinears(_Strict):
-    """One plugin layer and the linears that it replaces. ``error``: relative, on the calibration inputs."""
+    """One plugin layer and the linears that it replaces.
+
+    ``operand``: which one is 2:4. ``error``: relative, on the calibration inputs.
+    """
 
     layer: str
+    operand: Literal["activation", "weight"]
     linears: tuple[str, ...]
     in_channels: Count
     out_channels: Count
@@ -173,7 +177,7 @@ def describe(recipe: Recipe, dit: DiT, lynx: LynxOnnx, built: BuiltEngine) -> Ma
         backend=BackendVersion.model_validate({"name": built.backend, "version": built.backend_version}),
         gpus=built.gpus,
         plugin=Plugin(
-            name=trt.PLUGIN_NAME,
+            names=tuple(lynx.plugins),
             version=trt.PLUGIN_VERSION,
             namespace=trt.PLUGIN_NAMESPACE,
             library=built.plugin.name,
@@ -212,6 +216,7 @@ def _weights(lynx: LynxOnnx, built: BuiltEngine) -> Weights:
 def _sparse(node: Any) -> SparseLinears:
     return SparseLinears(
         layer=node.name,
+        operand=node.operand,
         linears=node.linears,
         in_channels=node.in_channels,
         out_channels=node.out_channels,

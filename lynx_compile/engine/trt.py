@@ -13,17 +13,18 @@ import importlib.util
 import logging
 import re
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from lynx_compile import recipe
 from lynx_compile.errors import InputError, StageError
 from lynx_compile.files import file_digest
 
-PLUGIN_NAME = "LynxSparseLinear"
+PLUGIN_NAMES = ("LynxSparseLinear", "LynxSparseWeightLinear")
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = "lynx"
 LIBRARIES = Path(__file__).resolve().parents[1] / "lib"
@@ -33,6 +34,8 @@ OLDEST = {
     "tensorrt": (10, 13),
     "tensorrt_rtx": (1, 7),
 }  # the first with every function used here; tested: 11.4, 1.7
+
+_REBUILD = "Build the library again from this version of lynx-compile."
 
 log = logging.getLogger("lynx_compile.tensorrt")
 
@@ -95,28 +98,34 @@ def plugin_library(engine: recipe.Engine) -> PluginLibrary:
     return PluginLibrary(path, file_digest(path))
 
 
-def load_plugin(backend: Backend, library: PluginLibrary) -> None:
+def metadata_layout(backend: Backend) -> Literal[80, 90]:
+    """How 2:4 metadata lie for what ``backend`` builds for: 90 on Hopper, which TensorRT for RTX does not target."""
+    return 90 if not backend.ahead_of_time and gpu() == "sm90" else 80
+
+
+def load_plugin(
+    backend: Backend, library: PluginLibrary, needed: Mapping[str, Sequence[str]] | None = None
+) -> None:
     """Load ``library`` into TensorRT's plugin registry. It stays there as long as the process lives.
 
+    Args:
+        needed: names of plugins that it must hold, each with fields that the plugin must know; TensorRT drops
+            a node's other attributes without a word.
+
     Raises:
-        StageError: the library cannot be loaded, does not hold the plugin, or another one is loaded already.
+        StageError: the library cannot be loaded, lacks what is needed, or another one is loaded already.
     """
-    if library.sha256 == _loaded.get(backend.name):
-        return
     registry = backend.module.get_plugin_registry()
-    if _has_creator(registry):
-        cause = f"this process has already loaded another {PLUGIN_NAME} plugin than {library.path}."
-        raise StageError("build", cause, "Use one library per process.")
-    if backend.name == "tensorrt_rtx":
-        # Its ONNX parser aborts the process without a "libtensorrt_rtx.so", which its wheel does not ship.
-        _open(_shipped("rtx_alias/libtensorrt_rtx.so"))
-    _open(library.path)  # the registry itself does not say why a library cannot be loaded
-    backend.messages.clear()
-    registry.load_library(str(library.path))
-    if not _has_creator(registry):
-        cause = f"{library.path} holds no {PLUGIN_NAME} version {PLUGIN_VERSION} plugin.{said(backend)}"
-        raise StageError("build", cause, "Build the library again from this version of lynx-compile.")
-    _loaded[backend.name] = library.sha256
+    if library.sha256 != _loaded.get(backend.name):
+        _load(backend, library, registry)
+    for name, fields in (needed or {}).items():
+        creator = _creator(registry, name)
+        if creator is None:
+            cause = f"{library.path} holds no {name} version {PLUGIN_VERSION} plugin.{said(backend)}"
+            raise StageError("build", cause, _REBUILD)
+        if lacking := set(fields) - {field.name for field in creator.field_names}:
+            cause = f"the {name} plugin in {library.path} does not know '{min(lacking)}'."
+            raise StageError("build", cause, _REBUILD)
 
 
 def said(backend: Backend) -> str:
@@ -144,6 +153,22 @@ def gpu() -> str | None:
 
 
 _loaded: dict[str, str] = {}  # backend name: SHA-256 of the plugin library in its registry
+
+
+def _load(backend: Backend, library: PluginLibrary, registry: Any) -> None:
+    if loaded := [name for name in PLUGIN_NAMES if _creator(registry, name) is not None]:
+        cause = f"this process has already loaded another {loaded[0]} plugin than {library.path}."
+        raise StageError("build", cause, "Use one library per process.")
+    if backend.name == "tensorrt_rtx":
+        # Its ONNX parser aborts the process without a "libtensorrt_rtx.so", which its wheel does not ship.
+        _open(_shipped("rtx_alias/libtensorrt_rtx.so"))
+    _open(library.path)  # the registry itself does not say why a library cannot be loaded
+    backend.messages.clear()
+    registry.load_library(str(library.path))
+    if not any(_creator(registry, name) for name in PLUGIN_NAMES):
+        cause = f"{library.path} holds no {PLUGIN_NAMES[0]} version {PLUGIN_VERSION} plugin.{said(backend)}"
+        raise StageError("build", cause, _REBUILD)
+    _loaded[backend.name] = library.sha256
 
 
 @cache
@@ -207,5 +232,6 @@ def _open(path: Path) -> None:
         ) from None
 
 
-def _has_creator(registry: Any) -> bool:
-    return registry.get_creator(PLUGIN_NAME, PLUGIN_VERSION, PLUGIN_NAMESPACE) is not None
+def _creator(registry: Any, name: str) -> Any:
+    """The plugin's creator; None when there is none."""
+    return registry.get_creator(name, PLUGIN_VERSION, PLUGIN_NAMESPACE)

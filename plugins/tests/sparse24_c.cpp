@@ -49,6 +49,22 @@ void lynx_norm_scale(const float* all, const float* kept, int64_t count, float* 
   for (int64_t i = 0; i < count; ++i) scale[i] = lynx::norm_scale({all[i], kept[i]});
 }
 
+// words: [channels / 16 * rows / 2], filled from metadata [rows, channels / 16] in the layout 80 (mma.sp) or
+// 90 (wgmma.sp, atoms of 64 channels); rows are padded. Returns 0, or 1 for another layout.
+int lynx_lay_out(int layout, const uint16_t* metadata, int64_t rows, int64_t channels, uint32_t* words) {
+  if (layout != 80 && layout != 90) return 1;
+  const int64_t blocks = channels / lynx::kBlock;
+  for (int64_t m = 0; m < rows; ++m) {
+    if (m % 16 >= 8) continue;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t word = layout == 80 ? lynx::Sm80Metadata::word(m, block, rows)
+                                        : lynx::Sm90Metadata<64>::word(m, block, rows);
+      words[word] = metadata[m * blocks + block] | uint32_t(metadata[(m + 8) * blocks + block]) << 16;
+    }
+  }
+  return 0;
+}
+
 int64_t lynx_padded_width(int64_t channels, int64_t rank) { return lynx::padded_width(channels, rank); }
 
 }  // extern "C"

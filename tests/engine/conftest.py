@@ -15,10 +15,10 @@ import torch
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
+from lynx_compile.export import OPSET
 from lynx_compile.rewrite import DenseLinear, LynxOnnx, SparseNode, lynx_function
 from lynx_compile.sparsity import padded_width
 
-OPSET = 18
 INPUTS = ("x", "weight", "lora_down", "bias", "order", "centre", "saliency")
 TOKENS = 32
 
@@ -56,7 +56,9 @@ from lynx_compile.engine import build as build_module, trt
 from lynx_compile.engine.build import build
 from lynx_compile.errors import LynxError
 
-lynx = SimpleNamespace(path=Path(sys.argv[1]), nodes=tuple(json.loads(sys.argv[2])), external_inputs=())
+lynx = SimpleNamespace(
+    path=Path(sys.argv[1]), nodes=tuple(json.loads(sys.argv[2])), external_inputs=(), plugins={}
+)
 output = Path(sys.argv[3])
 """
 
@@ -96,7 +98,7 @@ def _write_onnx(
     )
     _attach(graph, tensors, weights_path, external)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("lynx", 1)]
-    model = helper.make_model(graph, functions=[lynx_function(OPSET)], opset_imports=opsets, ir_version=10)
+    model = helper.make_model(graph, functions=[lynx_function()], opset_imports=opsets, ir_version=10)
     path = folder / "model.onnx"
     onnx.save(model, path)
     dense = (DenseLinear("blocks.9.proj", "excluded by the recipe"),)

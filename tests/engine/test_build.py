@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from onnx import TensorProto, helper
 from safetensors.torch import load_file
 
 from lynx_compile import recipe
-from lynx_compile.engine.build import _Search, build
+from lynx_compile.engine.build import _Plan, _Search, build
 from lynx_compile.errors import LynxError, StageError
 from lynx_compile.rewrite import LynxOnnx
 
@@ -164,13 +165,13 @@ FAILURES = [
     (lose_weights, r"cannot parse .*Failed to open file: .*model\.safetensors"),
     (cut_weights, r"cannot parse .*out of range for file"),
     (cut_onnx, r"cannot parse .*Failed to parse the ONNX model"),
-    (empty_onnx, r"0 of 2 LynxSparseLinear nodes became plugin layers"),
+    (empty_onnx, r"0 of 2 Lynx nodes became plugin layers"),
     (garble_onnx, r"cannot parse .*Failed to parse the ONNX model"),
     (lose_onnx, r"cannot parse .*cannot be found"),
-    (lose_namespace, r"1 of 2 LynxSparseLinear nodes became plugin layers \(blocks\.0\.proj did not\)"),
-    (change_namespace, r"1 of 2 LynxSparseLinear nodes became plugin layers \(blocks\.0\.proj did not\)"),
-    (change_version, r"1 of 2 LynxSparseLinear nodes became plugin layers \(blocks\.0\.proj did not\)"),
-    (add_unknown_node, r"3 of 2 LynxSparseLinear nodes became plugin layers"),
+    (lose_namespace, r"1 of 2 Lynx nodes became plugin layers \(blocks\.0\.proj did not\)"),
+    (change_namespace, r"1 of 2 Lynx nodes became plugin layers \(blocks\.0\.proj did not\)"),
+    (change_version, r"1 of 2 Lynx nodes became plugin layers \(blocks\.0\.proj did not\)"),
+    (add_unknown_node, r"3 of 2 Lynx nodes became plugin layers"),
 ]
 
 
@@ -215,7 +216,7 @@ def test_withheld_plugin_is_noticed(lynx: LynxOnnx, output: Path, script: Script
     code = "trt.load_plugin = lambda *_: None\nbuild(lynx, recipe.Engine(backend='tensorrt_rtx'), output)"
     done = subprocess.run(script(code, lynx, output), capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "0 of 2 LynxSparseLinear nodes became plugin layers (blocks.0.proj did not)" in done.stderr
+    assert "0 of 2 Lynx nodes became plugin layers (blocks.0.proj did not)" in done.stderr
     assert_untouched(output)
 
 
@@ -280,6 +281,18 @@ def test_search_counts_across_pieces(size: int) -> None:
     for start in range(0, len(text), size):
         search.read(text[start : start + size])
     assert search.count == text.count(b"needle") == 4
+
+
+def test_layers_of_all_plugins_are_counted(tmp_path: Path) -> None:
+    records = [
+        struct.pack("<Q", len(name)) + name
+        for name in (b"LynxSparseLinear", b"LynxSparseWeightLinear", b"LynxSparseWeightLinear", b"LynxOther")
+    ]
+    with (tmp_path / "plan").open("wb") as file:
+        plan = _Plan(file)
+        for piece in (b"vtrt", *records, b"LynxSparseWeightLinear"):
+            plan.write(piece)
+    assert (plan.records, plan.names) == (3, 4)
 
 
 def edit(lynx: LynxOnnx, change: Callable[[onnx.GraphProto], None]) -> None:

@@ -65,6 +65,8 @@ def test_it_tells_what_is_there(manifest: Manifest, lynx: LynxOnnx, tmp_path: Pa
     }
     assert values["backend"]["name"] == "tensorrt_rtx"
     assert (values["plugin"]["library"], values["plugin"]["namespace"]) == ("liblynx_plugin.so", "lynx")
+    assert values["plugin"]["names"] == ("LynxSparseLinear",)
+    assert {node["operand"] for node in values["sparse"]} == {"activation"}
     assert values["plugin_layers"] == 2
     assert values["weights"] == {"mode": "embedded", "file": None, "sha256": None, "tensors": ()}
     assert [tensor["name"] for tensor in values["inputs"]] == ["x"]

@@ -149,6 +149,44 @@ def test_another_library_is_refused_once_one_is_loaded() -> None:
         trt.load_plugin(backend, trt.PluginLibrary(library.path, "0" * 64))
 
 
+@pytest.mark.parametrize(
+    ("needed", "message"),
+    [
+        (
+            {"LynxNothing": ()},
+            r"liblynx_plugin.so holds no LynxNothing version 1 plugin. Build the library again",
+        ),
+        (
+            {"LynxSparseLinear": ("rank", "colour")},
+            "the LynxSparseLinear plugin in .* does not know 'colour'. Build",
+        ),
+    ],
+)
+def test_a_library_that_lacks_what_the_model_needs_is_refused(needed: dict, message: str) -> None:  # type: ignore[type-arg]
+    """A plugin or a field of it; also when the library is loaded already."""
+    backend, library = trt.backend("tensorrt_rtx"), trt.plugin_library(recipe.Engine())
+    trt.load_plugin(backend, library, {"LynxSparseLinear": ("rank", "norm_scale")})
+    with pytest.raises(StageError, match=message):
+        trt.load_plugin(backend, library, needed)
+
+
+@pytest.mark.parametrize(
+    ("choice", "gpu", "layout"),
+    [
+        ("tensorrt", "sm90", 90),
+        ("tensorrt", "sm89", 80),
+        ("tensorrt", "sm120", 80),
+        ("tensorrt_rtx", "sm90", 80),
+    ],
+)
+def test_metadata_layout_is_that_of_the_gpu_built_for(
+    monkeypatch: pytest.MonkeyPatch, choice: str, gpu: str, layout: int
+) -> None:
+    """TensorRT for RTX has no sm90 target: there the file is for mma.sp whatever GPU is in the machine."""
+    install(monkeypatch, tensorrt=True, gpu=gpu)
+    assert trt.metadata_layout(trt.backend(choice)) == layout
+
+
 LOAD = """
 try:
     trt.load_plugin(trt.backend("tensorrt_rtx"), trt.plugin_library(recipe.Engine(plugin=str(output))))
@@ -176,7 +214,7 @@ def test_full_tensorrt_finds_the_plugin(lynx: LynxOnnx, tmp_path: Path, script: 
     code = """
 import tensorrt_lean_bindings as module
 backend = trt.Backend(module, "tensorrt", module.__version__, trt._message_log(module))
-print(trt._has_creator(module.get_plugin_registry()))
+print(trt._creator(module.get_plugin_registry(), "LynxSparseLinear") is not None)
 trt.load_plugin(backend, trt.plugin_library(recipe.Engine()))
 creator = module.get_plugin_registry().get_creator("LynxSparseLinear", "1", "lynx")
 print(creator.name, [field.name for field in creator.field_names])

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lynx_compile.sparsity import keep_mask, norm_scale_of, padded_width, scale_of_norms
+from lynx_compile.weight_sparsity import MetadataLayout, pack_weight
 
 from .native import PLUGINS, WARNINGS, compile_cpp, header_folder, run_native
 
@@ -137,6 +138,27 @@ def test_every_group_of_small_patterns(native: ctypes.CDLL, dtype: torch.dtype) 
     x = pool[x].reshape(-1, 64)
     found = prune(native, x)
     assert torch.equal(found.keep(), keep_mask(x))
+
+
+@pytest.mark.parametrize("layout", [80, 90])
+@pytest.mark.parametrize(("out_channels", "channels"), [(64, 64), (128, 192), (192, 128), (72, 320)])
+def test_packed_weights_are_those_of_the_kernels(
+    native: ctypes.CDLL, out_channels: int, channels: int, layout: MetadataLayout
+) -> None:
+    """Word by word: values and nibbles against compress_block, places against Sm80Metadata and Sm90Metadata<64>."""
+    rows = -(-out_channels // 64) * 64
+    weight = torch.zeros(rows, channels, dtype=torch.bfloat16)
+    weight[:out_channels] = torch.randn(out_channels, channels, generator=torch.Generator().manual_seed(3))
+    pruned = prune(native, weight)
+    words = np.full(rows * channels // 32, 0xDEADBEEF, np.uint32)
+    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (pruned.metadata, words)]
+    code = native.lynx_lay_out(
+        ctypes.c_int(layout), pointers[0], ctypes.c_int64(rows), ctypes.c_int64(channels), pointers[1]
+    )
+    assert code == 0
+    values, metadata = pack_weight(weight[:out_channels], keep_mask(weight[:out_channels]), layout)
+    assert torch.equal(bits(values), bits(pruned.values))
+    np.testing.assert_array_equal(metadata.numpy().view(np.uint32).flatten(), words)
 
 
 def test_padded_width(native: ctypes.CDLL) -> None:
