@@ -5,8 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell nproc)
-# GPU architectures of the plugin. CI builds two; `make LYNX_CUDA_ARCHITECTURES=90a` builds for Hopper alone.
+# GPU architectures of the plugin and element types of its GEMMs. CI builds fewer; `make LYNX_CUDA_ARCHITECTURES=90a`
+# builds for Hopper alone.
 LYNX_CUDA_ARCHITECTURES ?= 80;86;89;90a;120
+LYNX_ELEMENT_TYPES ?= bf16;fp16
 BUILD := build/plugin
 CMAKE := PYTHONPATH=$(abspath $(VENV))/toolchain $(BIN)/cmake
 
@@ -43,7 +45,7 @@ $(VENV)/.ready: pyproject.toml requirements/toolchain.txt requirements/tensorrt1
 plugin: setup
 	@test -f $(BUILD)/build.ninja || $(CMAKE) -S plugins -B $(BUILD) -G Ninja --log-level=WARNING \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DLYNX_BUILD_TESTS=ON \
-	  "-DLYNX_CUDA_ARCHITECTURES=$(LYNX_CUDA_ARCHITECTURES)"
+	  "-DLYNX_CUDA_ARCHITECTURES=$(LYNX_CUDA_ARCHITECTURES)" "-DLYNX_ELEMENT_TYPES=$(LYNX_ELEMENT_TYPES)"
 	@$(CMAKE) --build $(BUILD) -j $(JOBS) --target lynx_plugin rtx_alias
 
 lint: setup

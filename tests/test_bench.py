@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def test_without_a_gpu_it_predicts_and_says_so(
 
 def test_prediction_grows_with_the_rank_and_counts_every_byte() -> None:
     plain, ranked = bench._predict(SMALL, 0), bench._predict(SMALL, 64)
-    assert plain.gemm.median < ranked.gemm.median and plain.ratio > ranked.ratio
+    assert plain.gemm.median < ranked.gemm.median and plain.ratio.median > ranked.ratio.median
     assert plain.whole.median == pytest.approx(plain.prune.median + plain.gemm.median)
     assert plain.prune.median == pytest.approx(4096 * 3072 * 3.125 / bench.ROOFLINE_BYTES * 1e6)
 
@@ -46,7 +47,16 @@ def test_geometric_mean_leaves_the_square_shapes_out() -> None:
     square = bench._predict(bench.Shape("square", "x", 64, 64, 64), 0)
     one = bench._predict(SMALL, 0)
     both = bench.Bench("gpu", "2", "bf16", True, (one, square))
-    assert both.geometric_mean == pytest.approx(one.ratio) and square.ratio != one.ratio
+    assert both.geometric_means["activations"] == pytest.approx(one.ratio.median)
+    assert both.geometric_means["weights"] == pytest.approx(one.weight_ratio.median)
+    assert square.ratio.median != one.ratio.median
+
+
+def test_the_better_operand_counts_and_dense_where_neither_pays() -> None:
+    one = bench._predict(SMALL, 64)
+    assert one.best == one.weight_ratio.median > one.ratio.median
+    slow = bench.Ratio(0.8, 0.7, 0.9)
+    assert dataclasses.replace(one, ratio=slow, weight_ratio=slow).best == 1
 
 
 @pytest.mark.parametrize("rank", ["8", "144", "-16"])
@@ -88,18 +98,24 @@ def test_tensors_are_checked_before_their_addresses_are_used() -> None:
         kernels.SparseLinear(library, weight.float(), down.float(), bias.float(), rows=4)
 
 
-def test_structure_is_that_of_the_c_interface(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "structure"),
+    [("LynxSparseLinear", kernels._Call), ("LynxSparseWeightLinear", kernels._WeightCall)],
+)
+def test_structure_is_that_of_the_c_interface(
+    tmp_path: Path, name: str, structure: type[ctypes.Structure]
+) -> None:
     """Offsets of every field, by the compiler."""
-    fields = [name for name, *_ in kernels._Call._fields_]
+    fields = [field for field, *_ in structure._fields_]
     source = tmp_path / "offsets.cpp"
     source.write_text(
         '#include "c_api.h"\n#include <cstddef>\n#include <cstdio>\nint main() {\n'
-        + "".join(f'  std::printf("%zu ", offsetof(LynxSparseLinear, {name}));\n' for name in fields)
-        + '  std::printf("%zu", sizeof(LynxSparseLinear));\n}\n'
+        + "".join(f'  std::printf("%zu ", offsetof({name}, {field}));\n' for field in fields)
+        + f'  std::printf("%zu", sizeof({name}));\n}}\n'
     )
     program = compile_cpp(source, tmp_path / "offsets")
     found = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
     assert [int(value) for value in found] == [
-        *(getattr(kernels._Call, name).offset for name in fields),
-        ctypes.sizeof(kernels._Call),
+        *(getattr(structure, field).offset for field in fields),
+        ctypes.sizeof(structure),
     ]

@@ -59,6 +59,12 @@ set(LYNX_NVCC_FLAGS
     -std=c++17 -O3 -DNDEBUG --expt-relaxed-constexpr --expt-extended-lambda -Xcompiler=-fPIC,-fvisibility=hidden
     -I${LYNX_CUTLASS_DIR}/include -I${LYNX_CUTLASS_DIR}/tools/util/include)
 
+# The kernels exist for many GPUs, ranks and types: uncompressed they take tens of megabytes.
+execute_process(COMMAND ${LYNX_NVCC} --help OUTPUT_VARIABLE LYNX_NVCC_HELP ERROR_QUIET)
+if(LYNX_NVCC_HELP MATCHES "--compress-mode")
+  list(APPEND LYNX_NVCC_FLAGS -compress-mode=size)
+endif()
+
 # lynx_cuda_objects(<out> ARCHITECTURES <80;...> [PTX <80>] SOURCES <file>...): compiles each source for the
 # architectures and for PTX, from which drivers make code for any later GPU. <out> becomes the list of object files.
 function(lynx_cuda_objects out)

@@ -9,6 +9,8 @@
 //
 // What x is made into before it is pruned (Producer) happens on the way in. For a norm the thread block reads
 // its rows twice before: for the mean and for the variance; they stay in the L1 cache.
+#include <type_traits>
+
 #include "activation.h"
 #include "launch.h"
 #include "sparse24.h"
@@ -356,8 +358,7 @@ __device__ __forceinline__ void write_extension(const Exchange<kRankCap>& shared
 }
 
 template <class Element, class Metadata, int kRankCap, Variant kVariant>
-__global__ void __launch_bounds__(kThreads, (blocks_per_sm<kRankCap, kVariant>()))
-    prune_kernel(const PruneArgs args) {
+__device__ __forceinline__ void prune_rows(const PruneArgs& args) {
   auto& shared = block_shared<Exchange<kRankCap>>();
   const Lane lane;
   const int64_t first_row = int64_t(blockIdx.x) * kRows;
@@ -390,6 +391,24 @@ __global__ void __launch_bounds__(kThreads, (blocks_per_sm<kRankCap, kVariant>()
   reduce_scale(shared, norm, args, lane, first_row);
   if constexpr (kRankCap > 0) reduce_t(shared, t, lane);
   write_extension<Element, Metadata>(shared, args, first_row);
+}
+
+// wgmma.sp's layout is written on sm_90 alone; other GPUs get empty kernels for it, which nothing launches.
+template <class Metadata>
+constexpr bool written_here() {
+#if defined(__CUDA_ARCH__)
+  return std::is_same_v<Metadata, Sm80Metadata> || __CUDA_ARCH__ == 900;
+#else
+  return true;
+#endif
+}
+
+template <class Element, class Metadata, int kRankCap, Variant kVariant>
+__global__ void __launch_bounds__(kThreads, (blocks_per_sm<kRankCap, kVariant>()))
+    prune_kernel(const PruneArgs args) {
+  if constexpr (written_here<Metadata>()) {
+    prune_rows<Element, Metadata, kRankCap, kVariant>(args);
+  }
 }
 
 template <class Element, class Metadata, Variant kVariant>

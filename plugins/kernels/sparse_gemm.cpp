@@ -70,12 +70,20 @@ int tile_count(Kernels kernels) {
 }
 
 SparseGemmLaunch* tile_launch(Kernels kernels, DType dtype, Operand operand, int tile) {
-  if (operand == Operand::kActivation) {
-    return dtype == DType::kBf16 ? launch_of<Bf16, Operand::kActivation>(kernels, tile)
-                                 : launch_of<Fp16, Operand::kActivation>(kernels, tile);
+  [[maybe_unused]] const bool weight = operand == Operand::kWeight;
+#if defined(LYNX_BF16)
+  if (dtype == DType::kBf16) {
+    return weight ? launch_of<Bf16, Operand::kWeight>(kernels, tile)
+                  : launch_of<Bf16, Operand::kActivation>(kernels, tile);
   }
-  return dtype == DType::kBf16 ? launch_of<Bf16, Operand::kWeight>(kernels, tile)
-                               : launch_of<Fp16, Operand::kWeight>(kernels, tile);
+#endif
+#if defined(LYNX_FP16)
+  if (dtype == DType::kFp16) {
+    return weight ? launch_of<Fp16, Operand::kWeight>(kernels, tile)
+                  : launch_of<Fp16, Operand::kActivation>(kernels, tile);
+  }
+#endif
+  return nullptr;
 }
 
 cudaError_t best_tile(Kernels kernels, const SparseGemmCall& call, int* tile) {

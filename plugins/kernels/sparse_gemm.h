@@ -38,8 +38,8 @@ cudaError_t launch_gemm_sm80(const SparseGemmCall& call, int device, cudaStream_
 template <class Element, TileIndexSm90 kIndex, Operand kOperand>
 cudaError_t launch_gemm_sm90(const SparseGemmCall& call, int device, cudaStream_t stream);
 
-// Number of tile configurations, the function of one, and the one that the dispatcher takes on the current
-// device.
+// Number of tile configurations, the function of one (null where this library was built without it), and the
+// one that the dispatcher takes on the current device.
 int tile_count(Kernels kernels);
 SparseGemmLaunch* tile_launch(Kernels kernels, DType dtype, Operand operand, int tile);
 cudaError_t best_tile(Kernels kernels, const SparseGemmCall& call, int* tile);
