@@ -267,13 +267,13 @@ class _Problem:
         cusparselt = self._cusparselt()
         if cusparselt is not None:
             works["cusparselt"] = cusparselt
-        times = _take_turns(works, rounds, len(self.x))
+        times = take_turns(works, rounds, len(self.x))
 
         def timing(name: str) -> Timing | None:
             return _timing(times[name]) if name in times else None
 
         def ratio(name: str, dense: str = "dense") -> Ratio:
-            return Ratio(*_quantiles([d / s for d, s in zip(times[dense], times[name], strict=True)]))
+            return Ratio(*quantiles([d / s for d, s in zip(times[dense], times[name], strict=True)]))
 
         def fastest(prefix: str) -> int:
             return min(self.tiles, key=lambda tile: statistics.median(times[f"{prefix} {tile}"]))
@@ -352,7 +352,7 @@ def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
-def _take_turns(
+def take_turns(
     works: Mapping[str, Callable[[int], object]], rounds: int, copies: int
 ) -> dict[str, list[float]]:
     """Microseconds of each work in each round; a round runs all works one after the other on the same copies."""
@@ -374,14 +374,14 @@ def _take_turns(
     return times
 
 
-def _quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Median, 10th and 90th percentile."""
     ordered = sorted(values)
     return statistics.median(ordered), ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
 
 
 def _timing(times: Sequence[float]) -> Timing:
-    return Timing(*_quantiles(times))
+    return Timing(*quantiles(times))
 
 
 def _predict(shape: Shape, rank: int) -> Result:
@@ -391,23 +391,28 @@ def _predict(shape: Shape, rank: int) -> Result:
     weight = dense / ROOFLINE_GAIN
     gemm = weight * padded_width(k, rank) / k
     prune = 1e6 * m * k * (2 + 1 + 1 / 8) / ROOFLINE_BYTES
-    times = {"dense": dense, "prune": prune, "gemm": gemm, "whole": gemm + prune, "weight": weight}
+
+    def same(value: float) -> Timing:
+        return Timing(value, value, value)
+
+    def ratio(sparse: float) -> Ratio:
+        return Ratio(dense / sparse, dense / sparse, dense / sparse)
+
     return Result(
         shape=shape,
         rank=rank,
-        **{name: Timing(value, value, value) for name, value in times.items()},
+        dense=same(dense),
+        prune=same(prune),
+        gemm=same(gemm),
+        whole=same(gemm + prune),
+        weight=same(weight),
         fused_dense=None,
         fused=None,
         fused_weight=None,
         cusparselt=None,
-        **{
-            name: Ratio(value, value, value)
-            for name, value in (
-                ("ratio", dense / (gemm + prune)),
-                ("gemm_ratio", dense / gemm),
-                ("weight_ratio", dense / weight),
-            )
-        },
+        ratio=ratio(gemm + prune),
+        gemm_ratio=ratio(gemm),
+        weight_ratio=ratio(weight),
         fused_ratio=None,
         fused_weight_ratio=None,
         tile=None,
@@ -418,12 +423,16 @@ def _predict(shape: Shape, rank: int) -> Result:
 
 def save(bench: Bench, folder: Path) -> tuple[Path, Path]:
     """Write ``DEVICE-rankR.json`` and ``.png`` into ``folder``; returns their paths."""
-    device = "-".join("".join(c if c.isalnum() else " " for c in bench.device.lower()).split())
-    path = folder / f"{device}-rank{bench.results[0].rank}.json"
+    path = folder / f"{file_name(bench.device)}-rank{bench.results[0].rank}.json"
     save_text(path, json.dumps(asdict(bench) | {"geometric_means": bench.geometric_means}, indent=1) + "\n")
     picture = path.with_suffix(".png")
     _draw(bench, picture)
     return path, picture
+
+
+def file_name(device: str) -> str:
+    """A GPU's name as a file's: nvidia-h100-80gb-hbm3."""
+    return "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
 
 
 def _draw(bench: Bench, path: Path) -> None:

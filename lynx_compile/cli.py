@@ -96,12 +96,18 @@ def bench_(
     rank: Annotated[int, typer.Option(help="Rank of the low-rank branch: 0, 16, ... 128.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the median is shown.")] = 30,
     plugin: Annotated[Path | None, typer.Option(help="Another build of liblynx_plugin.so.")] = None,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="Measure FLUX.1-dev's blocks instead of single linears.")
+    ] = False,
 ) -> None:
     """Measure the sparse linears of FLUX.1-dev, Qwen-Image and Z-Image against cuBLAS on this GPU."""
     if rank not in range(0, 129, 16):
         raise InputError(f"--rank is {rank}.", "Give a multiple of 16 from 0 to 128.")
     from lynx_compile import bench, kernels
 
+    if blocks:
+        _bench_blocks(folder, rounds, plugin or kernels.LIBRARY)
+        return
     try:
         measured = bench.bench(
             rank=rank,
@@ -121,6 +127,19 @@ def bench_(
     out.print(f"geometric means over the models' linears: {means}")
     for path in bench.save(measured, folder):
         out.print(f"wrote {escape(str(path))}")
+
+
+def _bench_blocks(folder: Path, rounds: int, library: Path) -> None:
+    from lynx_compile import bench_blocks
+
+    measured = bench_blocks.bench_blocks(rounds=rounds, library=library)
+    for r in measured.results:
+        out.print(
+            f"FLUX.1-dev, {r.block} block: dense {r.dense.median:.0f} us (its linears {r.linear_share:.0%}), "
+            f"sparse {r.sparse.median:.0f} us, {r.ratio.median:.2f}x ({r.ratio.low:.2f}-{r.ratio.high:.2f}), "
+            f"error {r.error:.1e}"
+        )
+    out.print(f"wrote {escape(str(bench_blocks.save(measured, folder)))}")
 
 
 def _bench_table(measured: Bench) -> Table:
