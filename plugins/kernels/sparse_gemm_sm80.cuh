@@ -143,7 +143,8 @@ class TransposedEpilogue {
     using Params = Arguments;
 
     template <class ProblemSize>
-    CUTLASS_HOST_DEVICE static Params to_underlying_arguments(const ProblemSize&, const Arguments& args, void*) {
+    CUTLASS_HOST_DEVICE static Params to_underlying_arguments(const ProblemSize&, const Arguments& args,
+                                                              void*) {
       return args;
     }
   };

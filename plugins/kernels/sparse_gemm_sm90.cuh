@@ -160,6 +160,11 @@ struct SparseGemmSm90 {
         cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, cute::make_shape(call.m, call.n, 1));
     args.hw_info.device_id = device;
     args.hw_info.sm_count = cutlass::KernelHardwareInfo::query_device_multiprocessor_count(device);
+    if constexpr (kTile.stream_k) {
+      using Mode = decltype(args.scheduler.decomposition_mode);
+      const bool divide = divides_tiles(kTile, call.m, call.n, call.width, args.hw_info.sm_count);
+      args.scheduler.decomposition_mode = divide ? Mode::Heuristic : Mode::DataParallel;
+    }
     return args;
   }
 

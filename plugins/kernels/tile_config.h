@@ -63,6 +63,15 @@ constexpr TileConfigSm90 kTilesSm90[kTileConfigsSm90] = {
     {128, 128, 64, 2, 8, true, 0.75},
 };
 
+// Whether a stream-K configuration should divide its last tiles: with less than a wave of them the SMs that
+// are left over only help when K is long (measured: 12288, not 3072).
+constexpr int kLongWidth = 8192;
+constexpr bool divides_tiles(const TileConfigSm90& tile, int64_t rows, int64_t columns, int64_t width,
+                             int sm_count) {
+  const int64_t tiles = ((rows + tile.m - 1) / tile.m) * ((columns + tile.n - 1) / tile.n);
+  return tile.stream_k && (tiles > sm_count || width >= kLongWidth);
+}
+
 constexpr int kMaxSmsSm90 = 132;  // of H100, H200 and GH200; others have fewer
 
 // Bytes that a stream-K configuration needs at most: CUTLASS divides the tiles of less than two waves, each
