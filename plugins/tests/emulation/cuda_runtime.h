@@ -74,6 +74,13 @@ inline float __uint_as_float(uint32_t bits) {
 
 inline float __fsqrt_rn(float value) { return std::sqrt(value); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __expf(float value) { return float(std::exp(double(value))); }
+
+// Documented: 0 for divisors above 2^126, where the hardware's reciprocal is subnormal.
+inline float __fdividef(float a, float b) {
+  if (std::fabs(b) > 0x1p126f && std::fabs(b) < INFINITY) return std::isinf(a) ? NAN : 0.0f;
+  return a / b;
+}
 
 // Four bytes of `high` and `low`, picked by the nibbles of `selector`. The sign mode (bit 3) is not needed.
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {

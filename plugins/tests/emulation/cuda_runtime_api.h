@@ -10,8 +10,15 @@ enum cudaError_t {
   cudaErrorNotSupported = 801,
 };
 
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+};
+
 using cudaStream_t = struct CUstream_st*;
 
 // The last launch's. Not forgotten by asking, as CUDA's is.
 cudaError_t cudaGetLastError();
 cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);

@@ -22,9 +22,22 @@ uint3 threadIdx, blockIdx;
 
 cudaError_t cudaGetLastError() { return emulation::error.empty() ? cudaSuccess : cudaErrorLaunchFailure; }
 
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? emulation::compute_capability / 10
+           : attribute == cudaDevAttrComputeCapabilityMinor ? emulation::compute_capability % 10
+                                                            : 132;  // SMs
+  return cudaSuccess;
+}
+
 namespace emulation {
 
 Schedule schedule = Schedule::kForward;
+int compute_capability = 80;
 std::string error;
 
 namespace {

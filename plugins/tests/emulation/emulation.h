@@ -20,6 +20,9 @@ namespace emulation {
 enum class Schedule { kForward, kReverse };
 extern Schedule schedule;
 
+// Of the device that the host code finds: 80, or 90 for wgmma.sp.
+extern int compute_capability;
+
 // What is wrong with the last launch; empty after a good one.
 extern std::string error;
 
