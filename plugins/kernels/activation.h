@@ -4,7 +4,9 @@
 
 #include "sparse24.h"
 
-#if !defined(__CUDACC__)
+#if defined(__CUDACC__)
+#include "warp.h"
+#else
 #include <cmath>
 #endif
 
@@ -15,8 +17,7 @@ namespace lynx {
 LYNX_HOST_DEVICE float gelu_tanh(float x) {
   const float inner = x * (0.7978845608028654f + 0.035677408136300125f * x * x);
 #if defined(__CUDA_ARCH__)
-  float tanh;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(inner));
+  const float tanh = tanh_approx(inner);
 #else
   const float tanh = std::tanh(inner);
 #endif

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels take from the GPU and g++ has no word for: shared memory and the tensor cores. With
-// LYNX_EMULATED, plugins/tests/emulation supplies all of it.
+// What the kernels take from the GPU and g++ has no word for: shared memory, tensor cores, the hardware's
+// tanh. With LYNX_EMULATED, plugins/tests/emulation supplies all of it.
 #pragma once
 
 #include "sparse24.h"
@@ -16,6 +16,7 @@ T* dynamic_shared();
 template <class Element>
 void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                   uint32_t b1);
+float tanh_approx(float x);
 
 #else
 
@@ -54,6 +55,12 @@ __device__ __forceinline__ void mma_m16n8k16<Fp16>(float (&d)[4], uint32_t a0, u
       "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ float tanh_approx(float x) {
+  float tanh;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(x));
+  return tanh;
 }
 
 #endif

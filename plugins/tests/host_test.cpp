@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checks sparse24.h on the host, with g++ alone: g++ -std=c++17 -O2 -I.. host_test.cpp && ./a.out
 //
-// The expectations are stated independently of the header: selection by a stable sort, decoding by position,
-// 16-bit floats by their definition, metadata addresses by their published digit order.
+// The expectations are those of reference.h, stated independently of the header.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -13,8 +12,14 @@
 #include <vector>
 
 #include "kernels/sparse24.h"
+#include "reference.h"
 
 namespace {
+
+using reference::Format;
+using reference::kBf16Format;
+using reference::kFp16Format;
+using reference::value_of;
 
 int passed = 0, failed = 0;
 
@@ -23,62 +28,10 @@ void report(bool ok, const char* name) {
   ++(ok ? passed : failed);
 }
 
-// ---- Definitions, written differently from the header ----
-
-struct Format {
-  int exponent_bits, mantissa_bits;
-};
-constexpr Format kBf16Format{8, 7}, kFp16Format{5, 10};
-
-double value_of(uint16_t bits, Format format) {
-  const int exponent_mask = (1 << format.exponent_bits) - 1, bias = exponent_mask / 2;
-  const int exponent = bits >> format.mantissa_bits & exponent_mask;
-  const int mantissa = bits & ((1 << format.mantissa_bits) - 1);
-  const double sign = bits & 0x8000 ? -1.0 : 1.0;
-  if (exponent == exponent_mask)
-    return mantissa ? std::nan("") : sign * std::numeric_limits<double>::infinity();
-  const double fraction = std::ldexp(double(mantissa), -format.mantissa_bits);
-  if (exponent == 0) return sign * std::ldexp(fraction, 1 - bias);
-  return sign * std::ldexp(1.0 + fraction, exponent - bias);
-}
-
-// Nearest of all finite values, ties to the even mantissa; by search over the ordered non-negative bit
-// patterns.
-uint16_t nearest(float value, Format format) {
-  if (std::isnan(value)) return 0x7fff;
-  const uint16_t infinity = uint16_t(((1 << format.exponent_bits) - 1) << format.mantissa_bits);
-  const double magnitude = std::fabs(double(value));
-  uint16_t low = 0, high = infinity;  // value_of(low) <= magnitude < "value" of high
-  while (high - low > 1) {
-    const uint16_t middle = uint16_t((low + high) / 2);
-    (value_of(middle, format) <= magnitude ? low : high) = middle;
-  }
-  const double below = value_of(low, format);
-  const double step = low == 0 ? value_of(1, format) : below - value_of(uint16_t(low - 1), format);
-  const double spacing = high == infinity ? step : value_of(high, format) - below;  // infinity: one more step
-  const double above = below + spacing;
-  uint16_t out = magnitude - below < above - magnitude ? low : high;
-  if (magnitude - below == above - magnitude) out = low % 2 == 0 ? low : high;
-  if (std::isinf(magnitude)) out = infinity;
-  return uint16_t(out | (std::signbit(value) ? 0x8000 : 0));
-}
-
-// Kept positions: a stable sort by decreasing score; NaN goes first.
-std::array<int, 2> expected_positions(const std::array<double, 4>& score) {
-  std::array<int, 4> index{0, 1, 2, 3};
-  std::stable_sort(index.begin(), index.end(), [&](int a, int b) {
-    const bool nan_a = std::isnan(score[a]), nan_b = std::isnan(score[b]);
-    return nan_a != nan_b ? nan_a : score[a] > score[b];
-  });
-  std::array<int, 2> kept{index[0], index[1]};
-  std::sort(kept.begin(), kept.end());
-  return kept;
-}
-
 // ---- Checks ----
 
 template <class Element>
-void check_conversions(Format format, const char* name) {
+void check_conversions(Format format, const reference::Rounding& rounding, const char* name) {
   bool exact = true, rounded = true;
   for (int bits = 0; bits < 0x10000; ++bits) {
     const double wanted = value_of(uint16_t(bits), format);
@@ -93,7 +46,7 @@ void check_conversions(Format format, const char* name) {
     if (i % 4 == 2) bits = (bits & 0x80ffffffu) | 0x38000000u;  // about fp16's subnormals
     if (i % 4 == 3) bits = (bits & 0x8000ffffu) | 0x477f0000u;  // about fp16's overflow
     const float value = lynx::bits_float(bits);
-    rounded &= Element::from_float(value) == nearest(value, format);
+    rounded &= Element::from_float(value) == rounding.nearest(value);
   }
   report(exact, (std::string(name) + " to_float, all 65536 patterns").c_str());
   report(rounded, (std::string(name) + " from_float, 2 million patterns").c_str());
@@ -137,7 +90,7 @@ void check_blocks(Format format, bool with_saliency, const char* name) {
         score[i] = double(float(std::fabs(value_of(z[4 * q + i], format)) * weight));
         all += value_of(z[4 * q + i], format) * value_of(z[4 * q + i], format);
       }
-      const auto wanted = expected_positions(score);
+      const auto wanted = reference::kept_positions(score);
       const uint32_t nibble = block.metadata >> (4 * q) & 15u;
       const int lo = nibble & 3u, hi = nibble >> 2;
       positions_ok &= lo == wanted[0] && hi == wanted[1];
@@ -184,28 +137,6 @@ void check_layout(int64_t rows, int64_t width, Index index, const char* name) {
   report(ok, name);
 }
 
-// Position of the metadata of row m, block, in 16-bit words, as published: rows of 32 dealt to 8 x 4, then
-// each 2 x 2 square of (row, column) turned from Z to N, then pairs of columns interleaved.
-int64_t sm80_index(int64_t m, int64_t block, int64_t rows) {
-  int64_t row = m / 32 * 32 + m % 8 * 4 + m % 32 / 8, column = block;
-  if (row % 2 != column % 2) {
-    const int64_t step = row % 2 == 0 ? 1 : -1;
-    row += step;
-    column -= step;
-  }
-  return column / 2 * (2 * rows) + 2 * row + column % 2;
-}
-
-// The same for sm_90: digits of m and k, each with its stride in 16-bit words, within an atom of 64 rows.
-int64_t sm90_index(int64_t m, int64_t block, int64_t rows, int64_t atom) {
-  const int64_t k = block * 16;
-  const int64_t row_digits[3] = {m % 8, m / 8 % 2, m / 16 % 4};
-  const int64_t row_strides[3] = {atom / 16, 1, atom};
-  const int64_t in_atom = std::inner_product(row_digits, row_digits + 3, row_strides, int64_t(0)) +
-                          (k % 32 / 16) * (atom / 2) + (k % atom / 32) * 2;
-  return k / atom * (rows * atom / 16) + m / 64 * (4 * atom) + in_atom;
-}
-
 void check_scale() {
   const auto scale = [](float all, float kept) { return lynx::norm_scale({all, kept}); };
   report(scale(0.0f, 0.0f) == 0.0f, "norm scale of an all-zero row is 0");
@@ -228,8 +159,8 @@ void check_padding() {
 }  // namespace
 
 int main() {
-  check_conversions<lynx::Bf16>(kBf16Format, "bf16");
-  check_conversions<lynx::Fp16>(kFp16Format, "fp16");
+  check_conversions<lynx::Bf16>(kBf16Format, reference::bf16(), "bf16");
+  check_conversions<lynx::Fp16>(kFp16Format, reference::fp16(), "fp16");
   for (const bool with_saliency : {false, true}) {
     check_blocks<lynx::Bf16>(kBf16Format, with_saliency, "bf16");
     check_blocks<lynx::Fp16>(kFp16Format, with_saliency, "fp16");
@@ -240,12 +171,13 @@ int main() {
         return std::string(name) + " metadata of " + std::to_string(rows) + " x " + std::to_string(width);
       };
       check_layout<lynx::Sm80Metadata>(
-          rows, width, [&](int64_t m, int64_t b) { return sm80_index(m, b, rows); }, title("sm_80").c_str());
+          rows, width, [&](int64_t m, int64_t b) { return reference::sm80_index(m, b, rows); },
+          title("sm_80").c_str());
       check_layout<lynx::Sm90Metadata<64>>(
-          rows, width, [&](int64_t m, int64_t b) { return sm90_index(m, b, rows, 64); },
+          rows, width, [&](int64_t m, int64_t b) { return reference::sm90_index(m, b, rows, 64); },
           title("sm_90, 64").c_str());
       check_layout<lynx::Sm90Metadata<128>>(
-          rows, width, [&](int64_t m, int64_t b) { return sm90_index(m, b, rows, 128); },
+          rows, width, [&](int64_t m, int64_t b) { return reference::sm90_index(m, b, rows, 128); },
           title("sm_90, 128").c_str());
     }
   }

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs a CUDA kernel on the CPU: one fibre per thread, one thread block after the other. Slow and strict: it
+// is there to find out whether a kernel is right, on machines without a GPU.
+//
+// A launch fails, with a sentence in error(), when a thread touches memory outside a Guarded buffer, when a
+// warp diverges at a collective, when a barrier is not reached by all threads, and when device code compiled
+// with -fsanitize=undefined -fsanitize-undefined-trap-on-error does something undefined (a misaligned vector,
+// an array's bounds). Every launch must be run under both schedules: threads that race give different bytes.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <string>
+
+namespace emulation {
+
+// The order in which blocks, warps and lanes take turns between barriers. A pair of threads that nothing
+// orders runs either way round under one of the two. Memory differs too: under kForward a buffer ends at an
+// inaccessible page, under kReverse it begins after one.
+enum class Schedule { kForward, kReverse };
+extern Schedule schedule;
+
+// Of the device that the host code finds: 80, or 90 for wgmma.sp.
+extern int compute_capability;
+
+// What is wrong with the last launch; empty after a good one.
+extern std::string error;
+
+// Runs `thread` in every thread of `grid` blocks; false when something is wrong, and then the launch is over.
+bool run(unsigned grid, unsigned threads, size_t dynamic_bytes, const std::function<void()>& thread);
+
+// ---- Called from device code ----
+
+void barrier();
+
+// Waits for the 32 lanes of the warp, then has one of them perform the operation on everybody's arguments.
+using Collective = void(void* const (&lanes)[32]);
+void collective(Collective* perform, void* arguments);
+
+// Shared memory of the thread block, filled with NaNs when the block starts. `key` names the object.
+void* block_shared(const void* key, size_t bytes);
+void* dynamic_shared();
+
+// ---- Memory of the "device" ----
+
+// A buffer whose surroundings cannot be touched: inaccessible pages, and canary bytes up to them.
+class Guarded {
+ public:
+  Guarded(std::string name, size_t bytes);
+  ~Guarded();
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+
+  void* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+  void set(const void* from);  // and makes it read-only: an input
+  void fill(int byte);
+  bool intact() const;  // the canaries
+
+  // "x, 16 bytes behind its end", or nothing when `address` is not this buffer's.
+  std::string describe(const void* address) const;
+
+ private:
+  std::string name_;
+  size_t bytes_, inner_;  // inner_: bytes between the inaccessible pages
+  char *base_, *data_;
+};
+
+}  // namespace emulation

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// In place of CUTLASS's GEMMs: multiplies a compressed operand, read as the tensor cores read it, in float64.
+#include "kernels/sparse_gemm.h"
+
+#include "tests/reference.h"
+
+namespace lynx {
+namespace {
+
+using Index = int64_t(int64_t m, int64_t block, int64_t rows);
+
+// One row of the decompressed operand [width], zeros where nothing was kept.
+std::vector<double> decompress(const SparseGemmCall& call, int64_t m, Index* index,
+                               const reference::Rounding& value) {
+  const auto* values = static_cast<const uint16_t*>(call.values) + int64_t(m) * call.width / 2;
+  const auto* metadata = reinterpret_cast<const uint16_t*>(call.metadata);
+  std::vector<double> row(size_t(call.width), 0.0);
+  for (int64_t group = 0; group < call.width / 4; ++group) {
+    const int nibble = metadata[index(m, group / 4, padded_rows(call.m))] >> (4 * (group % 4)) & 15;
+    row[size_t(4 * group + (nibble & 3))] = value[values[2 * group]];
+    row[size_t(4 * group + (nibble >> 2))] = value[values[2 * group + 1]];
+  }
+  return row;
+}
+
+cudaError_t multiply(const SparseGemmCall& call, Operand operand, Index* index,
+                     const reference::Rounding& value) {
+  const auto* dense = static_cast<const uint16_t*>(call.dense);
+  const auto* bias = static_cast<const uint16_t*>(call.bias);
+  for (int64_t m = 0; m < call.m; ++m) {
+    const std::vector<double> row = decompress(call, m, index, value);
+    for (int64_t n = 0; n < call.n; ++n) {
+      double sum = 0.0;
+      for (int64_t k = 0; k < call.width; ++k) sum += row[size_t(k)] * value[dense[n * call.width + k]];
+      const bool by_token = operand == Operand::kActivation;
+      const int64_t channel = by_token ? n : m;
+      if (by_token) sum *= double(call.scale[m]);
+      sum += value[bias[channel]];
+      if (channel >= call.gelu_from) {
+        sum *= 0.5 * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (sum + 0.044715 * sum * sum * sum)));
+      }
+      static_cast<uint16_t*>(call.y)[by_token ? m * call.n + n : n * call.m + m] = value.nearest(float(sum));
+    }
+  }
+  return cudaSuccess;
+}
+
+template <class Element>
+const reference::Rounding& rounding() {
+  return std::is_same_v<Element, Bf16> ? reference::bf16() : reference::fp16();
+}
+
+int64_t atom_index(int64_t m, int64_t block, int64_t rows) {
+  return reference::sm90_index(m, block, rows, kAtomWidthSm90);
+}
+
+}  // namespace
+
+template <class Element, TileIndex kIndex, Operand kOperand>
+cudaError_t launch_gemm_sm80(const SparseGemmCall& call, int, cudaStream_t) {
+  return multiply(call, kOperand, reference::sm80_index, rounding<Element>());
+}
+
+template <class Element, TileIndexSm90 kIndex, Operand kOperand>
+cudaError_t launch_gemm_sm90(const SparseGemmCall& call, int, cudaStream_t) {
+  return multiply(call, kOperand, atom_index, rounding<Element>());
+}
+
+#define LYNX_INSTANTIATE(function, element, tile)                                                \
+  template cudaError_t function<element, tile, Operand::kActivation>(const SparseGemmCall&, int, \
+                                                                     cudaStream_t);              \
+  template cudaError_t function<element, tile, Operand::kWeight>(const SparseGemmCall&, int, cudaStream_t);
+#define LYNX_INSTANTIATE_ALL(element)                  \
+  LYNX_INSTANTIATE(launch_gemm_sm80, element, kMedium) \
+  LYNX_INSTANTIATE(launch_gemm_sm80, element, kSmall)  \
+  LYNX_INSTANTIATE(launch_gemm_sm90, element, kWide)   \
+  LYNX_INSTANTIATE(launch_gemm_sm90, element, kTall)   \
+  LYNX_INSTANTIATE(launch_gemm_sm90, element, kNarrow)
+LYNX_INSTANTIATE_ALL(Bf16)
+LYNX_INSTANTIATE_ALL(Fp16)
+
+}  // namespace lynx
