@@ -4,8 +4,10 @@
 Both operands are measured: pruned activations (pruning pass and GEMM) and sparse weights (a GEMM alone). Where a model
 makes x by a norm or an activation right before the linear, the fused form is measured against that kernel and cuBLAS.
 
-Everything is timed with CUDA events over buffers that together exceed the L2 cache; dense and sparse take turns,
-so that each ratio compares neighbours in time. Before it is timed, every sparse result is compared with the
+Everything is timed with CUDA events over buffers that together exceed the L2 cache; dense and sparse take turns of a
+few milliseconds, so that each ratio compares neighbours in time, at one clock. A GPU at its power limit gives each
+kernel the clock that its own power allows when it runs for longer: the steady ratios are of turns of a quarter second,
+of which the second half counts. Before it is timed, every sparse result is compared with the
 definition (``sparsity.sparse_linear``) in float64. Without a GPU it predicts from a roofline instead, and says so.
 """
 
@@ -40,6 +42,7 @@ CHECKED_ROWS = 64
 # Relative error of a bf16 result: rounding of y, and of T / s. A fused producer is rounded once where torch rounds
 # several times, so that some close calls of the selection go the other way.
 TOLERANCE = {"pruned activations": 2**-7, "sparse weight": 2**-7, "fused producer": 2**-4}
+STEADY_SECONDS = 0.25
 BUFFER_BYTES = 2**28  # more than any L2
 # H100: dense bf16 rate and memory bandwidth measured with torch, the GEMM's gain over dense with 128x256x64 tiles.
 ROOFLINE_FLOPS, ROOFLINE_BYTES, ROOFLINE_GAIN = 650e12, 3.0e12, 1.4
@@ -111,7 +114,7 @@ class Result:
     ``fused`` and ``fused_weight``: what takes their place (the second has the producer's kernel too); None without a
     producer. ``cusparselt``: its GEMM with a 2:4 weight, None where torch has none or it refuses. ``tile`` and
     ``weight_tile``: the fastest configurations. ``error``: the largest relative one, against float64; None where
-    predicted.
+    predicted. ``steady_ratio`` and ``steady_weight_ratio``: ``ratio`` and ``weight_ratio`` in turns of a quarter second.
     """
 
     shape: Shape
@@ -128,6 +131,8 @@ class Result:
     ratio: Ratio
     gemm_ratio: Ratio
     weight_ratio: Ratio
+    steady_ratio: float | None
+    steady_weight_ratio: float | None
     fused_ratio: Ratio | None
     fused_weight_ratio: Ratio | None
     tile: int | None
@@ -159,6 +164,10 @@ class Bench:
             "weights": [result.weight_ratio.median for result in of_models],
             "best of both, or dense": [result.best for result in of_models],
             "GEMM alone": [result.gemm_ratio.median for result in of_models],
+            "activations, steady": [r.steady_ratio for r in of_models if r.steady_ratio is not None],
+            "weights, steady": [
+                r.steady_weight_ratio for r in of_models if r.steady_weight_ratio is not None
+            ],
         }
         return {name: statistics.geometric_mean(values) for name, values in ratios.items() if values}
 
@@ -268,6 +277,7 @@ class _Problem:
         if cusparselt is not None:
             works["cusparselt"] = cusparselt
         times = take_turns(works, rounds, len(self.x))
+        steady = _take_long_turns({name: works[name] for name in ("dense", "whole", "weight")}, len(self.x))
 
         def timing(name: str) -> Timing | None:
             return _timing(times[name]) if name in times else None
@@ -289,6 +299,8 @@ class _Problem:
             ratio=ratio("whole"),
             gemm_ratio=ratio("gemm"),
             weight_ratio=ratio("weight"),
+            steady_ratio=steady["dense"] / steady["whole"],
+            steady_weight_ratio=steady["dense"] / steady["weight"],
             fused_ratio=ratio("fused", "fused_dense") if self.shape.producer else None,
             fused_weight_ratio=ratio("fused_weight", "fused_dense") if self.shape.producer else None,
             tile=fastest("tile"),
@@ -374,6 +386,25 @@ def take_turns(
     return times
 
 
+def _take_long_turns(works: Mapping[str, Callable[[int], object]], copies: int) -> dict[str, float]:
+    """Microseconds of each work when it runs for STEADY_SECONDS without a break; the median of three turns."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(3):
+        for name, work in works.items():
+            first, middle, last = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+            once = take_turns({name: work}, 1, copies)[name][0]
+            count = max(1, round(STEADY_SECONDS * 1e6 / once / copies / 2))
+            for event in (first, middle):
+                event.record()
+                for _ in range(count):
+                    for i in range(copies):
+                        work(i)
+            last.record()
+            torch.cuda.synchronize()
+            times[name].append(1000 * middle.elapsed_time(last) / count / copies)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Median, 10th and 90th percentile."""
     ordered = sorted(values)
@@ -413,6 +444,8 @@ def _predict(shape: Shape, rank: int) -> Result:
         ratio=ratio(gemm + prune),
         gemm_ratio=ratio(gemm),
         weight_ratio=ratio(weight),
+        steady_ratio=None,
+        steady_weight_ratio=None,
         fused_ratio=None,
         fused_weight_ratio=None,
         tile=None,

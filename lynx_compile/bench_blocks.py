@@ -76,19 +76,16 @@ class _Merged(nn.Module):
     def take(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """Output ``index`` for x; computed at the first of the readers' calls."""
         if x is not self.x:
-            self.x, self.outputs = x, self.compute(x).split(self.sizes, -1)
+            self.x, self.outputs = x, self.compute(x)
         return self.outputs[index]
 
-    def compute(self, x: torch.Tensor) -> torch.Tensor:
+    def compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
         if self.op is not None:
-            return self.op(rows).view(*x.shape[:-1], -1)
+            return self.op(rows).view(*x.shape[:-1], -1).split(self.sizes, -1)
         y = torch.addmm(self.bias, rows, self.weight.T).view(*x.shape[:-1], -1)
-        if self.gelu_from == y.shape[-1]:
-            return y
-        plain, activated = y.split((self.gelu_from, y.shape[-1] - self.gelu_from), -1)
-        activated = functional.gelu(activated, approximate="tanh")
-        return torch.cat((plain, activated), -1) if self.gelu_from else activated
+        *plain, last = y.split(self.sizes, -1)
+        return (*plain, functional.gelu(last, approximate="tanh") if self.gelu_from < y.shape[-1] else last)
 
 
 class _Member(nn.Module):

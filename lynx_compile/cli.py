@@ -148,7 +148,7 @@ def _bench_table(measured: Bench) -> Table:
         table.add_column(heading, no_wrap=True)
     for heading in ("cuBLAS", "prune", "GEMM", "all", "weight", "cuSPARSELt"):
         table.add_column(heading, justify="right")
-    for heading in ("GEMM alone", "all: ratio", "weight: ratio", "fused", "fused: weight"):
+    for heading in ("GEMM alone", "all: ratio", "weight: ratio", "steady", "fused", "fused: weight"):
         table.add_column(heading, justify="right", no_wrap=True)
     for r in measured.results:
         s = r.shape
@@ -158,6 +158,7 @@ def _bench_table(measured: Bench) -> Table:
             *(f"{t.median:.0f}" if t else "-" for t in times),
             f"{r.gemm_ratio.median:.2f}x",
             *(f"{t.median:.2f}x ({t.low:.2f}-{t.high:.2f})" for t in (r.ratio, r.weight_ratio)),
+            f"{r.steady_ratio:.2f}x {r.steady_weight_ratio:.2f}x" if r.steady_ratio else "-",
             *(f"{t.median:.2f}x" if t else "-" for t in (r.fused_ratio, r.fused_weight_ratio)),
         )  # fmt: skip
     return table

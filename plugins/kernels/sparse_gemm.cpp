@@ -92,8 +92,8 @@ cudaError_t best_tile(Kernels kernels, const SparseGemmCall& call, int* tile) {
       error != cudaSuccess) {
     return error;
   }
-  *tile = kernels == Kernels::kSm90 ? choose_tile(kTilesSm90, call.m, call.n, sm_count)
-                                    : choose_tile(kTiles, call.m, call.n, sm_count);
+  *tile = kernels == Kernels::kSm90 ? choose_tile(kTilesSm90, call.m, call.n, call.width, sm_count)
+                                    : choose_tile(kTiles, call.m, call.n, call.width, sm_count);
   return cudaSuccess;
 }
 

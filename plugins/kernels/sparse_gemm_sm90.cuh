@@ -162,7 +162,8 @@ struct SparseGemmSm90 {
     args.hw_info.sm_count = cutlass::KernelHardwareInfo::query_device_multiprocessor_count(device);
     if constexpr (kTile.stream_k) {
       using Mode = decltype(args.scheduler.decomposition_mode);
-      const bool divide = divides_tiles(kTile, call.m, call.n, call.width, args.hw_info.sm_count);
+      const int64_t tiles = tiles_of(kTile, call.m, call.n);
+      const bool divide = divides_tiles(kTile, tiles, call.width, args.hw_info.sm_count);
       args.scheduler.decomposition_mode = divide ? Mode::Heuristic : Mode::DataParallel;
     }
     return args;

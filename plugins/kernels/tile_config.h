@@ -63,13 +63,20 @@ constexpr TileConfigSm90 kTilesSm90[kTileConfigsSm90] = {
     {128, 128, 64, 2, 8, true, 0.75},
 };
 
-// Whether a stream-K configuration should divide its last tiles: with less than a wave of them the SMs that
-// are left over only help when K is long (measured: 12288, not 3072).
+// Tiles of a problem; those that fill up a cluster count, empty or not.
+constexpr int64_t tiles_of(const TileConfig& tile, int64_t rows, int64_t columns) {
+  return ((rows + tile.m - 1) / tile.m) * ((columns + tile.n - 1) / tile.n);
+}
+constexpr int64_t tiles_of(const TileConfigSm90& tile, int64_t rows, int64_t columns) {
+  const int64_t clusters = (rows + tile.m * tile.cluster_m - 1) / (tile.m * tile.cluster_m);
+  return clusters * tile.cluster_m * ((columns + tile.n - 1) / tile.n);
+}
+
+// Whether a stream-K configuration should divide its last tiles: with less than two waves of them that only
+// helps when K is long (measured: 12288, not 3072).
 constexpr int kLongWidth = 8192;
-constexpr bool divides_tiles(const TileConfigSm90& tile, int64_t rows, int64_t columns, int64_t width,
-                             int sm_count) {
-  const int64_t tiles = ((rows + tile.m - 1) / tile.m) * ((columns + tile.n - 1) / tile.n);
-  return tile.stream_k && (tiles > sm_count || width >= kLongWidth);
+constexpr bool divides_tiles(const TileConfigSm90& tile, int64_t tiles, int64_t width, int sm_count) {
+  return tile.stream_k && (tiles >= 2 * sm_count || width >= kLongWidth);
 }
 
 constexpr int kMaxSmsSm90 = 132;  // of H100, H200 and GH200; others have fewer
@@ -78,8 +85,7 @@ constexpr int kMaxSmsSm90 = 132;  // of H100, H200 and GH200; others have fewer
 // with partial sums in float32 and a barrier per warp group.
 constexpr int64_t stream_k_bytes(const TileConfigSm90& tile, int64_t rows, int64_t columns) {
   if (!tile.stream_k) return 0;
-  const int64_t clusters = (rows + tile.m * tile.cluster_m - 1) / (tile.m * tile.cluster_m);
-  const int64_t tiles = clusters * tile.cluster_m * ((columns + tile.n - 1) / tile.n);
+  const int64_t tiles = tiles_of(tile, rows, columns);
   const int64_t divided = tiles < 2 * kMaxSmsSm90 ? tiles : 2 * kMaxSmsSm90;
   return divided * (int64_t(tile.m) * tile.n * 4 + 16) + 256;
 }
@@ -99,41 +105,45 @@ static_assert(atoms_agree(),
 // not split.
 constexpr int kGeluMultiple = 64;
 
-// Estimated time: waves of thread blocks over the SMs times a tile's time.
-constexpr double waves(const TileConfig&, int64_t tiles, int sm_count) {
+// Estimated time: waves of thread blocks over the SMs times a tile's time. Less than a wave takes as long as
+// one.
+constexpr double waves(const TileConfig&, int64_t tiles, int64_t, int sm_count) {
   return double((tiles + sm_count - 1) / sm_count);
 }
-constexpr double waves(const TileConfigSm90& tile, int64_t tiles, int sm_count) {
-  if (tile.stream_k && tiles > sm_count) return double(tiles) / sm_count;
+constexpr double waves(const TileConfigSm90& tile, int64_t tiles, int64_t width, int sm_count) {
+  if (divides_tiles(tile, tiles, width, sm_count) && tiles > sm_count) return double(tiles) / sm_count;
   return double((tiles + sm_count - 1) / sm_count);
 }
 
 template <class Tile>
-constexpr double relative_time(const Tile& tile, int64_t rows, int64_t columns, int sm_count) {
-  const int64_t tiles = ((rows + tile.m - 1) / tile.m) * ((columns + tile.n - 1) / tile.n);
-  return waves(tile, tiles, sm_count) * tile.time;
+constexpr double relative_time(const Tile& tile, int64_t rows, int64_t columns, int64_t width, int sm_count) {
+  return waves(tile, tiles_of(tile, rows, columns), width, sm_count) * tile.time;
 }
 
 // The configuration of `tiles` with the least estimated time; the first of equals.
 template <class Tile, int kCount>
-constexpr int choose_tile(const Tile (&tiles)[kCount], int64_t rows, int64_t columns, int sm_count) {
+constexpr int choose_tile(const Tile (&tiles)[kCount], int64_t rows, int64_t columns, int64_t width,
+                          int sm_count) {
   int best = 0;
   for (int i = 1; i < kCount; ++i) {
-    const double time = relative_time(tiles[i], rows, columns, sm_count);
-    if (time < relative_time(tiles[best], rows, columns, sm_count)) best = i;
+    const double time = relative_time(tiles[i], rows, columns, width, sm_count);
+    if (time < relative_time(tiles[best], rows, columns, width, sm_count)) best = i;
   }
   return best;
 }
 
-// Measured on an H100 (plugins/TUNING.md): rows are those of the sparse operand.
-static_assert(choose_tile(kTiles, 4608, 9216, 132) == kMedium &&
-              choose_tile(kTiles, 4608, 3072, 132) == kMedium);
-static_assert(choose_tile(kTiles, 512, 9216, 132) == kMedium && choose_tile(kTiles, 1, 9216, 132) == kSmall);
-static_assert(choose_tile(kTilesSm90, 21504, 4608, 132) == kWide &&
-              choose_tile(kTilesSm90, 20480, 4608, 132) == kWide);
-static_assert(choose_tile(kTilesSm90, 3072, 4608, 132) == kTall &&
-              choose_tile(kTilesSm90, 3840, 4608, 132) == kTall &&
-              choose_tile(kTilesSm90, 9216, 512, 132) == kTall);
-static_assert(choose_tile(kTilesSm90, 3072, 512, 132) == kNarrow);
+// Measured on an H100 (plugins/TUNING.md); rows are those of the sparse operand.
+static_assert(choose_tile(kTiles, 4608, 9216, 3072, 132) == kMedium &&
+              choose_tile(kTiles, 4608, 3072, 3072, 132) == kMedium);
+static_assert(choose_tile(kTiles, 512, 9216, 3072, 132) == kMedium &&
+              choose_tile(kTiles, 1, 9216, 3072, 132) == kSmall);
+static_assert(choose_tile(kTilesSm90, 21504, 4608, 3072, 132) == kWide &&
+              choose_tile(kTilesSm90, 20480, 4608, 3840, 132) == kWide &&
+              choose_tile(kTilesSm90, 12288, 512, 3072, 132) == kWide &&
+              choose_tile(kTilesSm90, 64, 9216, 3072, 132) == kWide);
+static_assert(choose_tile(kTilesSm90, 3072, 4608, 15360, 132) == kTall &&
+              choose_tile(kTilesSm90, 3840, 4608, 3840, 132) == kTall &&
+              choose_tile(kTilesSm90, 9216, 512, 3072, 132) == kTall);
+static_assert(choose_tile(kTilesSm90, 3072, 512, 3072, 132) == kNarrow);
 
 }  // namespace lynx

@@ -710,8 +710,9 @@ void run_timing() {
       for (int tile = 0; !order && tile < lynx::tile_count(kernels); ++tile) {
         const double time =
             microseconds([&] { check(lynx::launch_pruned_gemm(params, operand, tile, nullptr), "GEMM"); });
-        const int chosen = sm90 ? lynx::choose_tile(lynx::kTilesSm90, c.rows, c.out_channels, sm_count)
-                                : lynx::choose_tile(lynx::kTiles, c.rows, c.out_channels, sm_count);
+        const int64_t width = lynx::padded_width(c.channels, c.rank);
+        const int chosen = sm90 ? lynx::choose_tile(lynx::kTilesSm90, c.rows, c.out_channels, width, sm_count)
+                                : lynx::choose_tile(lynx::kTiles, c.rows, c.out_channels, width, sm_count);
         const int m = sm90 ? lynx::kTilesSm90[tile].m : lynx::kTiles[tile].m;
         const int n = sm90 ? lynx::kTilesSm90[tile].n : lynx::kTiles[tile].n;
         std::printf(", GEMM %dx%d%s %.1f (%.0f dense TFLOP/s)", m, n, tile == chosen ? "*" : "", time,
