@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from lynx_compile import recipe
-from lynx_compile.errors import InputError, StageError
+from lynx_compile.errors import EngineError, InputError
 from lynx_compile.files import file_digest
 
 PLUGIN_NAME = "LynxSparseLinear"
@@ -83,7 +83,7 @@ def plugin_library(engine: recipe.Engine) -> PluginLibrary:
     """The recipe's plugin library, else the installed one.
 
     Raises:
-        InputError: the file does not exist. StageError: the installed one does not.
+        InputError: the file does not exist. EngineError: the installed one does not.
     """
     if engine.plugin is None:
         return PluginLibrary(path := _shipped("liblynx_plugin.so"), file_digest(path))
@@ -99,14 +99,14 @@ def load_plugin(backend: Backend, library: PluginLibrary) -> None:
     """Load ``library`` into TensorRT's plugin registry. It stays there as long as the process lives.
 
     Raises:
-        StageError: the library cannot be loaded, does not hold the plugin, or another one is loaded already.
+        EngineError: the library cannot be loaded, does not hold the plugin, or another one is loaded already.
     """
     if library.sha256 == _loaded.get(backend.name):
         return
     registry = backend.module.get_plugin_registry()
     if _has_creator(registry):
-        cause = f"this process has already loaded another {PLUGIN_NAME} plugin than {library.path}."
-        raise StageError("build", cause, "Use one library per process.")
+        cause = f"This process has already loaded another {PLUGIN_NAME} plugin than {library.path}."
+        raise EngineError(cause, "Use one library per process.")
     if backend.name == "tensorrt_rtx":
         # Its ONNX parser aborts the process without a "libtensorrt_rtx.so", which its wheel does not ship.
         _open(_shipped("rtx_alias/libtensorrt_rtx.so"))
@@ -115,7 +115,7 @@ def load_plugin(backend: Backend, library: PluginLibrary) -> None:
     registry.load_library(str(library.path))
     if not _has_creator(registry):
         cause = f"{library.path} holds no {PLUGIN_NAME} version {PLUGIN_VERSION} plugin.{said(backend)}"
-        raise StageError("build", cause, "Build the library again from this version of lynx-compile.")
+        raise EngineError(cause, "Build the library again from this version of lynx-compile.")
     _loaded[backend.name] = library.sha256
 
 
@@ -192,8 +192,8 @@ def _message_log(module: ModuleType) -> Any:
 def _shipped(name: str) -> Path:
     path = LIBRARIES / name
     if not path.is_file():
-        raise StageError(
-            "build", f"{path} is missing.", "Reinstall lynx-compile, or run 'make plugin' in its sources."
+        raise EngineError(
+            f"{path} is missing.", "Reinstall lynx-compile, or run 'make plugin' in its sources."
         )
     return path
 
@@ -202,9 +202,7 @@ def _open(path: Path) -> None:
     try:
         ctypes.CDLL(str(path))
     except OSError as error:
-        raise StageError(
-            "build", f"{path} cannot be loaded ({error}).", "Build it again on this machine."
-        ) from None
+        raise EngineError(f"{path} cannot be loaded ({error}).", "Build it again on this machine.") from None
 
 
 def _has_creator(registry: Any) -> bool:
