@@ -63,13 +63,16 @@ def strict_json(text: bytes) -> Any:
     """What a JSON text (UTF-8) says, if it says it once and in numbers.
 
     Raises:
-        ValueError, RecursionError: it is no JSON, names a key twice, holds NaN or an infinity, or is too deep.
+        ValueError, RecursionError: it is no JSON, names a key twice, holds NaN, an infinity or half a character, or
+            is too deep.
     """
     return json.loads(text.decode(), object_pairs_hook=_once, parse_constant=_no_number)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
+    for text in (text for pair in pairs for text in pair if isinstance(text, str)):
+        text.encode()  # half of a surrogate pair is no text
     if len(values) != len(pairs):
         raise ValueError("a key is there twice")
     return values

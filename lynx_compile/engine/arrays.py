@@ -35,6 +35,7 @@ DTYPES = {
     "bf16": Dtype(np.dtype(ml_dtypes.bfloat16), (4, 16), "BF16"),
     "fp16": Dtype(np.dtype(np.float16), (2, 16), "F16"),
     "fp32": Dtype(np.dtype(np.float32), (2, 32), "F32"),
+    "fp64": Dtype(np.dtype(np.float64), (2, 64), "F64"),
     "int64": Dtype(np.dtype(np.int64), (0, 64), "I64"),
     "int32": Dtype(np.dtype(np.int32), (0, 32), "I32"),
     "int8": Dtype(np.dtype(np.int8), (0, 8), "I8"),
@@ -86,7 +87,7 @@ def view(name: str, array: Any, gpu: Gpu, stream: int, *, write: bool = False) -
         on_gpu = int(kind) in (DL_CUDA, DL_CUDA_MANAGED)
         # DLPack's stream is where the array will be used.
         capsule = array.__dlpack__(stream=stream or LEGACY_STREAM) if on_gpu else array.__dlpack__()
-        tensor = _tensor_in(capsule)
+        found = _tensor_in(capsule)
     except Exception as error:  # each library has its own: requires_grad, conjugated, another backend ...
         raise InputError(
             f"'{name}' cannot be read through DLPack ({error}).", "Give a plain tensor without a gradient."
@@ -95,13 +96,13 @@ def view(name: str, array: Any, gpu: Gpu, stream: int, *, write: bool = False) -
         raise InputError(f"'{name}' is on a device of DLPack's kind {int(kind)}.", _PLACES)
     if on_gpu and index != gpu.index:
         raise InputError(f"'{name}' is on GPU {index}, and the engine on GPU {gpu.index}.", _PLACES)
-    dtype = _dlpack_dtypes.get((tensor.dtype.code, tensor.dtype.bits))
-    if dtype is None or tensor.dtype.lanes != 1:
+    dtype = _dlpack_dtypes.get((found.dtype.code, found.dtype.bits))
+    if dtype is None or found.dtype.lanes != 1:
         raise InputError(f"'{name}' has a dtype that no engine takes.", f"Use one of {', '.join(DTYPES)}.")
-    shape = tuple(tensor.shape[: tensor.ndim])
-    if tensor.strides and not _is_contiguous(shape, tuple(tensor.strides[: tensor.ndim])):
+    shape = tuple(found.shape[: found.ndim])
+    if found.strides and not _is_contiguous(shape, tuple(found.strides[: found.ndim])):
         raise InputError(f"'{name}' is not contiguous.", _CONTIGUOUS)
-    return View((tensor.data or 0) + tensor.byte_offset, dtype, shape, on_gpu, (array, capsule))
+    return View((found.data or 0) + found.byte_offset, dtype, shape, on_gpu, (array, capsule))
 
 
 class DeviceArray:
@@ -255,12 +256,12 @@ _delete = _Deleter(_release)
 _abandoned = _Destructor(_release_if_not_taken)
 
 
-def _tensor_in(capsule: Any) -> Any:
+def _tensor_in(capsule: Any) -> _Tensor:
     """The capsule keeps the tensor alive as long as it is not renamed, and returns it when it goes."""
-    tensor = _Managed.from_address(_pointer(capsule, b"dltensor")).tensor
-    if not 0 <= tensor.ndim <= MOST_DIMENSIONS:
-        raise ValueError(f"{tensor.ndim} dimensions")
-    return tensor
+    found: _Tensor = _Managed.from_address(_pointer(capsule, b"dltensor")).tensor
+    if not 0 <= found.ndim <= MOST_DIMENSIONS:
+        raise ValueError(f"{found.ndim} dimensions")
+    return found
 
 
 _numpy_dtypes = {dtype.numpy: name for name, dtype in DTYPES.items()}

@@ -137,8 +137,8 @@ class Engine:
     def close(self) -> None:
         """Free everything: the contexts when their runs are done, then the weights and the engine."""
         with self._lock:
-            for context in list(self._contexts):
-                context.close()
+            for opened in list(self._contexts):
+                opened.close()
             self._free()
 
     def __enter__(self) -> Engine:
@@ -415,9 +415,9 @@ def _plugin_library(manifest: Manifest, path: Path) -> trt.PluginLibrary:
     for library in found:
         if library.sha256 == plugin.sha256:
             return library
-    there = " and ".join(f"{library.path} has {library.sha256[:12]}..." for library in found)
+    there = " and ".join(f"{library.path} has {library.sha256[:12]}" for library in found)
     raise InputError(
-        f"{path} was built with a {plugin.library} of SHA-256 {plugin.sha256[:12]}..., and "
+        f"{path} was built with a {plugin.library} of SHA-256 {plugin.sha256[:12]}, and "
         f"{there or f'there is none in {path.parent} and {trt.LIBRARIES}'}.",
         "Put the one that it was built with beside the engine, or compile it again.",
     )
@@ -473,7 +473,7 @@ def _check_host_code(path: Path, plan: bytearray, library: trt.PluginLibrary) ->
         ends = match.start() + len(code)
         if memoryview(plan)[match.start() : ends] != code:
             raise InputError(
-                f"{path} carries host code that is not {library.path.name} of SHA-256 {library.sha256[:12]}....",
+                f"{path} carries host code that is not {library.path.name} of SHA-256 {library.sha256[:12]}.",
                 "Do not load it; compile it again.",
             )
 
@@ -511,7 +511,7 @@ def _check_engine(cuda_engine: Any, backend: trt.Backend, manifest: Manifest, pa
         for tensor in sorted(found[is_input] ^ due[is_input], key=lambda tensor: tensor.name):
             has = "has an" if tensor in found[is_input] else "has no"
             raise InputError(
-                f"{path} {has} {what} '{tensor.name}', {said(tensor)}, unlike its manifest says.", _FILES
+                f"{path} {has} {what} '{tensor.name}', {said(tensor)}, unlike its manifest.", _FILES
             )
 
 

@@ -80,8 +80,8 @@ def open_weights(folder: Path, manifest: Manifest) -> Iterator[WeightsFile | Non
 def parse_header(path: Path, header: bytes, size: int) -> tuple[Range, ...]:
     """Every tensor of a safetensors file of ``size`` bytes that begins with ``header`` (its length included).
 
-    As strict as the safetensors library, and in two points stricter: no key twice, no more than
-    ``MOST_DIMENSIONS`` dimensions. Tensors of dtypes that no engine takes are left out.
+    As strict as the safetensors library, and stricter: no key twice, no more than ``MOST_DIMENSIONS`` dimensions,
+    no dtype but those that an engine takes.
 
     Raises:
         InputError: it is anything but a header whose tensors cover the rest of the file without gap or overlap.
@@ -108,7 +108,6 @@ def parse_header(path: Path, header: bytes, size: int) -> tuple[Range, ...]:
     return tuple(
         Range(Tensor(name=name, dtype=_names[dtype], shape=shape), len(header) + start, len(header) + stop)
         for name, start, stop, dtype, shape in entries
-        if dtype in _names
     )
 
 
@@ -188,7 +187,9 @@ def _entry(path: Path, name: str, value: Any) -> tuple[str, int, int, str, tuple
         raise _no_safetensors(path, what)
     if len(shape) > MOST_DIMENSIONS or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _no_safetensors(path, what)
-    if dtype in _names and size_of(_names[dtype], tuple(shape)) != offsets[1] - offsets[0]:
+    if dtype not in _names:
+        raise _no_safetensors(path, f"{what}: no engine takes its dtype")
+    if size_of(_names[dtype], tuple(shape)) != offsets[1] - offsets[0]:
         raise _no_safetensors(path, f"{what}: its shape does not fit its bytes")
     return name, offsets[0], offsets[1], dtype, tuple(shape)
 

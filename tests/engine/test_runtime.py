@@ -334,8 +334,8 @@ def test_closing_waits_for_the_last_run(stage: MakeStage) -> None:
 
 
 def test_weights_pass_in_pieces(stage: MakeStage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_module, "PIECE", 1000)
     s = stage(external=True)
+    monkeypatch.setattr(weights_module, "PIECE", 1000)
     seen: list[tuple[str, int, int]] = []
     with Engine.open(s.path, progress=lambda *step: seen.append(step)) as engine:
         np.testing.assert_array_equal(engine.run({"x": random()})[OUT], s.expected(random()))
@@ -356,8 +356,8 @@ def _in(address: int, starts: set[int]) -> bool:
 
 
 def test_weights_cut_off_while_they_are_read(stage: MakeStage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights_module, "PIECE", 1000)
     s = stage(external=True)
+    monkeypatch.setattr(weights_module, "PIECE", 1000)
 
     def cut(what: str, done: int, total: int) -> None:
         if what == "weights":
