@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,18 +19,22 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from safetensors.torch import load_file
 
 import lynx_compile
+from lynx_compile.engine import cuda as cuda_module
+from lynx_compile.engine import trt
 from lynx_compile.engine.module import FluxEngine
 from lynx_compile.errors import EngineError, InputError
 from lynx_compile.export import export
 from lynx_compile.models import DiT
 from lynx_compile.models import load as load_model
+from lynx_compile.pipeline import compile
 from lynx_compile.recipe import load_recipe
 from lynx_compile.rewrite import LynxOnnx
 from tests.conftest import TINY
 from tests.engine.conftest import Stage, set_stage
-from tests.engine.fakes import FakeCuda
+from tests.engine.fakes import FakeCuda, FakeTensorRT
 
 STEPS = 3
 Open = Callable[[Any], Any]
@@ -83,8 +89,9 @@ def generate(pipe: Any, **changes: Any) -> np.ndarray[Any, Any]:
 class OnnxTransformer(torch.nn.Module):
     """The reference: the same ONNX file, fed by hand, behind diffusers' own class's config."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, weights: Mapping[str, Any] | None = None) -> None:
         super().__init__()
+        self.weights = weights or {}
         self.config = FluxTransformer2DModel(**TINY).config
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         self.dtype, self.device = torch.float16, torch.device("cpu")
@@ -96,7 +103,10 @@ class OnnxTransformer(torch.nn.Module):
     def forward(self, return_dict: bool = True, **given: Any) -> Any:
         self.calls.append(given)
         types = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
-        feed = {i.name: given[i.name].numpy().astype(types[i.type]) for i in self.session.get_inputs()}
+        given = {
+            name: value.numpy() for name, value in given.items() if torch.is_tensor(value)
+        } | self.weights
+        feed = {i.name: given[i.name].astype(types[i.type]) for i in self.session.get_inputs()}
         return (torch.from_numpy(self.session.run(None, feed)[0]),)
 
 
@@ -257,6 +267,34 @@ def test_a_model_without_guidance_refuses_it(flux: Stage) -> None:
     transformer.engine.manifest = manifest.model_copy(update={"inputs": without})
     with pytest.raises(InputError, match="There is no input 'guidance'"):
         transformer(**inputs())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("torch_without_gpu")
+def test_from_recipe_to_images(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compiler really writes: plan with the plugin library in it, manifest, sparse linears' weights."""
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(recipe.read_text() + "engine:\n  backend: tensorrt_rtx\n  weights: external\n")
+    output = tmp_path / "out" / "tiny.engine"
+    manifest = compile(load_recipe(recipe), output)
+    assert manifest.weights.tensors
+    cuda = FakeCuda()
+    monkeypatch.setattr(cuda_module, "bindings", lambda: cuda)
+    if trt.gpu() is None:  # the real TensorRT gets as far as that
+        with pytest.raises(EngineError, match=r"TensorRT cannot (start|load) .*TensorRT says: .*driver"):
+            lynx_compile.load(output)
+        assert cuda.leaks() == []
+    fake = FakeTensorRT(cuda, output.with_suffix(".onnx"))
+    backend = replace(trt.backend("tensorrt_rtx"), module=fake)  # type: ignore[arg-type]
+    monkeypatch.setattr(trt, "backend", lambda name: backend)
+    transformer = lynx_compile.load(output)
+    assert fake.deserialized[0] == output.read_bytes()
+    images = generate(pipeline(transformer))
+    transformer.close()
+    assert cuda.leaks() == []
+    weights = {name: value.numpy() for name, value in load_file(output.with_suffix(".safetensors")).items()}
+    np.testing.assert_array_equal(images, generate(pipeline(OnnxTransformer(fake.model, weights))))
 
 
 def test_other_families_have_no_pipeline(flux: Stage) -> None:
