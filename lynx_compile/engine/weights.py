@@ -183,7 +183,7 @@ def _entry(path: Path, name: str, value: Any) -> tuple[str, int, int, str, tuple
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise _no_safetensors(path, what)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not (isinstance(dtype, str) and _naturals(shape) and _naturals(offsets)):
+    if not (isinstance(dtype, str) and _naturals(shape, 2**31) and _naturals(offsets, 2**63)):
         raise _no_safetensors(path, what)
     if len(shape) > MOST_DIMENSIONS or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _no_safetensors(path, what)
@@ -194,8 +194,8 @@ def _entry(path: Path, name: str, value: Any) -> tuple[str, int, int, str, tuple
     return name, offsets[0], offsets[1], dtype, tuple(shape)
 
 
-def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+def _naturals(values: Any, limit: int) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < limit for value in values)
 
 
 def _read(path: Path, file: BinaryIO, count: int) -> bytes:
