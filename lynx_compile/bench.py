@@ -114,7 +114,7 @@ class Result:
     ``fused`` and ``fused_weight``: what takes their place (the second has the producer's kernel too); None without a
     producer. ``cusparselt``: its GEMM with a 2:4 weight, None where torch has none or it refuses. ``tile`` and
     ``weight_tile``: the fastest configurations. ``error``: the largest relative one, against float64; None where
-    predicted. ``steady_ratio`` and ``steady_weight_ratio``: ``ratio`` and ``weight_ratio`` in turns of a quarter second.
+    predicted. ``steady_ratio`` and ``steady_weight_ratio``: ``ratio`` and ``weight_ratio`` in long turns.
     """
 
     shape: Shape

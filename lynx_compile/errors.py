@@ -27,3 +27,7 @@ class StageError(LynxError):
     def __init__(self, stage: str, cause: str, remedy: str) -> None:
         super().__init__(f"Stage '{stage}' failed: {cause}", remedy)
         self.stage = stage
+
+
+class EngineError(LynxError):
+    """TensorRT or CUDA failed while an engine was loaded or run (exit code 3)."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 from lynx_compile.errors import InputError, LynxError
 
@@ -55,6 +57,29 @@ def file_digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).", "Check the path.") from None
+
+
+def strict_json(text: bytes) -> Any:
+    """What a JSON text (UTF-8) says, if it says it once and in numbers.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON, names a key twice, holds NaN, an infinity or half a character, or
+            is too deep.
+    """
+    return json.loads(text.decode(), object_pairs_hook=_once, parse_constant=_no_number)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    for text in (text for pair in pairs for text in pair if isinstance(text, str)):
+        text.encode()  # half of a surrogate pair is no text
+    if len(values) != len(pairs):
+        raise ValueError("a key is there twice")
+    return values
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
 
 
 def _flush(path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from lynx_compile.errors import LynxError, StageError
+from lynx_compile.errors import EngineError, LynxError, StageError
 from lynx_compile.files import save_text
 
 Progress = Callable[[str, int, int], None]
@@ -100,6 +100,8 @@ def _produced(name: str, produce: Callable[[Progress], T], progress: Progress) -
     """``produce``'s value; what it does not explain itself becomes a StageError."""
     try:
         return produce(progress)
+    except EngineError as error:
+        raise StageError(name, error.cause, error.remedy) from None
     except LynxError:
         raise
     except MemoryError as error:

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import json
+import reprlib
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lynx_compile import __version__
 from lynx_compile.engine import trt
 from lynx_compile.errors import InputError
-from lynx_compile.files import file_digest, save_text
+from lynx_compile.files import file_digest, save_text, strict_json
 
 if TYPE_CHECKING:
     from lynx_compile.engine.build import BuiltEngine
@@ -28,6 +30,7 @@ FileName = Annotated[
 ]  # never a path out of the folder
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
+Extent = Annotated[int, Field(ge=-1, lt=2**31)]
 
 
 class _Strict(BaseModel):
@@ -35,11 +38,14 @@ class _Strict(BaseModel):
 
 
 class Tensor(_Strict):
-    """An input or output of the engine. ``dtype``: bf16, fp16, fp32, int32, int64, bool ..."""
+    """An input or output of the engine. ``dtype``: bf16, fp16, fp32, int32, int64, bool ...
+
+    ``shape``: an extent of -1 is one that a run decides.
+    """
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[Extent, ...], Field(max_length=8)]
 
 
 class EngineFile(_Strict):
@@ -78,14 +84,24 @@ class Weights(_Strict):
     sha256: Sha256 | None
     tensors: tuple[Tensor, ...]
 
+    @model_validator(mode="after")
+    def _a_file_if_external(self) -> Self:
+        external = self.mode == "external"
+        if any(external != bool(value) for value in (self.file, self.sha256, self.tensors)):
+            raise ValueError("external weights have a file, its digest and tensors, embedded ones do not")
+        if any(-1 in tensor.shape for tensor in self.tensors):
+            raise ValueError("a weight has no fixed shape")
+        return self
+
 
 class Source(_Strict):
-    """The model: as the recipe names it, and the SHA-256 over the files that were read."""
+    """The model: as the recipe names it, its ``config.json``, and the SHA-256 over the files that were read."""
 
     model: str
     subfolder: str
     revision: str | None
     family: str
+    config: dict[str, Any]
     sha256: Sha256
 
 
@@ -129,6 +145,14 @@ class Manifest(_Strict):
     sparse: tuple[SparseLinears, ...]
     dense: tuple[DenseLinear, ...]
 
+    @model_validator(mode="after")
+    def _every_tensor_once(self) -> Self:
+        tensors = (*self.inputs, *self.outputs, *self.weights.tensors)
+        name, count = Counter(tensor.name for tensor in tensors).most_common(1)[0] if tensors else ("", 0)
+        if count > 1:
+            raise ValueError(f"the tensor {name!r:.100} is there twice")
+        return self
+
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Read and check a manifest.
@@ -140,14 +164,17 @@ class Manifest(_Strict):
         values = _json(path)
         found = values.get("format_version") if isinstance(values, dict) else None
         if found != FORMAT_VERSION:
-            cause = f"{path} is no manifest of format version {FORMAT_VERSION} (but of {found})."
+            cause = (
+                f"{path} is no manifest of format version {FORMAT_VERSION} (but of {reprlib.repr(found)})."
+            )
             raise InputError(cause, "Compile the engine again with this version of lynx-compile.")
         try:
             return cls.model_validate_json(json.dumps(values))
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            raise InputError(f"{path}: '{key}' is wrong ({first['msg']}).", _AGAIN) from None
+            key = ".".join(map(str, first["loc"])) or "inputs"
+            message = first["msg"].removeprefix("Value error, ")
+            raise InputError(f"{path}: {key!r:.200} is wrong ({message:.300}).", _AGAIN) from None
 
     def write(self, path: Path) -> None:
         """Write it as JSON, atomically."""
@@ -195,6 +222,7 @@ def describe(recipe: Recipe, dit: DiT, lynx: LynxOnnx, built: BuiltEngine) -> Ma
             subfolder=dit.model.subfolder,
             revision=dit.model.revision,
             family=dit.family,
+            config=dict(dit.config),
             sha256=dit.digest,
         ),
         sparse=tuple(_sparse(node) for node in lynx.sparse),
@@ -232,7 +260,7 @@ def _json(path: Path) -> Any:
             raise InputError(
                 f"{path} is larger than {LARGEST_BYTES >> 20} MiB.", "Give the manifest, not the engine."
             )
-        return json.loads(path.read_text(encoding="utf-8"))
+        return strict_json(path.read_bytes())
     except FileNotFoundError:
         raise InputError(
             f"The manifest {path} does not exist.", "Keep it beside the engine, or compile again."
@@ -242,4 +270,4 @@ def _json(path: Path) -> Any:
             f"{path} cannot be read ({error.strerror}).", "Check the path and its permissions."
         ) from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is cut off or no JSON ({error}).", _AGAIN) from None
+        raise InputError(f"{path} is cut off or no JSON ({error!s:.200}).", _AGAIN) from None

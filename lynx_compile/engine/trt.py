@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from lynx_compile import recipe
-from lynx_compile.errors import InputError, StageError
+from lynx_compile.errors import EngineError, InputError
 from lynx_compile.files import file_digest
 
 PLUGIN_NAMES = ("LynxSparseLinear", "LynxSparseWeightLinear")
@@ -86,7 +86,7 @@ def plugin_library(engine: recipe.Engine) -> PluginLibrary:
     """The recipe's plugin library, else the installed one.
 
     Raises:
-        InputError: the file does not exist. StageError: the installed one does not.
+        InputError: the file does not exist. EngineError: the installed one does not.
     """
     if engine.plugin is None:
         return PluginLibrary(path := _shipped("liblynx_plugin.so"), file_digest(path))
@@ -113,7 +113,7 @@ def load_plugin(
             a node's other attributes without a word.
 
     Raises:
-        StageError: the library cannot be loaded, lacks what is needed, or another one is loaded already.
+        EngineError: the library cannot be loaded, lacks what is needed, or another one is loaded already.
     """
     registry = backend.module.get_plugin_registry()
     if library.sha256 != _loaded.get(backend.name):
@@ -122,10 +122,10 @@ def load_plugin(
         creator = _creator(registry, name)
         if creator is None:
             cause = f"{library.path} holds no {name} version {PLUGIN_VERSION} plugin.{said(backend)}"
-            raise StageError("build", cause, _REBUILD)
+            raise EngineError(cause, _REBUILD)
         if lacking := set(fields) - {field.name for field in creator.field_names}:
             cause = f"the {name} plugin in {library.path} does not know '{min(lacking)}'."
-            raise StageError("build", cause, _REBUILD)
+            raise EngineError(cause, _REBUILD)
 
 
 def said(backend: Backend) -> str:
@@ -158,7 +158,7 @@ _loaded: dict[str, str] = {}  # backend name: SHA-256 of the plugin library in i
 def _load(backend: Backend, library: PluginLibrary, registry: Any) -> None:
     if loaded := [name for name in PLUGIN_NAMES if _creator(registry, name) is not None]:
         cause = f"this process has already loaded another {loaded[0]} plugin than {library.path}."
-        raise StageError("build", cause, "Use one library per process.")
+        raise EngineError(cause, "Use one library per process.")
     if backend.name == "tensorrt_rtx":
         # Its ONNX parser aborts the process without a "libtensorrt_rtx.so", which its wheel does not ship.
         _open(_shipped("rtx_alias/libtensorrt_rtx.so"))
@@ -167,7 +167,7 @@ def _load(backend: Backend, library: PluginLibrary, registry: Any) -> None:
     registry.load_library(str(library.path))
     if not any(_creator(registry, name) for name in PLUGIN_NAMES):
         cause = f"{library.path} holds no {PLUGIN_NAMES[0]} version {PLUGIN_VERSION} plugin.{said(backend)}"
-        raise StageError("build", cause, _REBUILD)
+        raise EngineError(cause, _REBUILD)
     _loaded[backend.name] = library.sha256
 
 
@@ -217,8 +217,8 @@ def _message_log(module: ModuleType) -> Any:
 def _shipped(name: str) -> Path:
     path = LIBRARIES / name
     if not path.is_file():
-        raise StageError(
-            "build", f"{path} is missing.", "Reinstall lynx-compile, or run 'make plugin' in its sources."
+        raise EngineError(
+            f"{path} is missing.", "Reinstall lynx-compile, or run 'make plugin' in its sources."
         )
     return path
 
@@ -227,9 +227,7 @@ def _open(path: Path) -> None:
     try:
         ctypes.CDLL(str(path))
     except OSError as error:
-        raise StageError(
-            "build", f"{path} cannot be loaded ({error}).", "Build it again on this machine."
-        ) from None
+        raise EngineError(f"{path} cannot be loaded ({error}).", "Build it again on this machine.") from None
 
 
 def _creator(registry: Any, name: str) -> Any:

@@ -55,7 +55,7 @@ class DiT:
     ``inputs``: example inputs at the recipe's shapes, in the order of the exported graph; floating tensors that
     carry activations have the recipe's dtype, ids, timestep and guidance are float32.
     ``groups``: every linear of the module, grouped by the tensor it reads.
-    ``digest``: SHA-256 over the files it was loaded from.
+    ``config``: its ``config.json``. ``digest``: SHA-256 over the files it was loaded from.
     """
 
     folder: Path
@@ -64,6 +64,7 @@ class DiT:
     inputs: Mapping[str, torch.Tensor]
     groups: tuple[LinearGroup, ...]
     family: str
+    config: Mapping[str, Any]
     digest: str
 
     @property
@@ -98,6 +99,7 @@ def load(recipe: Recipe) -> DiT:
         inputs=example_inputs(folder, config, recipe.shapes, DTYPES[recipe.model.dtype]),
         groups=find_groups(config),
         family="flux",
+        config=config,
         digest=_digest(folder, recipe.model),
     )
 

@@ -9,8 +9,10 @@ linked that export the functions which the bindings want. None is ever called.
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,9 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cuda.bindings import runtime as real_cuda
 
 import lynx_compile.engine
+from lynx_compile.engine import cuda as cuda_module
 from lynx_compile.recipe import GPU_TARGETS
+from tests.engine import fakes
 
 SOURCES = sorted(Path(lynx_compile.engine.__file__).parent.glob("*.py"))
 TENSORRT11 = Path(os.environ.get("LYNX_TENSORRT11", Path(sys.prefix) / "trt11"))
@@ -48,6 +53,11 @@ RTX_ONLY = {
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
 }  # used in no other function than _set_targets
+FAKED = {
+    "Runtime": fakes.Runtime,
+    "ICudaEngine": fakes.ICudaEngine,
+    "IExecutionContext": fakes.IExecutionContext,
+}
 NOT_TENSORRT = {"IPluginV3Layer.__class__", "__version__"}
 
 
@@ -107,6 +117,11 @@ def test_names_are_found() -> None:
         "OnnxParser.parse_from_file",
         "PluginCapabilityType.CORE",
         "DataType.name",
+        "ICudaEngine.get_tensor_dtype",
+        "IExecutionContext.execute_async_v3",
+        "IExecutionContext.set_input_shape",
+        "Runtime.deserialize_cuda_engine",
+        "TensorIOMode.INPUT",
     } <= set(USED)
     assert names_in("builder.nonsense(config.more.nonsense, path.name)") == {
         "Builder.nonsense",
@@ -195,3 +210,118 @@ for name in json.loads(sys.argv[2]):
         value = getattr(value, part)
 print(json.dumps([tensorrt_bindings.__version__, missing]))
 """
+
+
+# The fakes of the runtime's tests: nothing in them that the real ones lack, and the same arguments.
+
+
+@pytest.mark.parametrize("name", list(FAKED))
+def test_fake_tensorrt_is_like_the_real_one(name: str) -> None:
+    import tensorrt_rtx
+
+    real = getattr(tensorrt_rtx, name)
+    methods = [key for key, value in vars(FAKED[name]).items() if callable(value) and key[0] != "_"]
+    properties = [key for key, value in vars(FAKED[name]).items() if isinstance(value, property)]
+    assert missing_in(real, [*methods, *properties]) == []
+    used = {path.split(".")[1] for path in USED if path.startswith(f"{name}.")}
+    assert used <= {*methods, *properties}, "the runtime uses what the fake lacks"
+    for method in methods:
+        parameters = list(inspect.signature(getattr(FAKED[name], method)).parameters)
+        assert any(_fits(parameters, signature) for signature in _signatures(real, method)), method
+    assert not any(callable(getattr(real, key)) for key in properties)
+
+
+def test_a_drifted_fake_is_noticed() -> None:
+    import tensorrt_rtx
+
+    (signature,) = _signatures(tensorrt_rtx.IExecutionContext, "set_tensor_address")
+    assert signature == [("self", False), ("name", False), ("memory", False)]
+    assert _fits(["self", "name", "memory"], signature)
+    assert not _fits(["self", "name"], signature)
+    assert not _fits(["self", "name", "address"], signature)
+    assert len(_signatures(tensorrt_rtx.IExecutionContext, "set_input_shape")) > 1
+
+
+def _signatures(owner: type, method: str) -> list[list[tuple[str, bool]]]:
+    """Parameters of every overload, (name, has a default), from the docstring of the binding, which has lines such
+    as ``1. f(self: T, name: str, shape: tuple) -> bool``.
+    """
+    text = getattr(owner, method).__doc__
+    found = re.findall(rf"^(?:\d+\. )?{method}\((self: .*)\) -> ", text, re.MULTILINE)
+    return [
+        [(part.split(":")[0].strip(), "=" in part) for part in re.split(r", (?=\w+: )", parameters)]
+        for parameters in found
+    ]
+
+
+def _fits(parameters: list[str], signature: list[tuple[str, bool]]) -> bool:
+    """Whether a call with these arguments is one of this overload; what is left out has a default."""
+    names = [name for name, _ in signature[: len(parameters)]]
+    return names == parameters and all(default for _, default in signature[len(parameters) :])
+
+
+# CUDA: what the sources call, what the fake has, and the real bindings' own signatures.
+
+CUDA_SOURCE = Path(cuda_module.__file__).read_text()
+
+
+def cuda_calls(source: str) -> dict[str, set[int]]:
+    """{function: numbers of arguments it is called with}, for calls of ``cuda.cudaSomething(...)``."""
+    calls: dict[str, set[int]] = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and _is_cuda(node.func):
+            assert isinstance(node.func, ast.Attribute) and not node.keywords
+            calls.setdefault(node.func.attr, set()).add(len(node.args))
+    return calls
+
+
+def _is_cuda(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "cuda"
+
+
+def _declared(name: str) -> list[str]:
+    """Parameters from the docstring's first line: ``cudaMemcpyAsync(dst, src, size_t count, kind: T, stream)``."""
+    line = getattr(real_cuda, name).__doc__.strip().splitlines()[0]
+    inside = line[line.index("(") + 1 : line.rindex(")")]
+    return [part.split(":")[0].split()[-1] for part in inside.split(",") if part.strip()]
+
+
+def test_cuda_is_called_as_it_is_declared() -> None:
+    calls = cuda_calls(CUDA_SOURCE)
+    assert {"cudaMalloc", "cudaMemcpyAsync", "cudaStreamWaitEvent", "cudaGraphLaunch"} <= calls.keys()
+    for name, counts in calls.items():
+        assert counts == {len(_declared(name))}, name
+    tree = ast.walk(ast.parse(CUDA_SOURCE))
+    mentioned = {node.attr for node in tree if isinstance(node, ast.Attribute) and _is_cuda(node)}
+    assert missing_in(real_cuda, sorted(mentioned)) == []
+    passed_on = {"cudaFree", "cudaFreeHost", "cudaStreamDestroy", "cudaEventDestroy", "cudaGraphExecDestroy"}
+    assert passed_on <= mentioned
+    assert all(len(_declared(name)) == 1 for name in passed_on), "they are called with the handle"
+
+
+def test_cuda_is_called_in_one_module() -> None:
+    for path in SOURCES:
+        assert path.name == "cuda.py" or not cuda_calls(path.read_text()), path
+
+
+def test_fake_cuda_is_like_the_real_one() -> None:
+    faked = {name: value for name, value in vars(fakes.FakeCuda).items() if name.startswith("cuda")}
+    assert cuda_calls(CUDA_SOURCE).keys() <= faked.keys()
+    for name, function in faked.items():
+        parameters = list(inspect.signature(function).parameters)[1:]
+        assert parameters == [_snake(parameter) for parameter in _declared(name)], name
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"([A-Z])", lambda match: f"_{match[1].lower()}", name)
+
+
+def test_constants_of_cuda() -> None:
+    """Whole paths such as ``cudaMemcpyKind.cudaMemcpyDefault``, the errors' names, and what an error is."""
+    paths = set(re.findall(r"\bcuda\.(cuda\w+(?:\.cuda\w+)*)", CUDA_SOURCE))
+    assert "cudaMemcpyKind.cudaMemcpyDefault" in paths
+    assert missing_in(real_cuda, sorted(paths)) == []
+    for name in (*cuda_module.NO_GPU, *cuda_module.REMEDIES):
+        assert getattr(real_cuda.cudaError_t, name).name == name
+    error = real_cuda.cudaGetDeviceCount()[0]
+    assert int(error) == error.value and error.name.startswith("cuda")

@@ -33,7 +33,7 @@ def described(lynx: LynxOnnx, output: Path) -> Manifest:
             "engine": engine,
         }
     )
-    dit: Any = SimpleNamespace(model=recipe.model, family="flux", digest="ab" * 32)
+    dit: Any = SimpleNamespace(model=recipe.model, family="flux", config={"in_channels": 4}, digest="ab" * 32)
     return describe(recipe, dit, lynx, build(lynx, Engine.model_validate(engine), output))
 
 
@@ -77,6 +77,7 @@ def test_it_tells_what_is_there(manifest: Manifest, lynx: LynxOnnx, tmp_path: Pa
         "subfolder": "transformer",
         "revision": "v1",
         "family": "flux",
+        "config": {"in_channels": 4},
         "sha256": "ab" * 32,
     }
 

@@ -16,7 +16,7 @@ import pytest
 
 from lynx_compile import recipe
 from lynx_compile.engine import trt
-from lynx_compile.errors import InputError, StageError
+from lynx_compile.errors import EngineError, InputError
 from lynx_compile.rewrite import LynxOnnx
 
 Script = Callable[[str, LynxOnnx, Path], list[str]]
@@ -136,7 +136,7 @@ def test_missing_library_of_the_recipe(tmp_path: Path) -> None:
 
 def test_missing_installed_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(trt, "LIBRARIES", tmp_path)
-    with pytest.raises(StageError, match=r"liblynx_plugin.so is missing. Reinstall lynx-compile"):
+    with pytest.raises(EngineError, match=r"liblynx_plugin.so is missing. Reinstall lynx-compile"):
         trt.plugin_library(recipe.Engine())
 
 
@@ -145,7 +145,7 @@ def test_another_library_is_refused_once_one_is_loaded() -> None:
     library = trt.plugin_library(recipe.Engine())
     trt.load_plugin(backend, library)
     trt.load_plugin(backend, library)
-    with pytest.raises(StageError, match="already loaded another LynxSparseLinear plugin"):
+    with pytest.raises(EngineError, match="already loaded another LynxSparseLinear plugin"):
         trt.load_plugin(backend, trt.PluginLibrary(library.path, "0" * 64))
 
 
@@ -166,7 +166,7 @@ def test_a_library_that_lacks_what_the_model_needs_is_refused(needed: dict, mess
     """A plugin or a field of it; also when the library is loaded already."""
     backend, library = trt.backend("tensorrt_rtx"), trt.plugin_library(recipe.Engine())
     trt.load_plugin(backend, library, {"LynxSparseLinear": ("rank", "norm_scale")})
-    with pytest.raises(StageError, match=message):
+    with pytest.raises(EngineError, match=message):
         trt.load_plugin(backend, library, needed)
 
 
