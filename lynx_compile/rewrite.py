@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -35,13 +35,14 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import torch
+from onnx.external_data_helper import uses_external_data
 
 from lynx_compile.compensate import SparseLinearWeights, load_weights
 from lynx_compile.errors import StageError
-from lynx_compile.export import LINEAR_KEY, DenseOnnx
+from lynx_compile.export import DenseOnnx
 from lynx_compile.files import atomic_path
 from lynx_compile.functions import DOMAIN, OP, OP_VERSION, WEIGHT_OP, lynx_function
-from lynx_compile.models import Linear
+from lynx_compile.match import Match, import_graph, match
 from lynx_compile.recipe import Operand
 from lynx_compile.select import SparsityPlan
 from lynx_compile.sparsity import keep_mask
@@ -137,7 +138,8 @@ def rewrite(
             "rewrite", f"{dense.path} cannot be read ({error}).", "Run again with --fresh."
         ) from None
     dtype = _torch_dtype(model)
-    graph, linear_of, scalars = _import(model)
+    imported = import_graph(model, dtype)
+    graph = imported.graph
     decisions = {decision.linear.path: decision for decision in plan.decisions}
     refused = {path: decision.reason for path, decision in decisions.items() if decision.operand == "none"}
     nodes: list[SparseNode] = []
@@ -146,9 +148,8 @@ def rewrite(
     for file in weights:
         solved = load_weights(file)
         linears = [decisions[linear].linear for linear in solved.linears]
-        matches, reasons = _match(graph, linear_of, linears)
+        matches, reasons = match(imported, linears)
         refused |= reasons
-        matches = {linear: _with_gelu(match, graph, scalars, dtype) for linear, match in matches.items()}
         for readers in _readers_of_one_tensor(matches):
             node = _describe(readers, solved, matches)
             if node.operand == "weight":
@@ -169,146 +170,16 @@ def rewrite(
     return LynxOnnx(path, path.with_suffix(".safetensors"), external_inputs, tuple(nodes), left)
 
 
-@dataclass(frozen=True)
-class _Match:
-    """A linear in the graph: what it reads, what it makes, and the nodes in between (product, bias, GELU)."""
-
-    x: gs.Variable
-    y: gs.Variable
-    nodes: tuple[gs.Node, ...]
-    gelu: bool = False
-
-
-def _import(model: onnx.ModelProto) -> tuple[gs.Graph, dict[str, str], dict[str, float]]:
-    """The graph, {node name: module path}, and the values of scalar constants.
-
-    graphsurgeon does not carry metadata, and a bf16 constant whose value it is asked for becomes float32.
-    """
-    linear_of = {
-        node.name: entry.value
-        for node in model.graph.node
-        for entry in node.metadata_props
-        if entry.key == LINEAR_KEY
-    }
-    scalars = {
-        initializer.name: float(onnx.numpy_helper.to_array(initializer))
-        for initializer in model.graph.initializer
-        if not initializer.dims and not _is_external(initializer)
-    }
-    return gs.import_onnx(model), linear_of, scalars
-
-
-def _match(
-    graph: gs.Graph, linear_of: dict[str, str], linears: Sequence[Linear]
-) -> tuple[dict[str, _Match], dict[str, str]]:
-    """Find each linear's nodes; those not found come with a reason."""
-    products: dict[str, list[gs.Node]] = defaultdict(list)
-    for node in graph.nodes:
-        if node.name in linear_of:
-            products[linear_of[node.name]].append(node)
-    matches: dict[str, _Match] = {}
-    reasons: dict[str, str] = {}
-    for linear in linears:
-        found = products[linear.path]
-        if len(found) != 1:
-            reasons[linear.path] = f"the graph holds {len(found)} matrix products of it, not one"
-        elif isinstance(match := _match_one(found[0], linear, graph), str):
-            reasons[linear.path] = match
-        else:
-            matches[linear.path] = match
-    return matches, reasons
-
-
-def _match_one(product: gs.Node, linear: Linear, graph: gs.Graph) -> _Match | str:
-    """The pattern at one MatMul or Gemm, or the reason why it does not fit."""
-    x, weight, *bias = product.inputs
-    y = product.outputs[0]
-    if not _is_weight(weight):
-        return "its weight is no constant of the graph"
-    if product.op == "Gemm":
-        attributes = {"alpha": 1.0, "beta": 1.0, "transA": 0} | product.attrs
-        if (attributes["alpha"], attributes["beta"], attributes["transA"]) != (1.0, 1.0, 0):
-            return "its Gemm scales or transposes an operand"
-        return _Match(x, y, (product,)) if bool(bias) == linear.bias else "its bias is not in its Gemm"
-    if not linear.bias:
-        return _Match(x, y, (product,))
-    if len(y.outputs) != 1 or y in graph.outputs or y.outputs[0].op != "Add":
-        return "its bias is not added right behind its MatMul"
-    add = y.outputs[0]
-    other = add.inputs[1] if add.inputs[0] is y else add.inputs[0]
-    if not isinstance(other, gs.Constant) or tuple(other.shape) != (linear.out_channels,):
-        return "what is added behind its MatMul is not its bias"
-    return _Match(x, add.outputs[0], (product, add))
-
-
-def _is_weight(tensor: gs.Tensor) -> bool:
-    """A constant, or the Transpose of one."""
-    if isinstance(tensor, gs.Constant):
-        return True
-    return (
-        len(tensor.inputs) == 1
-        and tensor.inputs[0].op == "Transpose"
-        and isinstance(tensor.inputs[0].inputs[0], gs.Constant)
-    )
-
-
-# How the exporter writes GELU's tanh form, 0.5 y (1 + tanh(sqrt(2 / pi) (y + 0.044715 y^3))), step by step behind y:
-# each op's second operand is a constant or y itself.
-GELU = (
-    ("Pow", 3.0), ("Mul", 0.044715), ("Add", "y"), ("Mul", (2 / np.pi) ** 0.5), ("Tanh", None), ("Add", 1.0),
-    ("Mul", 0.5), ("Mul", "y"),
-)  # fmt: skip
-
-
-def _with_gelu(match: _Match, graph: gs.Graph, scalars: Mapping[str, float], dtype: torch.dtype) -> _Match:
-    """The match with the GELU behind it, if there is one and it is all that reads the linear."""
-    y, chain = match.y, []
-    value = y
-    for op, operand in GELU:
-        step = next(
-            (node for node in value.outputs if _is_step(node, op, value, operand, y, scalars, dtype)), None
-        )
-        if step is None or value in graph.outputs or (value is not y and len(value.outputs) != 1):
-            return match
-        chain.append(step)
-        value = step.outputs[0]
-    if {id(reader) for reader in y.outputs} - {id(step) for step in chain}:
-        return match
-    return replace(match, y=value, nodes=(*match.nodes, *chain), gelu=True)
-
-
-def _is_step(
-    node: gs.Node,
-    op: str,
-    value: gs.Variable,
-    operand: float | str | None,
-    y: gs.Variable,
-    scalars: Mapping[str, float],
-    dtype: torch.dtype,
-) -> bool:
-    """Whether ``node`` is ``op`` of ``value`` and ``operand``; constants compare after rounding to ``dtype``."""
-    if node.op != op or len(node.inputs) != 1 + (operand is not None):
-        return False
-    if operand is None:
-        return True
-    left, right = node.inputs
-    if right is value and op != "Pow":
-        left, right = right, left
-    if operand == "y":
-        return left is value and right is y
-    return left is value and scalars.get(right.name) == torch.tensor(operand, dtype=dtype).item()
-
-
-def _readers_of_one_tensor(matches: dict[str, _Match]) -> list[tuple[str, ...]]:
+def _readers_of_one_tensor(matches: dict[str, Match]) -> list[tuple[str, ...]]:
     """The linears, split by the tensor that they read in the graph (as a rule all of a group read one)."""
     readers: dict[str, list[str]] = defaultdict(list)
-    for linear, match in matches.items():
-        readers[match.x.name].append(linear)
+    for linear, found in matches.items():
+        readers[found.x.name].append(linear)
     return [tuple(linears) for linears in readers.values()]
 
 
 def _describe(
-    readers: tuple[str, ...], solved: SparseLinearWeights, matches: Mapping[str, _Match]
+    readers: tuple[str, ...], solved: SparseLinearWeights, matches: Mapping[str, Match]
 ) -> SparseNode:
     channels = dict(zip(solved.linears, solved.out_channels, strict=True))
     plain = [linear for linear in readers if not matches[linear].gelu]
@@ -417,7 +288,7 @@ def _replace(
     graph: gs.Graph,
     node: SparseNode,
     attributes: dict[str, int | str],
-    matches: Mapping[str, _Match],
+    matches: Mapping[str, Match],
     solved: SparseLinearWeights,
     tensors: list[TensorSpec],
 ) -> None:
@@ -453,7 +324,7 @@ def _save(
 ) -> None:
     """Write all tensors into one safetensors file, refer to them from the model by offset, check and write it."""
     weights = path.with_suffix(".safetensors")
-    large = [initializer for initializer in model.graph.initializer if _is_external(initializer)]
+    large = [initializer for initializer in model.graph.initializer if uses_external_data(initializer)]
     offsets = write_tensors(weights, [*tensors, *(_kept(initializer, folder) for initializer in large)])
     for initializer in large:
         _refer(initializer, weights.name, *offsets[initializer.name])
@@ -478,10 +349,6 @@ def _save(
         raise StageError(
             "rewrite", f"the rewritten ONNX is invalid ({error}).", "Report the model."
         ) from None
-
-
-def _is_external(initializer: onnx.TensorProto) -> bool:
-    return bool(initializer.data_location == onnx.TensorProto.EXTERNAL)
 
 
 def _kept(initializer: onnx.TensorProto, folder: Path) -> TensorSpec:
