@@ -16,7 +16,16 @@ or, where the weights are the 2:4 operand::
     x ── LynxSparseWeightLinear(values, metadata, bias) ── Split ── q, k, m
 
 A GELU (tanh form) that is all that reads a linear becomes the node's ``activation``. In a merged node its linears
-come last, and ``activation_from`` is the first of their output channels.
+come last, and ``activation_from`` is the first of their output channels. It stays in the graph where that is no
+multiple of 64, on which the kernels' epilogues cannot start.
+
+What makes x then becomes part of the node, so that x is never written: a LayerNorm with its modulation, a GELU that is
+in no epilogue, a SiLU with its gate, if this node is all that reads x::
+
+    h ── LayerNormalization ── Mul(gain) ── Add(shift) ── LynxSparseLinear(...)
+    h ── LynxNormSparseLinear(..., gain, shift)
+
+A node with sparse weights has no pass over x to take it into; there TensorRT's own fusions do it.
 
 Requires the node metadata that ``export`` leaves. Ensures that every linear of the plan is either rewritten or
 listed with the reason why not, that the file passes ONNX's full check, and that it runs in ONNX Runtime: it
@@ -26,8 +35,8 @@ carries the op's meaning as a model-local function.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,8 +50,18 @@ from lynx_compile.compensate import SparseLinearWeights, load_weights
 from lynx_compile.errors import StageError
 from lynx_compile.export import DenseOnnx
 from lynx_compile.files import atomic_path
-from lynx_compile.functions import DOMAIN, OP, OP_VERSION, WEIGHT_OP, lynx_function
-from lynx_compile.match import Match, import_graph, match
+from lynx_compile.functions import (
+    DOMAIN,
+    FUNCTIONS,
+    GATED_OP,
+    GELU_OP,
+    NORM_OP,
+    OP,
+    OP_VERSION,
+    WEIGHT_OP,
+    lynx_functions,
+)
+from lynx_compile.match import DenseGraph, Match, Producer, find_producer, import_graph, match
 from lynx_compile.recipe import Operand
 from lynx_compile.select import SparsityPlan
 from lynx_compile.sparsity import keep_mask
@@ -50,6 +69,8 @@ from lynx_compile.tensors import TensorSpec, write_tensors
 from lynx_compile.weight_sparsity import STEP, MetadataLayout, pack_weight
 
 OPS: dict[Operand, str] = {"activation": OP, "weight": WEIGHT_OP}
+PRODUCER_OPS: dict[Producer, str] = {"layer norm": NORM_OP, "gelu": GELU_OP, "gated": GATED_OP}
+ACTIVATION_MULTIPLE = 64  # kGeluMultiple of plugins/kernels/tile_config.h
 
 
 @dataclass(frozen=True)
@@ -62,9 +83,10 @@ class DenseLinear:
 
 @dataclass(frozen=True)
 class SparseNode:
-    """One ``LynxSparseLinear`` or ``LynxSparseWeightLinear`` node and the linears it replaces.
+    """One Lynx node and the linears it replaces.
 
     ``activation``: 1 where the node ends in the GELU of its output channels from ``activation_from`` on.
+    ``producer``: what the node makes its input of, where it does.
     """
 
     name: str
@@ -77,10 +99,11 @@ class SparseNode:
     operand: Operand = "activation"
     activation: int = 0
     activation_from: int = 0
+    producer: Producer | None = None
 
     @property
     def op(self) -> str:
-        return OPS[self.operand]
+        return PRODUCER_OPS[self.producer] if self.producer else OPS[self.operand]
 
 
 @dataclass(frozen=True)
@@ -104,12 +127,13 @@ class LynxOnnx:
     @property
     def plugins(self) -> dict[str, tuple[str, ...]]:
         """The plugins that the file needs, each with those of its fields that not every build of it knows."""
-        fields = ("activation", "activation_from")
-        return {
-            op: fields if any(node.activation for node in self.sparse if node.op == op) else ()
-            for op in OPS.values()
-            if any(node.op == op for node in self.sparse)
-        }
+        fields: dict[str, tuple[str, ...]] = {}
+        for op in FUNCTIONS:
+            if nodes := [node for node in self.sparse if node.op == op]:
+                activation = any(node.activation for node in nodes)
+                fields[op] = ("activation", "activation_from") if activation else ()
+                fields[op] += ("rms", "epsilon") if op == NORM_OP else ()
+        return fields
 
 
 def rewrite(
@@ -138,7 +162,7 @@ def rewrite(
             "rewrite", f"{dense.path} cannot be read ({error}).", "Run again with --fresh."
         ) from None
     dtype = _torch_dtype(model)
-    imported = import_graph(model, dtype)
+    imported = import_graph(model, dtype, dense.path.parent)
     graph = imported.graph
     decisions = {decision.linear.path: decision for decision in plan.decisions}
     refused = {path: decision.reason for path, decision in decisions.items() if decision.operand == "none"}
@@ -151,20 +175,23 @@ def rewrite(
         matches, reasons = match(imported, linears)
         refused |= reasons
         for readers in _readers_of_one_tensor(matches):
-            node = _describe(readers, solved, matches)
+            found = _with_activation({linear: matches[linear] for linear in readers}, solved)
+            node = _describe(found, solved)
             if node.operand == "weight":
                 specs, shared = _weight_tensors(node, solved, file, dtype, metadata_layout), []
             else:
                 specs = _tensors(node, solved, file, dtype)
                 shared = identities.setdefault(node.in_channels, _identity(node.in_channels, dtype))
             attributes = _attributes(node, metadata_layout)
-            _replace(graph, node, attributes, matches, solved, [*specs, *shared])
+            _replace(graph, node, attributes, found, solved, [*specs, *shared])
             nodes.append(node)
             tensors += specs
+    graph.cleanup(remove_unused_graph_inputs=False)  # of what has read the same tensors as the new nodes
+    nodes = _fuse_producers(nodes, imported)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     external_inputs = tuple(tensor.name for tensor in tensors) if external else ()
     constants = [tensor for tensors_ in identities.values() for tensor in tensors_]
-    ops = [op for op in OPS.values() if any(node.op == op for node in nodes)]
+    ops = {node.op for node in nodes}
     _save(gs.export_onnx(graph), dense.path.parent, [*tensors, *constants], external_inputs, ops, path)
     left = tuple(DenseLinear(linear, reason) for linear, reason in refused.items())
     return LynxOnnx(path, path.with_suffix(".safetensors"), external_inputs, tuple(nodes), left)
@@ -178,23 +205,30 @@ def _readers_of_one_tensor(matches: dict[str, Match]) -> list[tuple[str, ...]]:
     return [tuple(linears) for linears in readers.values()]
 
 
-def _describe(
-    readers: tuple[str, ...], solved: SparseLinearWeights, matches: Mapping[str, Match]
-) -> SparseNode:
+def _with_activation(matches: dict[str, Match], solved: SparseLinearWeights) -> dict[str, Match]:
+    """The linears of a node in its order, those with a GELU last; without their GELUs where no epilogue can start."""
+    ordered = dict(sorted(matches.items(), key=lambda item: bool(item[1].gelu)))
     channels = dict(zip(solved.linears, solved.out_channels, strict=True))
-    plain = [linear for linear in readers if not matches[linear].gelu]
-    with_gelu = [linear for linear in readers if matches[linear].gelu]
+    if sum(channels[linear] for linear, found in ordered.items() if not found.gelu) % ACTIVATION_MULTIPLE:
+        return {linear: replace(found, gelu=()) for linear, found in matches.items()}
+    return ordered
+
+
+def _describe(matches: Mapping[str, Match], solved: SparseLinearWeights) -> SparseNode:
+    channels = dict(zip(solved.linears, solved.out_channels, strict=True))
+    plain = [linear for linear, found in matches.items() if not found.gelu]
+    activation = len(plain) < len(matches)
     return SparseNode(
-        name=f"{readers[0]}.{OPS[solved.operand]}",
-        linears=(*plain, *with_gelu),
+        name=f"{next(linear for linear in solved.linears if linear in matches)}.{OPS[solved.operand]}",
+        linears=tuple(matches),
         in_channels=solved.in_channels,
-        out_channels=sum(channels[linear] for linear in readers),
+        out_channels=sum(channels[linear] for linear in matches),
         rank=solved.rank,
         norm_scale=solved.norm_scale,
         error=solved.error,
         operand=solved.operand,
-        activation=int(bool(with_gelu)),
-        activation_from=sum(channels[linear] for linear in plain) if with_gelu else 0,
+        activation=int(activation),
+        activation_from=sum(channels[linear] for linear in plain) if activation else 0,
     )
 
 
@@ -298,7 +332,7 @@ def _replace(
     outputs = [matches[linear].y for linear in node.linears]
     x, merged = matches[node.linears[0]].x, outputs[0]
     for linear in node.linears:
-        for old in matches[linear].nodes:
+        for old in (*matches[linear].nodes, *matches[linear].gelu):
             old.outputs.clear()
     if len(outputs) > 1:
         channels = dict(zip(solved.linears, solved.out_channels, strict=True))
@@ -314,12 +348,34 @@ def _replace(
     )
 
 
+def _fuse_producers(nodes: Sequence[SparseNode], dense: DenseGraph) -> list[SparseNode]:
+    """Let the nodes that prune their x make it themselves, where they can."""
+    in_graph = {node.name: node for node in dense.graph.nodes}
+    return [
+        _fuse_producer(in_graph[node.name], node, dense) if node.operand == "activation" else node
+        for node in nodes
+    ]
+
+
+def _fuse_producer(in_graph: gs.Node, node: SparseNode, dense: DenseGraph) -> SparseNode:
+    produced = find_producer(in_graph.inputs[0], dense)
+    if produced is None:
+        return node
+    node = replace(node, producer=produced.producer)
+    in_graph.op = node.op
+    in_graph.inputs[0] = produced.x
+    in_graph.inputs.extend(produced.others)
+    if produced.producer == "layer norm":
+        in_graph.attrs |= {"rms": 0, "epsilon": produced.epsilon}
+    return node
+
+
 def _save(
     model: onnx.ModelProto,
     folder: Path,
     tensors: list[TensorSpec],
     external_inputs: tuple[str, ...],
-    ops: Sequence[str],
+    ops: Iterable[str],
     path: Path,
 ) -> None:
     """Write all tensors into one safetensors file, refer to them from the model by offset, check and write it."""
@@ -337,7 +393,7 @@ def _save(
             _refer(initializer, weights.name, *offsets[tensor.name])
             model.graph.initializer.append(initializer)
     _drop_value_info(model, {tensor.name for tensor in tensors})
-    model.functions.extend(lynx_function(op) for op in ops)
+    model.functions.extend(lynx_functions(ops))
     if DOMAIN not in {entry.domain for entry in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, int(OP_VERSION)))
     model.producer_name = "lynx-compile"

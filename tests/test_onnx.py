@@ -23,8 +23,9 @@ from lynx_compile.compensate import SparseLinearWeights, compensate
 from lynx_compile.compensate import _save as save_weights
 from lynx_compile.errors import StageError
 from lynx_compile.export import LINEAR_KEY, DenseOnnx, export
+from lynx_compile.functions import DOMAIN, OP, lynx_function
 from lynx_compile.recipe import Recipe, Sparsity, load_recipe
-from lynx_compile.rewrite import DOMAIN, OP, LynxOnnx, lynx_function, rewrite
+from lynx_compile.rewrite import LynxOnnx, rewrite
 from lynx_compile.select import SparsityPlan, select
 from lynx_compile.sparsity import expand_low_rank, keep_mask, sparse_linear
 

@@ -16,7 +16,8 @@ from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
 from lynx_compile.export import OPSET
-from lynx_compile.rewrite import DenseLinear, LynxOnnx, SparseNode, lynx_function
+from lynx_compile.functions import lynx_function
+from lynx_compile.rewrite import DenseLinear, LynxOnnx, SparseNode
 from lynx_compile.sparsity import padded_width
 
 INPUTS = ("x", "weight", "lora_down", "bias", "order", "centre", "saliency")
