@@ -28,14 +28,19 @@ from lynx_compile.errors import StageError
 from lynx_compile.files import save_text
 from lynx_compile.kernels import (
     LIBRARY,
-    Gated,
-    Gelu,
-    Norm,
     SparseLinear,
     SparseWeightLinear,
     load_library,
 )
-from lynx_compile.sparsity import expand_low_rank, keep_mask, padded_width, sparse_linear
+from lynx_compile.sparsity import (
+    Gated,
+    Gelu,
+    Norm,
+    expand_low_rank,
+    keep_mask,
+    padded_width,
+    sparse_linear,
+)
 from lynx_compile.weight_sparsity import pack_weight
 
 CHECKED_ROWS = 64

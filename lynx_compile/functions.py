@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops' meaning in plain ONNX ops, as model-local functions: with them ONNX Runtime runs the very same file.
 
-``sparsity`` and ``weight_sparsity`` have it in words. float32 inside, x's dtype outside.
+``sparsity`` and ``weight_sparsity`` have it in words. float32 inside, x's dtype outside. An op with a fused producer
+is the producer in front of a call of ``LynxSparseLinear``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import onnx
 
@@ -12,20 +15,32 @@ from lynx_compile.export import OPSET
 
 DOMAIN = "lynx"
 OP = "LynxSparseLinear"
+NORM_OP = "LynxNormSparseLinear"
+GELU_OP = "LynxGeluSparseLinear"
+GATED_OP = "LynxGatedSparseLinear"
 WEIGHT_OP = "LynxSparseWeightLinear"
 OP_VERSION = "1"
 
 
+def lynx_functions(ops: Iterable[str]) -> list[onnx.FunctionProto]:
+    """The functions of ``ops``, and the one that those with a fused producer call."""
+    ops = set(ops)
+    called = {OP} if ops & {NORM_OP, GELU_OP, GATED_OP} else set()
+    return [lynx_function(op) for op in FUNCTIONS if op in ops | called]
+
+
 def lynx_function(op: str = OP) -> onnx.FunctionProto:
-    """The function of ``OP`` or ``WEIGHT_OP``."""
+    """The function of one op."""
     text, doc = FUNCTIONS[op]
-    function = onnx.parser.parse_function(text.replace("ACTIVATE", ACTIVATE).replace("OPSET", str(OPSET)))
+    for name, part in PARTS.items():
+        text = text.replace(name, part)
+    function = onnx.parser.parse_function(text.replace("OPSET", str(OPSET)))
     function.doc_string = doc
     return function
 
 
-# y32 [..., N], out_channels [1] -> y: the tanh GELU from column activation_from on, where activation is 1.
-ACTIVATE = """
+# y32 -> gelu: the tanh GELU.
+GELU = """
     cubic = Constant <value_float = 0.044715> ()
     root_2_over_pi = Constant <value_float = 0.7978845608028654> ()
     half = Constant <value_float = 0.5> ()
@@ -39,6 +54,11 @@ ACTIVATE = """
     one_tanh = Add (tanh, plus_one)
     half_y = Mul (y32, half)
     gelu = Mul (half_y, one_tanh)
+"""
+
+# y32 [..., N], out_channels [1] -> y: the tanh GELU from column activation_from on, where activation is 1.
+ACTIVATE = """
+TANH_GELU
     first_column = Constant <value_int = 0> ()
     next_column = Constant <value_int = 1> ()
     end_column = Squeeze (out_channels)
@@ -246,7 +266,95 @@ ACTIVATE
 }
 """
 
+# z [..., K], as made by the producer -> y.
+MULTIPLY = """
+    y = lynx.LynxSparseLinear <rank: int = @rank, norm_scale: int = @norm_scale, has_order: int = @has_order,
+        has_centre: int = @has_centre, has_saliency: int = @has_saliency, activation: int = @activation,
+        activation_from: int = @activation_from>
+        (z, weight, lora_down, bias, order, centre, saliency)
+"""
+
+# Each row of gain and shift serves as many consecutive tokens.
+NORM_FUNCTION = """
+<domain: "lynx", opset_import: ["" : OPSET, "lynx" : 1]>
+LynxNormSparseLinear <rank, norm_scale, has_order, has_centre, has_saliency, activation: int = 0,
+    activation_from: int = 0, rms, epsilon, plugin_namespace, plugin_version>
+    (x, weight, lora_down, bias, order, centre, saliency, gain, shift) => (y)
+{
+    shape = Shape (x)
+    channels = Shape <start = -1> (x)
+    last = Constant <value_ints = [-1]> ()
+    one = Constant <value_ints = [1]> ()
+    none = Constant <value_float = 0.0> ()
+    unit = Constant <value_float = 1.0> ()
+    x32 = Cast <to = 1> (x)
+    mean = ReduceMean <keepdims = 1> (x32, last)
+    rms_int = Constant <value_int: int = @rms> ()
+    rms_on = Cast <to = 9> (rms_int)
+    offset = Where (rms_on, none, mean)
+    centred = Sub (x32, offset)
+    squares = Mul (centred, centred)
+    variance = ReduceMean <keepdims = 1> (squares, last)
+    epsilon = Constant <value_float: float = @epsilon> ()
+    safe = Add (variance, epsilon)
+    deviation = Sqrt (safe)
+    factor = Div (unit, deviation)
+    normed = Mul (centred, factor)
+
+    gain_shape = Concat <axis = 0> (last, one, channels)
+    gain_rows = Reshape (gain, gain_shape)
+    shift_rows = Reshape (shift, gain_shape)
+    gain32 = Cast <to = 1> (gain_rows)
+    shift32 = Cast <to = 1> (shift_rows)
+    rows = Shape <end = 1> (gain_rows)
+    served_shape = Concat <axis = 0> (rows, last, channels)
+    served = Reshape (normed, served_shape)
+    amplified = Mul (served, gain32)
+    shifted = Add (amplified, shift32)
+    z32 = Reshape (shifted, shape)
+    z = CastLike (z32, x)
+MULTIPLY
+}
+"""
+
+GELU_FUNCTION = """
+<domain: "lynx", opset_import: ["" : OPSET, "lynx" : 1]>
+LynxGeluSparseLinear <rank, norm_scale, has_order, has_centre, has_saliency, activation: int = 0,
+    activation_from: int = 0, plugin_namespace, plugin_version>
+    (x, weight, lora_down, bias, order, centre, saliency) => (y)
+{
+    y32 = Cast <to = 1> (x)
+TANH_GELU
+    z = CastLike (gelu, x)
+MULTIPLY
+}
+"""
+
+GATED_FUNCTION = """
+<domain: "lynx", opset_import: ["" : OPSET, "lynx" : 1]>
+LynxGatedSparseLinear <rank, norm_scale, has_order, has_centre, has_saliency, activation: int = 0,
+    activation_from: int = 0, plugin_namespace, plugin_version>
+    (x, weight, lora_down, bias, order, centre, saliency, gate) => (y)
+{
+    shape = Shape (x)
+    x32 = Cast <to = 1> (x)
+    sigmoid = Sigmoid (x32)
+    silu = Mul (x32, sigmoid)
+    gate_like_x = Reshape (gate, shape)
+    gate32 = Cast <to = 1> (gate_like_x)
+    z32 = Mul (silu, gate32)
+    z = CastLike (z32, x)
+MULTIPLY
+}
+"""
+
+# Text that stands for more text; what a part holds of others comes behind it.
+PARTS = {"ACTIVATE": ACTIVATE, "TANH_GELU": GELU, "MULTIPLY": MULTIPLY}
+
 FUNCTIONS = {
     OP: (ACTIVATION_FUNCTION, "2:4 activation sparsity with compensation; see lynx_compile/sparsity.py."),
+    NORM_OP: (NORM_FUNCTION, "LynxSparseLinear of norm(x) * gain + shift."),
+    GELU_OP: (GELU_FUNCTION, "LynxSparseLinear of gelu(x), tanh form."),
+    GATED_OP: (GATED_FUNCTION, "LynxSparseLinear of silu(x) * gate."),
     WEIGHT_OP: (WEIGHT_FUNCTION, "2:4 weight sparsity; see lynx_compile/weight_sparsity.py."),
 }

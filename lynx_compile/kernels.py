@@ -7,13 +7,12 @@ Mirrors ``plugins/c_api.h``.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from lynx_compile.errors import InputError
-from lynx_compile.sparsity import padded_width
+from lynx_compile.sparsity import Gated, Gelu, Norm, padded_width
 from lynx_compile.weight_sparsity import STEP
 
 LIBRARY = Path(__file__).resolve().parent / "lib" / "liblynx_plugin.so"
@@ -71,28 +70,6 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
             f"The plugin library {path} cannot be used ({error}).", "Build it again with 'make plugin'."
         ) from None
     return library
-
-
-@dataclass(frozen=True)
-class Norm:
-    """Producer: norm(x) * gain + shift. gain, shift: [rows of them, K], each for as many consecutive tokens."""
-
-    gain: torch.Tensor
-    shift: torch.Tensor
-    rms: bool = False
-    epsilon: float = 1e-6
-
-
-@dataclass(frozen=True)
-class Gelu:
-    """Producer: gelu(x), tanh approximation."""
-
-
-@dataclass(frozen=True)
-class Gated:
-    """Producer: silu(x) * gate. gate: [rows, K]."""
-
-    gate: torch.Tensor
 
 
 class SparseLinear:

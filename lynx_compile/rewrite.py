@@ -16,7 +16,16 @@ or, where the weights are the 2:4 operand::
     x ── LynxSparseWeightLinear(values, metadata, bias) ── Split ── q, k, m
 
 A GELU (tanh form) that is all that reads a linear becomes the node's ``activation``. In a merged node its linears
-come last, and ``activation_from`` is the first of their output channels.
+come last, and ``activation_from`` is the first of their output channels. It stays in the graph where that is no
+multiple of 64, on which the kernels' epilogues cannot start.
+
+What makes x then becomes part of the node, so that x is never written: a LayerNorm with its modulation, a GELU that is
+in no epilogue, a SiLU with its gate, if this node is all that reads x::
+
+    h ── LayerNormalization ── Mul(gain) ── Add(shift) ── LynxSparseLinear(...)
+    h ── LynxNormSparseLinear(..., gain, shift)
+
+A node with sparse weights has no pass over x to take it into; there TensorRT's own fusions do it.
 
 Requires the node metadata that ``export`` leaves. Ensures that every linear of the plan is either rewritten or
 listed with the reason why not, that the file passes ONNX's full check, and that it runs in ONNX Runtime: it
@@ -26,7 +35,7 @@ carries the op's meaning as a model-local function.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,13 +44,24 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import torch
+from onnx.external_data_helper import uses_external_data
 
 from lynx_compile.compensate import SparseLinearWeights, load_weights
 from lynx_compile.errors import StageError
-from lynx_compile.export import LINEAR_KEY, DenseOnnx
+from lynx_compile.export import DenseOnnx
 from lynx_compile.files import atomic_path
-from lynx_compile.functions import DOMAIN, OP, OP_VERSION, WEIGHT_OP, lynx_function
-from lynx_compile.models import Linear
+from lynx_compile.functions import (
+    DOMAIN,
+    FUNCTIONS,
+    GATED_OP,
+    GELU_OP,
+    NORM_OP,
+    OP,
+    OP_VERSION,
+    WEIGHT_OP,
+    lynx_functions,
+)
+from lynx_compile.match import DenseGraph, Match, Producer, find_producer, import_graph, match
 from lynx_compile.recipe import Operand
 from lynx_compile.select import SparsityPlan
 from lynx_compile.sparsity import keep_mask
@@ -49,6 +69,8 @@ from lynx_compile.tensors import TensorSpec, write_tensors
 from lynx_compile.weight_sparsity import STEP, MetadataLayout, pack_weight
 
 OPS: dict[Operand, str] = {"activation": OP, "weight": WEIGHT_OP}
+PRODUCER_OPS: dict[Producer, str] = {"layer norm": NORM_OP, "gelu": GELU_OP, "gated": GATED_OP}
+ACTIVATION_MULTIPLE = 64  # kGeluMultiple of plugins/kernels/tile_config.h
 
 
 @dataclass(frozen=True)
@@ -61,9 +83,10 @@ class DenseLinear:
 
 @dataclass(frozen=True)
 class SparseNode:
-    """One ``LynxSparseLinear`` or ``LynxSparseWeightLinear`` node and the linears it replaces.
+    """One Lynx node and the linears it replaces.
 
     ``activation``: 1 where the node ends in the GELU of its output channels from ``activation_from`` on.
+    ``producer``: what the node makes its input of, where it does.
     """
 
     name: str
@@ -76,10 +99,11 @@ class SparseNode:
     operand: Operand = "activation"
     activation: int = 0
     activation_from: int = 0
+    producer: Producer | None = None
 
     @property
     def op(self) -> str:
-        return OPS[self.operand]
+        return PRODUCER_OPS[self.producer] if self.producer else OPS[self.operand]
 
 
 @dataclass(frozen=True)
@@ -103,12 +127,13 @@ class LynxOnnx:
     @property
     def plugins(self) -> dict[str, tuple[str, ...]]:
         """The plugins that the file needs, each with those of its fields that not every build of it knows."""
-        fields = ("activation", "activation_from")
-        return {
-            op: fields if any(node.activation for node in self.sparse if node.op == op) else ()
-            for op in OPS.values()
-            if any(node.op == op for node in self.sparse)
-        }
+        fields: dict[str, tuple[str, ...]] = {}
+        for op in FUNCTIONS:
+            if nodes := [node for node in self.sparse if node.op == op]:
+                activation = any(node.activation for node in nodes)
+                fields[op] = ("activation", "activation_from") if activation else ()
+                fields[op] += ("rms", "epsilon") if op == NORM_OP else ()
+        return fields
 
 
 def rewrite(
@@ -137,7 +162,8 @@ def rewrite(
             "rewrite", f"{dense.path} cannot be read ({error}).", "Run again with --fresh."
         ) from None
     dtype = _torch_dtype(model)
-    graph, linear_of, scalars = _import(model)
+    imported = import_graph(model, dtype, dense.path.parent)
+    graph = imported.graph
     decisions = {decision.linear.path: decision for decision in plan.decisions}
     refused = {path: decision.reason for path, decision in decisions.items() if decision.operand == "none"}
     nodes: list[SparseNode] = []
@@ -146,184 +172,63 @@ def rewrite(
     for file in weights:
         solved = load_weights(file)
         linears = [decisions[linear].linear for linear in solved.linears]
-        matches, reasons = _match(graph, linear_of, linears)
+        matches, reasons = match(imported, linears)
         refused |= reasons
-        matches = {linear: _with_gelu(match, graph, scalars, dtype) for linear, match in matches.items()}
         for readers in _readers_of_one_tensor(matches):
-            node = _describe(readers, solved, matches)
+            found = _with_activation({linear: matches[linear] for linear in readers}, solved)
+            node = _describe(found, solved)
             if node.operand == "weight":
                 specs, shared = _weight_tensors(node, solved, file, dtype, metadata_layout), []
             else:
                 specs = _tensors(node, solved, file, dtype)
                 shared = identities.setdefault(node.in_channels, _identity(node.in_channels, dtype))
             attributes = _attributes(node, metadata_layout)
-            _replace(graph, node, attributes, matches, solved, [*specs, *shared])
+            _replace(graph, node, attributes, found, solved, [*specs, *shared])
             nodes.append(node)
             tensors += specs
+    graph.cleanup(remove_unused_graph_inputs=False)  # of what has read the same tensors as the new nodes
+    nodes = _fuse_producers(nodes, imported)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     external_inputs = tuple(tensor.name for tensor in tensors) if external else ()
     constants = [tensor for tensors_ in identities.values() for tensor in tensors_]
-    ops = [op for op in OPS.values() if any(node.op == op for node in nodes)]
+    ops = {node.op for node in nodes}
     _save(gs.export_onnx(graph), dense.path.parent, [*tensors, *constants], external_inputs, ops, path)
     left = tuple(DenseLinear(linear, reason) for linear, reason in refused.items())
     return LynxOnnx(path, path.with_suffix(".safetensors"), external_inputs, tuple(nodes), left)
 
 
-@dataclass(frozen=True)
-class _Match:
-    """A linear in the graph: what it reads, what it makes, and the nodes in between (product, bias, GELU)."""
-
-    x: gs.Variable
-    y: gs.Variable
-    nodes: tuple[gs.Node, ...]
-    gelu: bool = False
-
-
-def _import(model: onnx.ModelProto) -> tuple[gs.Graph, dict[str, str], dict[str, float]]:
-    """The graph, {node name: module path}, and the values of scalar constants.
-
-    graphsurgeon does not carry metadata, and a bf16 constant whose value it is asked for becomes float32.
-    """
-    linear_of = {
-        node.name: entry.value
-        for node in model.graph.node
-        for entry in node.metadata_props
-        if entry.key == LINEAR_KEY
-    }
-    scalars = {
-        initializer.name: float(onnx.numpy_helper.to_array(initializer))
-        for initializer in model.graph.initializer
-        if not initializer.dims and not _is_external(initializer)
-    }
-    return gs.import_onnx(model), linear_of, scalars
-
-
-def _match(
-    graph: gs.Graph, linear_of: dict[str, str], linears: Sequence[Linear]
-) -> tuple[dict[str, _Match], dict[str, str]]:
-    """Find each linear's nodes; those not found come with a reason."""
-    products: dict[str, list[gs.Node]] = defaultdict(list)
-    for node in graph.nodes:
-        if node.name in linear_of:
-            products[linear_of[node.name]].append(node)
-    matches: dict[str, _Match] = {}
-    reasons: dict[str, str] = {}
-    for linear in linears:
-        found = products[linear.path]
-        if len(found) != 1:
-            reasons[linear.path] = f"the graph holds {len(found)} matrix products of it, not one"
-        elif isinstance(match := _match_one(found[0], linear, graph), str):
-            reasons[linear.path] = match
-        else:
-            matches[linear.path] = match
-    return matches, reasons
-
-
-def _match_one(product: gs.Node, linear: Linear, graph: gs.Graph) -> _Match | str:
-    """The pattern at one MatMul or Gemm, or the reason why it does not fit."""
-    x, weight, *bias = product.inputs
-    y = product.outputs[0]
-    if not _is_weight(weight):
-        return "its weight is no constant of the graph"
-    if product.op == "Gemm":
-        attributes = {"alpha": 1.0, "beta": 1.0, "transA": 0} | product.attrs
-        if (attributes["alpha"], attributes["beta"], attributes["transA"]) != (1.0, 1.0, 0):
-            return "its Gemm scales or transposes an operand"
-        return _Match(x, y, (product,)) if bool(bias) == linear.bias else "its bias is not in its Gemm"
-    if not linear.bias:
-        return _Match(x, y, (product,))
-    if len(y.outputs) != 1 or y in graph.outputs or y.outputs[0].op != "Add":
-        return "its bias is not added right behind its MatMul"
-    add = y.outputs[0]
-    other = add.inputs[1] if add.inputs[0] is y else add.inputs[0]
-    if not isinstance(other, gs.Constant) or tuple(other.shape) != (linear.out_channels,):
-        return "what is added behind its MatMul is not its bias"
-    return _Match(x, add.outputs[0], (product, add))
-
-
-def _is_weight(tensor: gs.Tensor) -> bool:
-    """A constant, or the Transpose of one."""
-    if isinstance(tensor, gs.Constant):
-        return True
-    return (
-        len(tensor.inputs) == 1
-        and tensor.inputs[0].op == "Transpose"
-        and isinstance(tensor.inputs[0].inputs[0], gs.Constant)
-    )
-
-
-# How the exporter writes GELU's tanh form, 0.5 y (1 + tanh(sqrt(2 / pi) (y + 0.044715 y^3))), step by step behind y:
-# each op's second operand is a constant or y itself.
-GELU = (
-    ("Pow", 3.0), ("Mul", 0.044715), ("Add", "y"), ("Mul", (2 / np.pi) ** 0.5), ("Tanh", None), ("Add", 1.0),
-    ("Mul", 0.5), ("Mul", "y"),
-)  # fmt: skip
-
-
-def _with_gelu(match: _Match, graph: gs.Graph, scalars: Mapping[str, float], dtype: torch.dtype) -> _Match:
-    """The match with the GELU behind it, if there is one and it is all that reads the linear."""
-    y, chain = match.y, []
-    value = y
-    for op, operand in GELU:
-        step = next(
-            (node for node in value.outputs if _is_step(node, op, value, operand, y, scalars, dtype)), None
-        )
-        if step is None or value in graph.outputs or (value is not y and len(value.outputs) != 1):
-            return match
-        chain.append(step)
-        value = step.outputs[0]
-    if {id(reader) for reader in y.outputs} - {id(step) for step in chain}:
-        return match
-    return replace(match, y=value, nodes=(*match.nodes, *chain), gelu=True)
-
-
-def _is_step(
-    node: gs.Node,
-    op: str,
-    value: gs.Variable,
-    operand: float | str | None,
-    y: gs.Variable,
-    scalars: Mapping[str, float],
-    dtype: torch.dtype,
-) -> bool:
-    """Whether ``node`` is ``op`` of ``value`` and ``operand``; constants compare after rounding to ``dtype``."""
-    if node.op != op or len(node.inputs) != 1 + (operand is not None):
-        return False
-    if operand is None:
-        return True
-    left, right = node.inputs
-    if right is value and op != "Pow":
-        left, right = right, left
-    if operand == "y":
-        return left is value and right is y
-    return left is value and scalars.get(right.name) == torch.tensor(operand, dtype=dtype).item()
-
-
-def _readers_of_one_tensor(matches: dict[str, _Match]) -> list[tuple[str, ...]]:
+def _readers_of_one_tensor(matches: dict[str, Match]) -> list[tuple[str, ...]]:
     """The linears, split by the tensor that they read in the graph (as a rule all of a group read one)."""
     readers: dict[str, list[str]] = defaultdict(list)
-    for linear, match in matches.items():
-        readers[match.x.name].append(linear)
+    for linear, found in matches.items():
+        readers[found.x.name].append(linear)
     return [tuple(linears) for linears in readers.values()]
 
 
-def _describe(
-    readers: tuple[str, ...], solved: SparseLinearWeights, matches: Mapping[str, _Match]
-) -> SparseNode:
+def _with_activation(matches: dict[str, Match], solved: SparseLinearWeights) -> dict[str, Match]:
+    """The linears of a node in its order, those with a GELU last; without their GELUs where no epilogue can start."""
+    ordered = dict(sorted(matches.items(), key=lambda item: bool(item[1].gelu)))
     channels = dict(zip(solved.linears, solved.out_channels, strict=True))
-    plain = [linear for linear in readers if not matches[linear].gelu]
-    with_gelu = [linear for linear in readers if matches[linear].gelu]
+    if sum(channels[linear] for linear, found in ordered.items() if not found.gelu) % ACTIVATION_MULTIPLE:
+        return {linear: replace(found, gelu=()) for linear, found in matches.items()}
+    return ordered
+
+
+def _describe(matches: Mapping[str, Match], solved: SparseLinearWeights) -> SparseNode:
+    channels = dict(zip(solved.linears, solved.out_channels, strict=True))
+    plain = [linear for linear, found in matches.items() if not found.gelu]
+    activation = len(plain) < len(matches)
     return SparseNode(
-        name=f"{readers[0]}.{OPS[solved.operand]}",
-        linears=(*plain, *with_gelu),
+        name=f"{next(linear for linear in solved.linears if linear in matches)}.{OPS[solved.operand]}",
+        linears=tuple(matches),
         in_channels=solved.in_channels,
-        out_channels=sum(channels[linear] for linear in readers),
+        out_channels=sum(channels[linear] for linear in matches),
         rank=solved.rank,
         norm_scale=solved.norm_scale,
         error=solved.error,
         operand=solved.operand,
-        activation=int(bool(with_gelu)),
-        activation_from=sum(channels[linear] for linear in plain) if with_gelu else 0,
+        activation=int(activation),
+        activation_from=sum(channels[linear] for linear in plain) if activation else 0,
     )
 
 
@@ -417,7 +322,7 @@ def _replace(
     graph: gs.Graph,
     node: SparseNode,
     attributes: dict[str, int | str],
-    matches: Mapping[str, _Match],
+    matches: Mapping[str, Match],
     solved: SparseLinearWeights,
     tensors: list[TensorSpec],
 ) -> None:
@@ -427,7 +332,7 @@ def _replace(
     outputs = [matches[linear].y for linear in node.linears]
     x, merged = matches[node.linears[0]].x, outputs[0]
     for linear in node.linears:
-        for old in matches[linear].nodes:
+        for old in (*matches[linear].nodes, *matches[linear].gelu):
             old.outputs.clear()
     if len(outputs) > 1:
         channels = dict(zip(solved.linears, solved.out_channels, strict=True))
@@ -443,17 +348,39 @@ def _replace(
     )
 
 
+def _fuse_producers(nodes: Sequence[SparseNode], dense: DenseGraph) -> list[SparseNode]:
+    """Let the nodes that prune their x make it themselves, where they can."""
+    in_graph = {node.name: node for node in dense.graph.nodes}
+    return [
+        _fuse_producer(in_graph[node.name], node, dense) if node.operand == "activation" else node
+        for node in nodes
+    ]
+
+
+def _fuse_producer(in_graph: gs.Node, node: SparseNode, dense: DenseGraph) -> SparseNode:
+    produced = find_producer(in_graph.inputs[0], dense)
+    if produced is None:
+        return node
+    node = replace(node, producer=produced.producer)
+    in_graph.op = node.op
+    in_graph.inputs[0] = produced.x
+    in_graph.inputs.extend(produced.others)
+    if produced.producer == "layer norm":
+        in_graph.attrs |= {"rms": 0, "epsilon": produced.epsilon}
+    return node
+
+
 def _save(
     model: onnx.ModelProto,
     folder: Path,
     tensors: list[TensorSpec],
     external_inputs: tuple[str, ...],
-    ops: Sequence[str],
+    ops: Iterable[str],
     path: Path,
 ) -> None:
     """Write all tensors into one safetensors file, refer to them from the model by offset, check and write it."""
     weights = path.with_suffix(".safetensors")
-    large = [initializer for initializer in model.graph.initializer if _is_external(initializer)]
+    large = [initializer for initializer in model.graph.initializer if uses_external_data(initializer)]
     offsets = write_tensors(weights, [*tensors, *(_kept(initializer, folder) for initializer in large)])
     for initializer in large:
         _refer(initializer, weights.name, *offsets[initializer.name])
@@ -466,7 +393,7 @@ def _save(
             _refer(initializer, weights.name, *offsets[tensor.name])
             model.graph.initializer.append(initializer)
     _drop_value_info(model, {tensor.name for tensor in tensors})
-    model.functions.extend(lynx_function(op) for op in ops)
+    model.functions.extend(lynx_functions(ops))
     if DOMAIN not in {entry.domain for entry in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, int(OP_VERSION)))
     model.producer_name = "lynx-compile"
@@ -478,10 +405,6 @@ def _save(
         raise StageError(
             "rewrite", f"the rewritten ONNX is invalid ({error}).", "Report the model."
         ) from None
-
-
-def _is_external(initializer: onnx.TensorProto) -> bool:
-    return bool(initializer.data_location == onnx.TensorProto.EXTERNAL)
 
 
 def _kept(initializer: onnx.TensorProto, folder: Path) -> TensorSpec:

@@ -13,9 +13,14 @@ The op ``LynxSparseLinear`` (domain ``lynx``, version 1), for a token x of K cha
 is computed as one product, ``y = act(s * ([z~ | T / s] [W' | B]^T) + b')`` with ``T = z A^T``, so that the low-rank
 branch rides in the sparse GEMM (``expand_low_rank``). The ONNX function (``functions``) and the CUDA code
 (``plugins/kernels/sparse24.h``) say the same.
+
+Three more ops make their x themselves (``produce``), so that it is never written: ``LynxNormSparseLinear``,
+``LynxGeluSparseLinear`` and ``LynxGatedSparseLinear``. They know no order, centre or saliency.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -23,6 +28,28 @@ GROUP = 4
 KEPT = 2
 NORM_EPSILON = 1e-8
 WIDTH_MULTIPLE = 64  # the sparse GEMM wants its K in whole steps of 64
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Producer: norm(x) * gain + shift. gain, shift: [..., K], each row for as many consecutive tokens."""
+
+    gain: torch.Tensor
+    shift: torch.Tensor
+    rms: bool = False
+    epsilon: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Gelu:
+    """Producer: gelu(x), tanh form."""
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Producer: silu(x) * gate. gate: x's shape."""
+
+    gate: torch.Tensor
 
 
 def sparse_linear(
@@ -69,6 +96,22 @@ def sparse_linear(
         low = torch.where(scale > 0, low / scale, torch.zeros_like(low)).to(x.dtype)
         product = product + low.to(accumulate) @ collapse_low_rank(weight, channels, rank).to(accumulate).T
     return activate(scale * product + bias.to(accumulate), activation, activation_from).to(x.dtype)
+
+
+def produce(x: torch.Tensor, producer: Norm | Gelu | Gated) -> torch.Tensor:
+    """What an op with a fused producer prunes, for x [..., K]: in float32 or better, rounded once to x's dtype.
+
+    LayerNorm and RMSNorm go over the channels and have no weights of their own; the variance is that of a population.
+    """
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if isinstance(producer, Gelu):
+        return torch.nn.functional.gelu(wide, approximate="tanh").to(x.dtype)
+    if isinstance(producer, Gated):
+        return (torch.nn.functional.silu(wide) * producer.gate.to(wide.dtype)).to(x.dtype)
+    centred = wide if producer.rms else wide - wide.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + producer.epsilon).sqrt()
+    gain, shift = (t.to(wide.dtype).reshape(-1, 1, x.shape[-1]) for t in (producer.gain, producer.shift))
+    return (normed.reshape(len(gain), -1, x.shape[-1]) * gain + shift).reshape(x.shape).to(x.dtype)
 
 
 def activate(y: torch.Tensor, activation: int, activation_from: int) -> torch.Tensor:

@@ -23,10 +23,11 @@ from lynx_compile.compensate import SparseLinearWeights, compensate
 from lynx_compile.compensate import _save as save_weights
 from lynx_compile.errors import StageError
 from lynx_compile.export import LINEAR_KEY, DenseOnnx, export
+from lynx_compile.functions import DOMAIN, NORM_OP, OP, lynx_function
 from lynx_compile.recipe import Recipe, Sparsity, load_recipe
-from lynx_compile.rewrite import DOMAIN, OP, LynxOnnx, lynx_function, rewrite
+from lynx_compile.rewrite import LynxOnnx, rewrite
 from lynx_compile.select import SparsityPlan, select
-from lynx_compile.sparsity import expand_low_rank, keep_mask, sparse_linear
+from lynx_compile.sparsity import Norm, expand_low_rank, keep_mask, produce, sparse_linear
 
 
 @dataclass(frozen=True)
@@ -149,13 +150,21 @@ def _read_linear(model: onnx.ModelProto, chain: dict[str, onnx.NodeProto]) -> No
     )
 
 
+def _read_linear_too(model: onnx.ModelProto, chain: dict[str, onnx.NodeProto]) -> None:
+    """A second reader of the linear beside the chain."""
+    model.graph.node.append(oh.make_node("Identity", [chain["pow"].input[0]], ["kept"], "reader"))
+    model.graph.output.append(oh.make_tensor_value_info("kept", TensorProto.FLOAT, [2, 64, 256]))
+
+
 def _read_middle(model: onnx.ModelProto, chain: dict[str, onnx.NodeProto]) -> None:
     """A second reader in the middle of the chain."""
     model.graph.node.append(oh.make_node("Identity", [chain["tanh"].output[0]], ["kept"], "reader"))
     model.graph.output.append(oh.make_tensor_value_info("kept", TensorProto.FLOAT, [2, 64, 256]))
 
 
-@pytest.mark.parametrize("spoil", [_spoil_constant, _spoil_power, _read_linear, _read_middle])
+@pytest.mark.parametrize(
+    "spoil", [_spoil_constant, _spoil_power, _read_linear, _read_linear_too, _read_middle]
+)
 def test_what_only_resembles_a_gelu_stays_in_the_graph(compiled: Compiled, tmp_path: Path, spoil) -> None:  # type: ignore[no-untyped-def]
     model, path = _dense_copy(compiled, tmp_path)
     linear = "transformer_blocks.0.ff.net.0.proj"
@@ -171,7 +180,7 @@ def test_what_only_resembles_a_gelu_stays_in_the_graph(compiled: Compiled, tmp_p
     lynx = rewrite(DenseOnnx(path), compiled.plan, compiled.weights, tmp_path / "x.onnx")
     gelus = _gelus(lynx)
     assert gelus[linear] == (0, 0) and sum(activation for activation, _ in gelus.values()) == 2
-    if spoil in (_read_linear, _read_middle):  # the same function, with one more result
+    if spoil not in (_spoil_constant, _spoil_power):  # the same function, with one more result
         feed = _feed(compiled.dit, torch.float32)
         np.testing.assert_allclose(
             _run(lynx.path, feed)[0], _run(compiled.lynx.path, feed)[0], rtol=1e-4, atol=1e-4
@@ -181,24 +190,26 @@ def test_what_only_resembles_a_gelu_stays_in_the_graph(compiled: Compiled, tmp_p
 def test_each_node_equals_the_definition_on_the_same_input(compiled: Compiled) -> None:
     """Node by node, since end to end one flipped choice of channels spreads."""
     model = onnx.load(compiled.lynx.path)
-    nodes = [node for node in model.graph.node if node.op_type == OP]
+    nodes = [node for node in model.graph.node if node.domain == DOMAIN]
     assert [node.name for node in nodes] != [] and {n.name for n in nodes} == set(compiled.lynx.nodes)
-    for node in nodes:
-        model.graph.output.extend(
-            oh.make_empty_tensor_value_info(name) for name in (node.input[0], node.output[0])
-        )
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    wanted = [name for node in nodes for name in (node.input[0], node.output[0])]
-    values = session.run(wanted, _feed(compiled.dit, torch.float32))
     tensors = load_file(compiled.lynx.weights_path)
-    for node, x, y in zip(nodes, values[::2], values[1::2], strict=True):
+    wanted = {name for node in nodes for name in (*node.input, *node.output) if name not in tensors}
+    model.graph.output.extend(oh.make_empty_tensor_value_info(name) for name in wanted)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    values = session.run(list(wanted), _feed(compiled.dit, torch.float32))
+    tensors |= {name: torch.from_numpy(value) for name, value in zip(wanted, values, strict=True)}
+    for node in nodes:
         attributes = {a.name: oh.get_attribute_value(a) for a in node.attribute}
-        weight, down, bias, order, centre, saliency = (tensors[name] for name in node.input[1:])
+        x, weight, down, bias, order, centre, saliency, *norm = (tensors[name] for name in node.input)
+        assert bool(norm) == (node.op_type == NORM_OP)
+        if norm:
+            x = produce(x, Norm(*norm, rms=bool(attributes["rms"]), epsilon=attributes["epsilon"]))
         expected = sparse_linear(
-            torch.from_numpy(x), weight, down, bias, rank=attributes["rank"],
+            x, weight, down, bias, rank=attributes["rank"],
             norm_scale=bool(attributes["norm_scale"]), order=order, centre=centre, saliency=saliency,
             activation=attributes["activation"], activation_from=attributes["activation_from"],
         ).numpy()  # fmt: skip
+        y = tensors[node.output[0]].numpy()
         assert np.abs(y - expected).max() <= 1e-5 * max(np.abs(expected).max(), 1)
 
 

@@ -18,7 +18,7 @@ from lynx_compile import models
 from lynx_compile.calibrate import calibrate
 from lynx_compile.compensate import compensate, load_weights
 from lynx_compile.export import DenseOnnx, export
-from lynx_compile.functions import DOMAIN, OP, WEIGHT_OP
+from lynx_compile.functions import DOMAIN, NORM_OP, OP, WEIGHT_OP
 from lynx_compile.recipe import Sparsity, load_recipe
 from lynx_compile.rewrite import LynxOnnx, rewrite
 from lynx_compile.select import select
@@ -85,6 +85,7 @@ def test_all_candidates_are_pruned_weights_near_the_dense_model(
     pruned: LynxOnnx, compile_: Compile, dense: DenseOnnx, dit: models.DiT
 ) -> None:
     assert {(node.op, node.rank, node.norm_scale) for node in pruned.sparse} == {(WEIGHT_OP, 0, False)}
+    assert {node.producer for node in pruned.sparse} == {None}
     assert len(pruned.sparse) == 10 and pruned.plugins == {WEIGHT_OP: ("activation", "activation_from")}
     functions = onnx.load(pruned.path, load_external_data=False).functions
     assert [function.name for function in functions] == [WEIGHT_OP]
@@ -139,7 +140,8 @@ def test_a_mixed_recipe_splits_the_group_into_two_nodes(
     }
     reasons = {linear.path: linear.reason for linear in mixed.dense}
     assert reasons["transformer_blocks.0.ff.net.2"] == "operand none by the recipe ('*.ff.net.2')"
-    assert set(mixed.plugins) == {OP, WEIGHT_OP}
+    assert set(mixed.plugins) == {OP, NORM_OP, WEIGHT_OP}
+    assert {n.producer for n in block} == {None}  # two nodes read the normed tensor
     assert _distance(mixed, dense, dit) < 0.2
 
 

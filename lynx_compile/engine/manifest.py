@@ -108,11 +108,13 @@ class Source(_Strict):
 class SparseLinears(_Strict):
     """One plugin layer and the linears that it replaces.
 
-    ``operand``: which one is 2:4. ``error``: relative, on the calibration inputs.
+    ``operand``: which one is 2:4. ``producer``: what the layer makes its input of, where it does. ``error``: relative,
+    on the calibration inputs.
     """
 
     layer: str
     operand: Literal["activation", "weight"]
+    producer: Literal["layer norm", "gelu", "gated"] | None
     linears: tuple[str, ...]
     in_channels: Count
     out_channels: Count
@@ -245,6 +247,7 @@ def _sparse(node: Any) -> SparseLinears:
     return SparseLinears(
         layer=node.name,
         operand=node.operand,
+        producer=node.producer,
         linears=node.linears,
         in_channels=node.in_channels,
         out_channels=node.out_channels,

@@ -24,7 +24,13 @@ from lynx_compile import recipe
 from lynx_compile.errors import EngineError, InputError
 from lynx_compile.files import file_digest
 
-PLUGIN_NAMES = ("LynxSparseLinear", "LynxSparseWeightLinear")
+PLUGIN_NAMES = (
+    "LynxSparseLinear",
+    "LynxNormSparseLinear",
+    "LynxGeluSparseLinear",
+    "LynxGatedSparseLinear",
+    "LynxSparseWeightLinear",
+)
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = "lynx"
 LIBRARIES = Path(__file__).resolve().parents[1] / "lib"

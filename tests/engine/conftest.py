@@ -29,7 +29,8 @@ from lynx_compile.engine.build import BuiltEngine
 from lynx_compile.engine.manifest import Tensor, describe
 from lynx_compile.export import OPSET
 from lynx_compile.files import file_digest
-from lynx_compile.rewrite import DenseLinear, LynxOnnx, SparseNode, lynx_function
+from lynx_compile.functions import lynx_function
+from lynx_compile.rewrite import DenseLinear, LynxOnnx, SparseNode
 from lynx_compile.sparsity import padded_width
 from tests.engine.fakes import FakeCuda, FakeTensorRT, ICudaEngine
 
@@ -106,7 +107,9 @@ def set_stage(monkeypatch: pytest.MonkeyPatch, lynx: LynxOnnx, cuda: FakeCuda) -
     path.write_bytes(b"vtrt" + bytes(132) + stage.plugin.read_bytes() + DEVICE_ELF + noise)
     backend = trt.Backend(stage.trt, "tensorrt_rtx", stage.trt.__version__, trt._message_log(tensorrt_rtx))  # type: ignore[arg-type]
     monkeypatch.setattr(trt, "backend", lambda name: backend)
-    monkeypatch.setattr(trt, "load_plugin", lambda backend, library: stage.loaded.append(library.path))
+    monkeypatch.setattr(
+        trt, "load_plugin", lambda backend, library, needed: stage.loaded.append(library.path)
+    )
     monkeypatch.setattr(cuda_module, "bindings", lambda: cuda)
     monkeypatch.setattr(weights_module, "PIECE", 1 << 16)  # so that small weights take several
     built = _built(stage)

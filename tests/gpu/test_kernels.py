@@ -12,14 +12,11 @@ from lynx_compile import bench
 from lynx_compile.errors import InputError
 from lynx_compile.kernels import (
     LIBRARY,
-    Gated,
-    Gelu,
-    Norm,
     SparseLinear,
     SparseWeightLinear,
     load_library,
 )
-from lynx_compile.sparsity import expand_low_rank, keep_mask, sparse_linear
+from lynx_compile.sparsity import Gated, Gelu, Norm, expand_low_rank, keep_mask, sparse_linear
 from lynx_compile.weight_sparsity import pack_weight
 
 pytestmark = [

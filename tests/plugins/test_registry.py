@@ -17,7 +17,7 @@ from .native import LIBRARY, PLUGINS, compile_cpp, header_folder
 
 MODULES = ("tensorrt_rtx", "tensorrt_lean_bindings")
 
-# Prints one JSON object: what the creator says of itself, and for which attributes a plugin came.
+# Prints one JSON object: what each creator says of itself, and for which of its attributes a plugin came.
 PROBE = """
 import importlib, json, sys
 import numpy as np
@@ -37,28 +37,84 @@ log = Log()
 builder = trt.Builder(log) if hasattr(trt, "Builder") else None
 registry = trt.get_plugin_registry()
 assert registry.load_library(sys.argv[2]) is not None
-creator = registry.get_creator("LynxSparseLinear", "1", "lynx")
 
-def created(attributes):
-    fields = [
-        trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32)
-        for name, value in attributes.items()
-    ]
-    collection = trt.PluginFieldCollection(fields)
+def field(name, value):
+    if isinstance(value, float):
+        return trt.PluginField(name, np.array([value], np.float32), trt.PluginFieldType.FLOAT32)
+    return trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32)
+
+def created(creator, attributes):
+    collection = trt.PluginFieldCollection([field(*item) for item in attributes.items()])
     return creator.create_plugin("linear", collection, trt.TensorRTPhase.BUILD) is not None
 
+def tried(name, all_attributes):
+    creator = registry.get_creator(name, "1", "lynx")
+    return {
+        "name": [creator.name, creator.plugin_version, creator.plugin_namespace],
+        "fields": [[field.name, str(field.type).split(".")[-1]] for field in creator.field_names],
+        "created": [created(creator, attributes) for attributes in all_attributes],
+    }
+
+found = {name: tried(name, attributes) for name, attributes in json.loads(sys.argv[3]).items()}
 print(json.dumps({
-    "name": [creator.name, creator.plugin_version, creator.plugin_namespace],
-    "fields": [field.name for field in creator.field_names],
-    "created": [created(attributes) for attributes in json.loads(sys.argv[3])],
-    "errors": [e for e in log.errors if e.startswith("LynxSparseLinear")],
+    "creators": sorted(c.name for c in registry.all_creators if c.plugin_namespace == "lynx"),
+    "found": found,
+    "errors": [e for e in log.errors if e.startswith("Lynx")],
 }))
 """
-GOOD = [{}, {"rank": 16, "norm_scale": 1}, {"rank": 128, "has_order": 1, "has_centre": 1, "has_saliency": 1}]
-BAD = [{"rank": 24}, {"rank": -16}, {"rank": 144}, {"norm_scale": 2}, {"has_order": -1}]
+NONE, NORM, GELU, GATED, WEIGHT = (
+    "LynxSparseLinear",
+    "LynxNormSparseLinear",
+    "LynxGeluSparseLinear",
+    "LynxGatedSparseLinear",
+    "LynxSparseWeightLinear",
+)
+FIELDS = [
+    "rank",
+    "norm_scale",
+    "has_order",
+    "has_centre",
+    "has_saliency",
+    "activation",
+    "activation_from",
+    "rms",
+]
+WEIGHT_FIELDS = ["out_channels", "metadata_layout", "activation", "activation_from"]
+Attributes = dict[str, list[dict[str, int | float]]]
+GOOD: Attributes = {
+    NONE: [
+        {},
+        {"rank": 16, "norm_scale": 1},
+        {"rank": 128, "has_order": 1, "has_centre": 1, "has_saliency": 1},
+        {"activation": 1, "activation_from": 64},
+    ],
+    NORM: [{}, {"rank": 64, "rms": 1, "epsilon": 1e-5}],
+    GELU: [{}, {"rank": 16}],
+    GATED: [{}, {"rank": 16}],
+    WEIGHT: [{"metadata_layout": 90, "out_channels": 64}, {"metadata_layout": 80, "out_channels": 8}],
+}
+BAD: Attributes = {
+    NONE: [
+        {"rank": 24},
+        {"rank": -16},
+        {"rank": 144},
+        {"norm_scale": 2},
+        {"has_order": -1},
+        {"activation_from": -8},
+    ],
+    NORM: [{"epsilon": 0.0}, {"epsilon": -1e-6}, {"epsilon": float("nan")}, {"rms": 2}, {"has_order": 1}],
+    GELU: [{"has_saliency": 1}],
+    GATED: [{"has_centre": 1}],
+    WEIGHT: [
+        {},
+        {"metadata_layout": 86, "out_channels": 64},
+        {"metadata_layout": 80, "out_channels": 12},
+        {"metadata_layout": 80, "out_channels": 64, "activation": 1, "activation_from": 64},
+    ],
+}
 
 
-def probe(module: str, attributes: list[dict[str, int]]) -> tuple[dict[str, Any], str]:
+def probe(module: str, attributes: Attributes) -> tuple[dict[str, Any], str]:
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed")
     if not LIBRARY.exists():
@@ -70,24 +126,30 @@ def probe(module: str, attributes: list[dict[str, int]]) -> tuple[dict[str, Any]
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_creator_is_found_and_makes_plugins(module: str) -> None:
+def test_creators_are_found_and_make_plugins(module: str) -> None:
     found, _ = probe(module, GOOD)
-    assert found["name"] == ["LynxSparseLinear", "1", "lynx"]
-    assert found["fields"] == ["rank", "norm_scale", "has_order", "has_centre", "has_saliency"]
-    assert found["created"] == [True] * len(GOOD)
+    assert found["creators"] == sorted(GOOD)
     assert found["errors"] == []
+    for name, creator in found["found"].items():
+        assert creator["name"] == [name, "1", "lynx"]
+        integers = [[field, "INT32"] for field in (WEIGHT_FIELDS if name == WEIGHT else FIELDS)]
+        assert creator["fields"] == integers + [["epsilon", "FLOAT32"]] * (name != WEIGHT)
+        assert creator["created"] == [True] * len(GOOD[name])
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_bad_attributes_give_no_plugin_and_a_reason(module: str) -> None:
     found, stderr = probe(module, BAD)
-    assert found["created"] == [False] * len(BAD)
     reasons = (
         found["errors"] if module == "tensorrt_rtx" else stderr.splitlines()
     )  # lean: no builder, so no logger
-    reasons = [line for line in reasons if line.startswith("LynxSparseLinear")]
-    assert len(reasons) == len(BAD)
-    assert "rank is 24" in reasons[0] and "multiple of 16" in reasons[0]
+    for name, creator in found["found"].items():
+        assert creator["created"] == [False] * len(BAD[name])
+        assert sum(line.startswith(f"{name}: ") for line in reasons) == len(BAD[name])
+    said = [line for line in reasons if line.startswith("Lynx")]
+    assert "rank is 24" in said[0] and "multiple of 16" in said[0]
+    assert sum("do not go together" in line for line in said) == 3
+    assert sum("epsilon is not positive" in line for line in said) == 3
 
 
 def test_reasons_reach_the_loggers_of_tensorrt_10(tmp_path: Path) -> None:
@@ -114,10 +176,13 @@ def test_library_exports_its_interfaces_alone_and_needs_no_cuda() -> None:
     )
     assert sorted(line.split()[-1] for line in symbols.stdout.splitlines()) == [
         "getCreators",
+        "lynx_metadata_layout",
         "lynx_prune",
-        "lynx_sparse_gemm",
+        "lynx_pruned_gemm",
         "lynx_sparse_linear",
+        "lynx_sparse_weight_linear",
         "lynx_tile_count",
+        "lynx_weight_workspace_bytes",
         "lynx_workspace_bytes",
         "setLoggerFinder",
     ]
