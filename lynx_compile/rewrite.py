@@ -43,7 +43,7 @@ from lynx_compile.files import atomic_path
 from lynx_compile.functions import DOMAIN, OP, OP_VERSION, WEIGHT_OP, lynx_function
 from lynx_compile.models import Linear
 from lynx_compile.recipe import Operand
-from lynx_compile.select import SparsityPlan
+from lynx_compile.select import SparseGroup, SparsityPlan
 from lynx_compile.sparsity import keep_mask
 from lynx_compile.tensors import TensorSpec, write_tensors
 from lynx_compile.weight_sparsity import STEP, MetadataLayout, pack_weight
@@ -64,6 +64,7 @@ class SparseNode:
     """One ``LynxSparseLinear`` or ``LynxSparseWeightLinear`` node and the linears it replaces.
 
     ``activation``: 1 where the node ends in the GELU of its output channels from ``activation_from`` on.
+    ``tokens``: rows of its input. ``gain``: how many times as fast as dense, where the recipe's costs tell.
     """
 
     name: str
@@ -76,6 +77,8 @@ class SparseNode:
     operand: Operand = "activation"
     activation: int = 0
     activation_from: int = 0
+    tokens: int = 0
+    gain: float | None = None
 
     @property
     def op(self) -> str:
@@ -140,6 +143,7 @@ def rewrite(
     graph, linear_of, scalars = _import(model)
     decisions = {decision.linear.path: decision for decision in plan.decisions}
     refused = {path: decision.reason for path, decision in decisions.items() if decision.operand == "none"}
+    groups = {linear.path: group for group in plan.groups for linear in group.linears}
     nodes: list[SparseNode] = []
     tensors: list[TensorSpec] = []
     identities: dict[int, list[TensorSpec]] = {}
@@ -150,7 +154,7 @@ def rewrite(
         refused |= reasons
         matches = {linear: _with_gelu(match, graph, scalars, dtype) for linear, match in matches.items()}
         for readers in _readers_of_one_tensor(matches):
-            node = _describe(readers, solved, matches)
+            node = _describe(readers, solved, matches, groups[readers[0]])
             if node.operand == "weight":
                 specs, shared = _weight_tensors(node, solved, file, dtype, metadata_layout), []
             else:
@@ -308,7 +312,7 @@ def _readers_of_one_tensor(matches: dict[str, _Match]) -> list[tuple[str, ...]]:
 
 
 def _describe(
-    readers: tuple[str, ...], solved: SparseLinearWeights, matches: Mapping[str, _Match]
+    readers: tuple[str, ...], solved: SparseLinearWeights, matches: Mapping[str, _Match], group: SparseGroup
 ) -> SparseNode:
     channels = dict(zip(solved.linears, solved.out_channels, strict=True))
     plain = [linear for linear in readers if not matches[linear].gelu]
@@ -324,6 +328,8 @@ def _describe(
         operand=solved.operand,
         activation=int(bool(with_gelu)),
         activation_from=sum(channels[linear] for linear in plain) if with_gelu else 0,
+        tokens=group.tokens,
+        gain=group.gain,
     )
 
 
