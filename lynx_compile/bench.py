@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
+from lynx_compile.costs import ROOFLINE, roofline
 from lynx_compile.errors import StageError
 from lynx_compile.files import save_text
 from lynx_compile.kernels import (
@@ -38,7 +39,6 @@ from lynx_compile.sparsity import (
     Norm,
     expand_low_rank,
     keep_mask,
-    padded_width,
     sparse_linear,
 )
 from lynx_compile.weight_sparsity import pack_weight
@@ -49,8 +49,6 @@ CHECKED_ROWS = 64
 TOLERANCE = {"pruned activations": 2**-7, "sparse weight": 2**-7, "fused producer": 2**-4}
 STEADY_SECONDS = 0.25
 BUFFER_BYTES = 2**28  # more than any L2
-# H100: dense bf16 rate and memory bandwidth measured with torch, the GEMM's gain over dense with 128x256x64 tiles.
-ROOFLINE_FLOPS, ROOFLINE_BYTES, ROOFLINE_GAIN = 650e12, 3.0e12, 1.4
 
 
 @dataclass(frozen=True)
@@ -191,9 +189,7 @@ def bench(
         InputError: the plugin library cannot be used. StageError: a result is wrong; nothing is timed then.
     """
     if not torch.cuda.is_available():
-        return Bench(
-            "roofline of an H100", torch.__version__, "bf16", False, tuple(_predict(s, rank) for s in shapes)
-        )
+        return Bench(ROOFLINE, torch.__version__, "bf16", False, tuple(_predict(s, rank) for s in shapes))
     kernels = load_library(library)
     results = []
     for shape in shapes:
@@ -421,34 +417,30 @@ def _timing(times: Sequence[float]) -> Timing:
 
 
 def _predict(shape: Shape, rank: int) -> Result:
-    """Roofline: dense at cuBLAS's measured rate, the GEMM so much faster, pruning at memory speed."""
-    m, k, n = shape.tokens, shape.channels, shape.out_channels
-    dense = 2e6 * m * k * n / ROOFLINE_FLOPS
-    weight = dense / ROOFLINE_GAIN
-    gemm = weight * padded_width(k, rank) / k
-    prune = 1e6 * m * k * (2 + 1 + 1 / 8) / ROOFLINE_BYTES
+    """What ``costs.roofline`` says, in the place of measurements."""
+    times = roofline(shape.tokens, shape.channels, shape.out_channels, rank)
 
     def same(value: float) -> Timing:
         return Timing(value, value, value)
 
     def ratio(sparse: float) -> Ratio:
-        return Ratio(dense / sparse, dense / sparse, dense / sparse)
+        return Ratio(*[times.dense / sparse] * 3)
 
     return Result(
         shape=shape,
         rank=rank,
-        dense=same(dense),
-        prune=same(prune),
-        gemm=same(gemm),
-        whole=same(gemm + prune),
-        weight=same(weight),
+        dense=same(times.dense),
+        prune=same(times.prune),
+        gemm=same(times.gemm),
+        whole=same(times.whole),
+        weight=same(times.weight),
         fused_dense=None,
         fused=None,
         fused_weight=None,
         cusparselt=None,
-        ratio=ratio(gemm + prune),
-        gemm_ratio=ratio(gemm),
-        weight_ratio=ratio(weight),
+        ratio=ratio(times.whole),
+        gemm_ratio=ratio(times.gemm),
+        weight_ratio=ratio(times.weight),
         steady_ratio=None,
         steady_weight_ratio=None,
         fused_ratio=None,

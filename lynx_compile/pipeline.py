@@ -45,6 +45,7 @@ def compile(recipe: Recipe, output: Path, *, fresh: bool = False, display: Displ
         backend = trt.backend(recipe.engine.backend)
         plugin = trt.plugin_library(recipe.engine)
         dit = models.load(recipe)
+        plan = select(dit.groups, recipe.sparsity)
         statistics = stages.run(
             "calibrate",
             Statistics,
@@ -53,12 +54,13 @@ def compile(recipe: Recipe, output: Path, *, fresh: bool = False, display: Displ
             file_digest(Path(recipe.calibration.source)), recipe.sparsity.uses_norm_scale,
             candidates(dit.groups, recipe.sparsity),
         )  # fmt: skip
-        plan = select(dit.groups, recipe.sparsity)
         weights = stages.run(
             "compensate",
             tuple[Path, ...],
             lambda progress: compensate(dit, plan, statistics, recipe.sparsity, cache / "weights", progress),
-            stages.key("calibrate"), recipe.sparsity,
+            # The costs count through what they decide.
+            stages.key("calibrate"), recipe.sparsity.model_copy(update={"costs": None}),
+            tuple((decision.linear.path, decision.operand) for decision in plan.decisions),
         )  # fmt: skip
         dense = stages.run(
             "export",
@@ -75,7 +77,7 @@ def compile(recipe: Recipe, output: Path, *, fresh: bool = False, display: Displ
                 dense, plan, weights, cache / "lynx" / f"{output.stem}.onnx",
                 external=external, metadata_layout=layout,
             ),
-            stages.key("compensate"), stages.key("export"), output.name, external, layout,
+            stages.key("compensate"), stages.key("export"), plan, output.name, external, layout,
         )  # fmt: skip
         built = stages.run(
             "build",

@@ -7,7 +7,6 @@ import difflib
 import hashlib
 import re
 import reprlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -30,7 +29,7 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 GpuTarget = Literal["sm80", "sm86", "sm89", "sm120"]
 GPU_TARGETS: tuple[GpuTarget, ...] = get_args(GpuTarget)
 Operand = Literal["activation", "weight"]
-OperandGlobs = dict[str, Literal["activation", "weight", "none"]]
+OperandGlobs = dict[str, Literal["auto", "activation", "weight", "none"]]
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -116,8 +115,12 @@ class Sparsity(_Strict):
     """What becomes sparse and how its error is repaired (see ``compensate``).
 
     ``operand``: what is 2:4. ``activation`` prunes the input while the model runs, ``weight`` the weights, once, at
-    compile time; or a mapping of globs over module paths to ``activation``, ``weight`` or ``none`` (dense), of
-    which the first that matches a linear counts, ``activation`` where none does. Quote globs that begin with a *.
+    compile time; ``auto`` takes the faster of both, dense where neither is faster than that (speed alone decides;
+    it is ``activation`` alone where the recipe asks for what only that has: ``paper`` or ``none``, a rank, the
+    scale); or a mapping of globs over module paths to one of these or ``none`` (dense), of which the first that
+    matches a linear counts, ``auto`` where none does. Quote globs that begin with a *.
+    ``costs``: measured times, the JSON of ``lynx-compile bench``; a roofline where there is none or it is silent.
+    With it, linears also stay dense where the one operand given is slower; what a glob says is done all the same.
     ``rank``: of the activation operand's low-rank branch; ``auto`` is K / 32 rounded up to 16, at most 64.
     ``norm_scale``: its per-token scale s; by default on for ``paper`` and off for the others.
     ``include`` and ``exclude``: globs over module paths, ``exclude`` wins over ``include``, both over ``operand``.
@@ -125,9 +128,11 @@ class Sparsity(_Strict):
 
     method: Literal["joint", "paper", "none"] = "joint"
     operand: Annotated[
-        Annotated[Operand, Tag(_ONE_OPERAND)] | Annotated[OperandGlobs, Tag(_OPERAND_GLOBS)],
+        Annotated[Literal["auto", "activation", "weight"], Tag(_ONE_OPERAND)]
+        | Annotated[OperandGlobs, Tag(_OPERAND_GLOBS)],
         Discriminator(lambda value: _OPERAND_GLOBS if isinstance(value, dict) else _ONE_OPERAND),
-    ] = "activation"
+    ] = "auto"
+    costs: Annotated[str, Field(min_length=1)] | None = None
     rank: Literal["auto"] | int = "auto"
     norm_scale: bool | None = None
     ridge: Annotated[float, Field(gt=0, lt=1)] = 1e-3
@@ -167,9 +172,17 @@ class Sparsity(_Strict):
         return self
 
     @property
-    def operand_globs(self) -> Mapping[str, Literal["activation", "weight", "none"]]:
-        """``operand`` as a mapping of globs."""
-        return self.operand if isinstance(self.operand, dict) else {"*": self.operand}
+    def operand_globs(self) -> OperandGlobs:
+        """The globs of ``operand``; empty where it is one for all."""
+        return self.operand if isinstance(self.operand, dict) else {}
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """What linears may become whose operand no glob says."""
+        if self.operand in ("activation", "weight"):
+            return (self.operand,)
+        of_activations = self.method != "joint" or self.rank not in ("auto", 0) or self.norm_scale
+        return ("activation",) if of_activations else ("activation", "weight")
 
     @property
     def uses_norm_scale(self) -> bool:
@@ -231,6 +244,9 @@ class Recipe(_Strict):
                 update={"source": str((folder / Path(self.calibration.source).expanduser()).resolve())}
             ),
         }
+        if self.sparsity.costs is not None:
+            costs = str((folder / Path(self.sparsity.costs).expanduser()).resolve())
+            update["sparsity"] = self.sparsity.model_copy(update={"costs": costs})
         if self.engine.plugin is not None:
             plugin = str((folder / Path(self.engine.plugin).expanduser()).resolve())
             update["engine"] = self.engine.model_copy(update={"plugin": plugin})

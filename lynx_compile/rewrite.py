@@ -63,7 +63,7 @@ from lynx_compile.functions import (
 )
 from lynx_compile.match import DenseGraph, Match, Producer, find_producer, import_graph, match
 from lynx_compile.recipe import Operand
-from lynx_compile.select import SparsityPlan
+from lynx_compile.select import SparseGroup, SparsityPlan
 from lynx_compile.sparsity import keep_mask
 from lynx_compile.tensors import TensorSpec, write_tensors
 from lynx_compile.weight_sparsity import STEP, MetadataLayout, pack_weight
@@ -87,6 +87,7 @@ class SparseNode:
 
     ``activation``: 1 where the node ends in the GELU of its output channels from ``activation_from`` on.
     ``producer``: what the node makes its input of, where it does.
+    ``tokens``: rows of its input. ``gain``: how many times as fast as dense, where the recipe's costs tell.
     """
 
     name: str
@@ -100,6 +101,8 @@ class SparseNode:
     activation: int = 0
     activation_from: int = 0
     producer: Producer | None = None
+    tokens: int = 0
+    gain: float | None = None
 
     @property
     def op(self) -> str:
@@ -166,6 +169,7 @@ def rewrite(
     graph = imported.graph
     decisions = {decision.linear.path: decision for decision in plan.decisions}
     refused = {path: decision.reason for path, decision in decisions.items() if decision.operand == "none"}
+    groups = {linear.path: group for group in plan.groups for linear in group.linears}
     nodes: list[SparseNode] = []
     tensors: list[TensorSpec] = []
     identities: dict[int, list[TensorSpec]] = {}
@@ -176,7 +180,7 @@ def rewrite(
         refused |= reasons
         for readers in _readers_of_one_tensor(matches):
             found = _with_activation({linear: matches[linear] for linear in readers}, solved)
-            node = _describe(found, solved)
+            node = _describe(found, solved, groups[readers[0]])
             if node.operand == "weight":
                 specs, shared = _weight_tensors(node, solved, file, dtype, metadata_layout), []
             else:
@@ -214,7 +218,7 @@ def _with_activation(matches: dict[str, Match], solved: SparseLinearWeights) -> 
     return ordered
 
 
-def _describe(matches: Mapping[str, Match], solved: SparseLinearWeights) -> SparseNode:
+def _describe(matches: Mapping[str, Match], solved: SparseLinearWeights, group: SparseGroup) -> SparseNode:
     channels = dict(zip(solved.linears, solved.out_channels, strict=True))
     plain = [linear for linear, found in matches.items() if not found.gelu]
     activation = len(plain) < len(matches)
@@ -229,6 +233,8 @@ def _describe(matches: Mapping[str, Match], solved: SparseLinearWeights) -> Spar
         operand=solved.operand,
         activation=int(activation),
         activation_from=sum(channels[linear] for linear in plain) if activation else 0,
+        tokens=group.tokens,
+        gain=group.gain,
     )
 
 

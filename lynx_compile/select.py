@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which linears become sparse, and with which operand: what the recipe's globs say."""
+"""Which linears become sparse, and with which operand: what the recipe's globs say, else what is faster."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Literal
 
+from lynx_compile.costs import ROOFLINE, CostTable, roofline
 from lynx_compile.errors import InputError
 from lynx_compile.models import Linear, LinearGroup
 from lynx_compile.recipe import Operand, Sparsity
@@ -24,9 +26,13 @@ class Decision:
 
 @dataclass(frozen=True)
 class SparseGroup(LinearGroup):
-    """Linears that read the same tensor and have one operand: one node of the rewritten graph."""
+    """Linears that read the same tensor and have one operand: one node of the rewritten graph.
+
+    ``gain``: how many times as fast as dense it was measured to be; None where the recipe's costs do not tell.
+    """
 
     operand: Operand
+    gain: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,19 +44,38 @@ class SparsityPlan:
 
 
 def select(groups: tuple[LinearGroup, ...], sparsity: Sparsity) -> SparsityPlan:
-    """Decide for every linear; a group keeps those of its linears that become sparse, split by operand."""
-    decisions = tuple(_decide(linear, sparsity) for group in groups for linear in group.linears)
-    sparse = tuple(part for group in candidates(groups, sparsity) for part in _split(group, sparsity))
+    """Decide for every linear; a group keeps those of its linears that become sparse, split by operand.
+
+    Raises:
+        InputError: a glob matches no linear, the recipe's costs cannot be read, or no linear is left.
+    """
+    _refuse_idle_globs([linear for group in groups for linear in group.linears], sparsity)
+    costs = CostTable.load(Path(sparsity.costs)) if sparsity.costs else None
+    decided = [(group, _decide(group, sparsity, costs)) for group in groups]
+    decisions = tuple(decision for _, made in decided for decision in made)
+    sparse = tuple(part for group, made in decided for part in _split(group, made, sparsity, costs))
+    if not sparse:
+        first = next((d for d in decisions if d.linear.refusal is None), decisions[0])
+        raise InputError(
+            f"No linear would become sparse ('{first.linear.path}': {first.reason}).",
+            "Widen sparsity.include or sparsity.operand, or exclude less.",
+        )
     return SparsityPlan(decisions, sparse)
 
 
 def candidates(groups: tuple[LinearGroup, ...], sparsity: Sparsity) -> tuple[LinearGroup, ...]:
-    """The groups, cut down to the linears that may become sparse.
+    """The groups, cut down to the linears that become sparse, whatever their operands.
 
     Raises:
-        InputError: a glob matches no linear, or no linear is left.
+        InputError: as ``select``.
     """
-    linears = [linear for group in groups for linear in group.linears]
+    plan = select(groups, sparsity)
+    sparse = {decision.linear for decision in plan.decisions if decision.operand != "none"}
+    kept = (replace(group, linears=tuple(x for x in group.linears if x in sparse)) for group in groups)
+    return tuple(group for group in kept if group.linears)
+
+
+def _refuse_idle_globs(linears: list[Linear], sparsity: Sparsity) -> None:
     for key, globs in (
         ("include", sparsity.include),
         ("exclude", sparsity.exclude),
@@ -65,32 +90,19 @@ def candidates(groups: tuple[LinearGroup, ...], sparsity: Sparsity) -> tuple[Lin
                     f"sparsity.{key}: '{glob}' matches no linear of this model.",
                     f"Globs are matched against module paths such as '{example}'.",
                 )
-    kept = (
-        replace(group, linears=tuple(x for x in group.linears if _decide(x, sparsity).operand != "none"))
-        for group in groups
-    )
-    left = tuple(group for group in kept if group.linears)
-    if not left:
-        raise InputError(
-            "No linear would become sparse.", "Widen sparsity.include or sparsity.operand, or exclude less."
-        )
-    return left
 
 
-def _split(group: LinearGroup, sparsity: Sparsity) -> list[SparseGroup]:
-    operands: tuple[Operand, ...] = ("activation", "weight")
-    parts = [
-        SparseGroup(
-            group.name,
-            tuple(linear for linear in group.linears if _decide(linear, sparsity).operand == operand),
-            operand,
-        )
-        for operand in operands
-    ]
-    return [part for part in parts if part.linears]
+def _decide(group: LinearGroup, sparsity: Sparsity, costs: CostTable | None) -> list[Decision]:
+    """The recipe decides first; speed does for those of the group's linears that it leaves open, together."""
+    by_recipe = {linear: _by_recipe(linear, sparsity) for linear in group.linears}
+    left = [linear for linear, decision in by_recipe.items() if decision is None]
+    fixed = [decision for decision in by_recipe.values() if decision is not None]
+    operand, reason = _by_speed(group, left, fixed, sparsity, costs) if left else ("none", "")
+    return [decision or Decision(linear, operand, reason) for linear, decision in by_recipe.items()]
 
 
-def _decide(linear: Linear, sparsity: Sparsity) -> Decision:
+def _by_recipe(linear: Linear, sparsity: Sparsity) -> Decision | None:
+    """What the recipe says, or the linear's own shape; None where it may become sparse if that is faster."""
     if linear.refusal is not None:
         return Decision(linear, "none", linear.refusal)
     for glob in sparsity.exclude:
@@ -99,10 +111,52 @@ def _decide(linear: Linear, sparsity: Sparsity) -> Decision:
     if not any(fnmatchcase(linear.path, glob) for glob in sparsity.include):
         return Decision(linear, "none", "not included by the recipe")
     matching = (item for item in sparsity.operand_globs.items() if fnmatchcase(linear.path, item[0]))
-    glob, operand = next(matching, ("*", "activation"))
-    if operand == "none":
-        return Decision(linear, "none", f"operand none by the recipe ('{glob}')")
-    if operand == "weight" and linear.in_channels % STEP:
+    glob, operand = next(matching, ("", "auto"))
+    if "weight" in (operand, sparsity.operand) and linear.in_channels % STEP:
         reason = f"K = {linear.in_channels} is not divisible by {STEP}, as the weight operand needs it"
         return Decision(linear, "none", reason)
-    return Decision(linear, operand, "candidate")
+    if operand == "auto":
+        return None
+    return Decision(linear, operand, f"operand {operand} by the recipe ('{glob}')")
+
+
+def _by_speed(
+    group: LinearGroup, left: list[Linear], fixed: list[Decision], sparsity: Sparsity, costs: CostTable | None
+) -> tuple[Literal["activation", "weight", "none"], str]:
+    """The faster of the recipe's operands for what it has left open, or none where that is slower than dense.
+
+    Counted is the whole node: with the linears that have got the same operand by a glob. A single operand is
+    judged by what was measured alone, not by the roofline.
+    """
+    choices: dict[Operand, tuple[float, str]] = {}
+    for operand in sparsity.operands:
+        if operand == "weight" and group.in_channels % STEP:
+            continue
+        node = [*left, *(decision.linear for decision in fixed if decision.operand == operand)]
+        out_channels, rank = sum(linear.out_channels for linear in node), sparsity.rank_for(group.in_channels)
+        sizes = (group.tokens, group.in_channels, out_channels)
+        gain, source = (costs.gain(*sizes, operand, rank), costs.name) if costs else (None, "")
+        if gain is None:
+            if len(sparsity.operands) == 1:
+                return operand, f"operand {operand} by the recipe"
+            gain, source = roofline(*sizes, rank).gain(operand), ROOFLINE
+        shape = f"{group.tokens} x {group.in_channels} -> {out_channels}"
+        choices[operand] = gain, f"{gain:.2f}x as fast as dense ({shape}, {source})"
+    best = max(choices, key=lambda operand: choices[operand][0])
+    gain, text = choices[best]
+    return (best, text) if gain >= 1 else ("none", f"would be {text}")
+
+
+def _split(
+    group: LinearGroup, decisions: list[Decision], sparsity: Sparsity, costs: CostTable | None
+) -> list[SparseGroup]:
+    parts = []
+    operands: tuple[Operand, ...] = ("activation", "weight")
+    for operand in operands:
+        linears = tuple(decision.linear for decision in decisions if decision.operand == operand)
+        if linears:
+            out_channels = sum(linear.out_channels for linear in linears)
+            sizes = (group.tokens, group.in_channels, out_channels)
+            gain = costs.gain(*sizes, operand, sparsity.rank_for(group.in_channels)) if costs else None
+            parts.append(SparseGroup(group.name, linears, group.tokens, operand, gain))
+    return parts

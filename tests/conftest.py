@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from safetensors.torch import save_file
+
+from lynx_compile import bench, models
+from lynx_compile.models import flux
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # A shell starts background jobs with Ctrl-C ignored, and their children would inherit that.
@@ -42,6 +48,28 @@ calibration:
   samples: 6
   steps: 4
 """
+
+
+def tiny_groups() -> tuple[models.LinearGroup, ...]:
+    """The groups of the tiny model at its recipe's shapes."""
+    return models.find_groups(TINY, flux.example_inputs(TINY, 2, 8, 8, 4, torch.float16))
+
+
+def write_costs(
+    path: Path, gains: Mapping[tuple[int, int, int], tuple[float, float]], rank: int = 16
+) -> Path:
+    """A cost table as ``lynx-compile bench`` writes it: {(tokens, K, N): gain of activations, of weights}."""
+    results = [
+        replace(
+            bench._predict(bench.Shape("tiny", "linear", *sizes), rank),
+            ratio=bench.Ratio(activation, activation / 2, activation * 2),
+            weight_ratio=bench.Ratio(weight, weight / 2, weight * 2),
+        )
+        for sizes, (activation, weight) in gains.items()
+    ]
+    table = bench.Bench("some GPU", "2", "bf16", True, tuple(results))
+    path.write_text(json.dumps(asdict(table)))
+    return path
 
 
 @pytest.fixture(scope="session")

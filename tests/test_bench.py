@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lynx_compile import bench, cli, kernels
+from lynx_compile import bench, cli, costs, kernels
 from lynx_compile.errors import InputError
 
 from .plugins.native import compile_cpp
@@ -40,7 +40,7 @@ def test_prediction_grows_with_the_rank_and_counts_every_byte() -> None:
     plain, ranked = bench._predict(SMALL, 0), bench._predict(SMALL, 64)
     assert plain.gemm.median < ranked.gemm.median and plain.ratio.median > ranked.ratio.median
     assert plain.whole.median == pytest.approx(plain.prune.median + plain.gemm.median)
-    assert plain.prune.median == pytest.approx(4096 * 3072 * 3.125 / bench.ROOFLINE_BYTES * 1e6)
+    assert plain.prune.median == pytest.approx(4096 * 3072 * 3.125 / costs.ROOFLINE_BYTES * 1e6)
 
 
 def test_geometric_mean_leaves_the_square_shapes_out() -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from lynx_compile import cli
 from lynx_compile.engine.manifest import Manifest
-from lynx_compile.rewrite import OP
+from lynx_compile.functions import WEIGHT_OP
 
 pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, "-c", "from lynx_compile.cli import main; main()"]
@@ -64,7 +64,7 @@ def test_everything_lies_beside_the_engine(project: Path) -> None:
     model = onnx.load(out / "tiny.onnx", load_external_data=False)
     assert (
         manifest.plugin_layers
-        == sum(node.op_type == OP for node in model.graph.node)
+        == sum(node.op_type == WEIGHT_OP for node in model.graph.node)
         == len(manifest.sparse)
         == 10
     )

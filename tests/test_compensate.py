@@ -19,7 +19,7 @@ K, N, TOKENS = 32, 48, 4000
 
 def _group(operand: Operand = "activation") -> SparseGroup:
     linears = (Linear("a", K, 16, True, None), Linear("b", K, N - 16, True, None))
-    return SparseGroup("a", linears, operand)
+    return SparseGroup("a", linears, TOKENS, operand)
 
 
 def _data(norm_scale: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, LayerStatistics]:

@@ -131,6 +131,23 @@ def test_example_inputs(tiny: Path) -> None:
     assert recipe.shapes == Shapes(batch=2, height=16, width=16, text_length=4)
 
 
+def test_tokens_of_a_group_are_the_rows_of_its_tensor_at_the_recipes_shapes(tiny: Path) -> None:
+    def tokens(**shapes: int) -> dict[str, int]:
+        recipe = load_recipe(tiny / "tiny.yaml")
+        recipe = recipe.model_copy(update={"shapes": recipe.shapes.model_copy(update=shapes)})
+        return {group.name: group.tokens for group in models.load(recipe).groups}
+
+    found = tokens()  # 2 samples of 8 x 8 image and 4 text tokens
+    names = (
+        "transformer_blocks.0.attn.to_q", "transformer_blocks.0.ff.net.2", "transformer_blocks.0.attn.add_q_proj",
+        "transformer_blocks.0.ff_context.net.2", "single_transformer_blocks.0.proj_mlp",
+        "time_text_embed.timestep_embedder.linear_1", "x_embedder", "context_embedder",
+    )  # fmt: skip
+    assert [found[name] for name in names] == [128, 128, 8, 8, 136, 2, 128, 8]
+    larger = tokens(batch=1, height=32, text_length=6)
+    assert [larger[name] for name in names] == [128, 128, 6, 6, 134, 1, 128, 6]
+
+
 def test_linears_with_odd_sizes_are_refused_with_the_reason() -> None:
     assert "K = 24 is not divisible by 16" in str(
         models._refusal("transformer_blocks.0.ff.net.2", torch.nn.Linear(24, 8))

@@ -382,8 +382,8 @@ def test_forms_of_a_linear(tmp_path: Path, form: str) -> None:
     onnx.save(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 18)], ir_version=10), path)
 
     linear = models.Linear("fc", 16, 8, has_bias, None)
-    group = models.LinearGroup("fc", (linear,))
-    plan = select((group,), Sparsity())
+    group = models.LinearGroup("fc", (linear,), 5)
+    plan = select((group,), Sparsity(operand="activation"))
     solved = SparseLinearWeights(
         ("fc",), (8,), expand_low_rank(weight, torch.zeros(8, 0)), torch.zeros(1, 16),
         bias if has_bias else torch.zeros(8), 0, False, 0.0,

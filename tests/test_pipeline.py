@@ -11,9 +11,11 @@ import pytest
 
 from lynx_compile import pipeline
 from lynx_compile.engine import trt
-from lynx_compile.errors import StageError
+from lynx_compile.errors import InputError, StageError
 from lynx_compile.functions import DOMAIN
 from lynx_compile.recipe import load_recipe
+from lynx_compile.rewrite import LynxOnnx
+from tests.conftest import write_costs
 
 
 @pytest.fixture
@@ -48,7 +50,8 @@ def _ops(project: Path) -> set[tuple[str, int]]:
 def test_another_operand_compensates_and_rewrites_again(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert _stages_run(project) == ["calibrate", "compensate", "export", "rewrite", "build"]
+    everything = ["calibrate", "compensate", "export", "rewrite", "build"]
+    assert _stages_run(project, "sparsity: {operand: activation}\n") == everything
     assert _ops(project) == {("LynxSparseLinear", 0)}
     weight = "sparsity: {operand: weight}\n"
     assert _stages_run(project, weight) == ["compensate", "rewrite", "build"]
@@ -57,8 +60,43 @@ def test_another_operand_compensates_and_rewrites_again(
     monkeypatch.setattr(trt, "metadata_layout", lambda backend: 90)
     assert _stages_run(project, weight) == ["rewrite", "build"]
     assert _ops(project) == {("LynxSparseWeightLinear", 90)}
-    mixed = "sparsity: {operand: {'*.ff.*': weight}}\n"
+    mixed = "sparsity: {operand: {'*.ff.*': weight, '*': activation}}\n"
     assert _stages_run(project, mixed) == ["compensate", "rewrite", "build"]
     assert _ops(project) == {("LynxSparseLinear", 0), ("LynxSparseWeightLinear", 90)}
-    dense = "sparsity: {operand: {'*.ff.*': none}}\n"  # other tensors are measured: others take part
+    dense = "sparsity: {operand: {'*.ff.*': none, '*': activation}}\n"  # other tensors are measured: others take part
     assert _stages_run(project, dense) == ["calibrate", "compensate", "rewrite", "build"]
+
+
+def test_costs_run_again_what_they_decide_otherwise(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewritten: list[LynxOnnx] = []
+    build = pipeline.build
+    monkeypatch.setattr(
+        pipeline, "build", lambda lynx, *a, **o: (rewritten.append(lynx), build(lynx, *a, **o))
+    )
+    assert _stages_run(project) == ["calibrate", "compensate", "export", "rewrite", "build"]
+    assert _ops(project) == {("LynxSparseWeightLinear", 80)}
+    assert {node.gain for node in rewritten[-1].sparse} == {None}
+    costs = "sparsity: {costs: gpu.json}\n"
+    write_costs(project / "gpu.json", {(128, 64, 192): (1.2, 1.5)})
+    assert _stages_run(project, costs) == ["rewrite", "build"], "the same linears, now with their gains"
+    gains = {node.name: node.gain for node in rewritten[-1].sparse}
+    assert gains["transformer_blocks.0.attn.to_q.LynxSparseWeightLinear"] == 1.5
+    assert {node.tokens for node in rewritten[-1].sparse} == {8, 128, 136}
+    assert _stages_run(project, costs) == ["build"]
+    write_costs(project / "gpu.json", {(128, 64, 192): (1.6, 1.5)})
+    assert _stages_run(project, costs) == ["compensate", "rewrite", "build"], "the table itself counts"
+    assert ("LynxSparseLinear", 0) in _ops(project)
+    write_costs(project / "gpu.json", {(128, 64, 192): (1.2, 1.5), (8, 64, 192): (0.5, 0.92)})
+    assert _stages_run(project, costs) == ["calibrate", "compensate", "rewrite", "build"]
+    reasons = {linear.path: linear.reason for linear in rewritten[-1].dense}
+    assert reasons["transformer_blocks.0.attn.add_q_proj"] == (
+        "would be 0.92x as fast as dense (8 x 64 -> 192, gpu.json)"
+    )
+
+
+def test_a_missing_cost_table_ends_before_anything_is_measured(project: Path) -> None:
+    path = project / "run.yaml"
+    path.write_text((project / "tiny.yaml").read_text() + "sparsity: {costs: none.json}\n")
+    with pytest.raises(InputError, match="The cost table .*none.json does not exist"):
+        pipeline.compile(load_recipe(path), project / "out" / "tiny.engine")
+    assert ": started" not in (project / "out" / "tiny.log").read_text()

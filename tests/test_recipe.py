@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from lynx_compile.errors import InputError
-from lynx_compile.models import Linear, LinearGroup, find_groups
+from lynx_compile.models import Linear, LinearGroup
 from lynx_compile.recipe import Sparsity, load_recipe
 from lynx_compile.select import candidates, select
-from tests.conftest import RECIPE, TINY
+from tests.conftest import RECIPE, tiny_groups
 
 ENGINES = Path(__file__).parents[1] / "engines"
 
@@ -70,14 +70,14 @@ def _error(folder: Path, text: str) -> str:
         (
             "  steps: 4",
             "  steps: 4\nsparsity:\n  operand: weights",
-            "r.yaml:14: 'sparsity.operand' is wrong: Input should be 'activation' or 'weight' (got 'weights')",
+            "r.yaml:14: 'sparsity.operand' is wrong: Input should be 'auto', 'activation' or 'weight' (got 'weights')",
         ),
         ("  steps: 4", "  steps: 4\nsparsity:\n  operand: 3", "r.yaml:14: 'sparsity.operand' is wrong"),
         ("  steps: 4", "  steps: 4\nsparsity:\n  operand: none", "r.yaml:14: 'sparsity.operand' is wrong"),
         (
             "  steps: 4",
             "  steps: 4\nsparsity:\n  operand:\n    '*.ff.*': weight\n    '*': both",
-            "r.yaml:16: 'sparsity.operand.*' is wrong: Input should be 'activation', 'weight' or 'none' (got 'both')",
+            "r.yaml:16: 'sparsity.operand.*' is wrong: Input should be 'auto', 'activation', 'weight' or 'none' (got",
         ),
         (
             "  steps: 4",
@@ -94,6 +94,8 @@ def _error(folder: Path, text: str) -> str:
             "  steps: 4\nsparsity: {operand: weight, rank: 16}",
             "r.yaml:13: 'sparsity' is wrong: the weight operand has no low-rank branch",
         ),
+        ("  steps: 4", "  steps: 4\nsparsity:\n  costs: ''", "r.yaml:14: 'sparsity.costs' is wrong"),
+        ("  steps: 4", "  steps: 4\nsparsity:\n  costs: [a.json]", "r.yaml:14: 'sparsity.costs' is wrong"),
         ("  steps: 4", "  steps: 4\nengine:\n  gpus: [sm80, sm99]", "r.yaml:14: 'engine.gpus.1' is wrong"),
         ("  steps: 4", "  steps: 4\nengine:\n  gpus: []", "r.yaml:14: 'engine.gpus' is wrong"),
         ("  steps: 4", "  steps: 4\nengine: {weights: shared}", "'engine.weights' is wrong"),
@@ -128,10 +130,11 @@ def test_paths_are_relative_to_the_recipe_and_the_digest_is_not(tmp_path: Path) 
     digests = set()
     for name in ("a", "b"):
         (tmp_path / name / "model").mkdir(parents=True)
-        (tmp_path / name / "r.yaml").write_text(RECIPE)
+        (tmp_path / name / "r.yaml").write_text(RECIPE + "sparsity: {costs: bench/gpu.json}\n")
         recipe = load_recipe(tmp_path / name / "r.yaml")
         assert recipe.model.source == str(tmp_path / name / "model")
         assert recipe.calibration.source == str(tmp_path / name / "prompts.safetensors")
+        assert recipe.sparsity.costs == str(tmp_path / name / "bench" / "gpu.json")
         digests.add(recipe.digest)
     assert len(digests) == 1
 
@@ -140,13 +143,15 @@ def test_the_shipped_recipes_are_valid() -> None:
     flux = load_recipe(ENGINES / "flux.yaml")
     assert (flux.model.source, flux.shapes.height) == ("black-forest-labs/FLUX.1-dev", 1024)
     assert Path(flux.calibration.source).is_file()
-    assert load_recipe(ENGINES / "digits-flux.yaml").model.dtype == "fp16"
+    assert Path(flux.sparsity.costs or "").is_file() and flux.sparsity.operands == ("activation", "weight")
+    digits = load_recipe(ENGINES / "digits-flux.yaml")
+    assert (digits.model.dtype, digits.sparsity.operands) == ("fp16", ("activation",))
 
 
 def test_the_flux_recipe_fits_the_flux_class() -> None:
     """FLUX.1-dev's recipe against the class at a small size: its globs, ranks and candidates."""
     recipe = load_recipe(ENGINES / "flux.yaml")
-    groups = find_groups(TINY)
+    groups = tiny_groups()
     plan = select(groups, recipe.sparsity)
     sparse = {linear.path for group in plan.groups for linear in group.linears}
     assert "transformer_blocks.0.attn.to_q" in sparse and "single_transformer_blocks.0.proj_out" in sparse
@@ -167,7 +172,7 @@ def test_norm_scale_defaults_to_the_method() -> None:
 
 
 def test_globs() -> None:
-    groups = find_groups(TINY)
+    groups = tiny_groups()
     left = candidates(groups, Sparsity(include=("single_*",), exclude=("*.proj_mlp",)))
     assert {linear.path.split(".")[-1] for group in left for linear in group.linears} == {
         "to_q", "to_k", "to_v", "proj_out",
@@ -193,9 +198,11 @@ def test_globs() -> None:
 
 def test_operands_split_groups_and_the_first_glob_counts() -> None:
     sparsity = Sparsity(
-        operand={"*.proj_mlp": "weight", "*.add_*": "none", "single_*.to_k": "weight", "*_k": "none"}
-    )
-    groups = find_groups(TINY)
+        operand={
+            "*.proj_mlp": "weight", "*.add_*": "none", "single_*.to_k": "weight", "*_k": "none", "*": "activation",
+        }
+    )  # fmt: skip
+    groups = tiny_groups()
     plan = select(groups, sparsity)
     split = [group for group in plan.groups if group.name == "single_transformer_blocks.0.proj_mlp"]
     assert {group.operand: [linear.path.split(".")[-1] for linear in group.linears] for group in split} == {
@@ -214,26 +221,28 @@ def test_operands_split_groups_and_the_first_glob_counts() -> None:
 
 
 def test_one_operand_for_all() -> None:
-    groups = find_groups(TINY)
-    assert {group.operand for group in select(groups, Sparsity()).groups} == {"activation"}
-    plan = select(groups, Sparsity(operand="weight"))
-    assert {group.operand for group in plan.groups} == {"weight"}
-    assert [g.linears for g in plan.groups] == [g.linears for g in select(groups, Sparsity()).groups]
+    groups = tiny_groups()
+    activations, weights = (
+        select(groups, Sparsity(operand=operand)).groups for operand in ("activation", "weight")
+    )
+    assert {group.operand for group in activations} == {"activation"}
+    assert {group.operand for group in weights} == {"weight"}
+    assert [group.linears for group in weights] == [group.linears for group in activations]
 
 
 def test_weights_need_channels_in_whole_steps_of_64() -> None:
-    group = LinearGroup("fc", (Linear("fc", 80, 64, True, None), Linear("other", 80, 64, True, None)))
-    plan = select((group,), Sparsity(operand={"fc": "weight"}))
+    group = LinearGroup("fc", (Linear("fc", 80, 64, True, None), Linear("other", 80, 64, True, None)), 8)
+    plan = select((group,), Sparsity(operand={"fc": "weight", "other": "activation"}))
     assert [(d.operand, d.reason) for d in plan.decisions] == [
         ("none", "K = 80 is not divisible by 64, as the weight operand needs it"),
-        ("activation", "candidate"),
+        ("activation", "operand activation by the recipe ('other')"),
     ]
 
 
 def test_groups_are_the_linears_that_read_one_tensor() -> None:
     groups = {
         group.name: [linear.path.split(".", 2)[2] for linear in group.linears]
-        for group in find_groups(TINY)
+        for group in tiny_groups()
         if group.linears[0].refusal is None
     }
     assert groups["transformer_blocks.0.attn.to_q"] == ["attn.to_q", "attn.to_k", "attn.to_v"]

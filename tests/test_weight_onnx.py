@@ -24,7 +24,12 @@ from lynx_compile.rewrite import LynxOnnx, rewrite
 from lynx_compile.select import select
 from lynx_compile.weight_sparsity import sparse_weight_linear, unpack_weight
 
-MIXED = {"single_*.to_[qk]": "weight", "*.ff.net.0.proj": "weight", "*.ff.net.2": "none"}
+MIXED = {
+    "single_*.to_[qk]": "weight",
+    "*.ff.net.0.proj": "weight",
+    "*.ff.net.2": "none",
+    "*": "activation",
+}
 Compile = Callable[..., LynxOnnx]
 
 

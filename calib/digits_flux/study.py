@@ -80,7 +80,9 @@ class Setup:
         folder = self.folder / f"statistics-{norm_scale}"
         if folder.exists():
             return Statistics(folder, tuple(group.name for group in self.plan.groups))
-        recipe = self.recipe.model_copy(update={"sparsity": Sparsity(norm_scale=norm_scale)})
+        recipe = self.recipe.model_copy(
+            update={"sparsity": Sparsity(operand="activation", norm_scale=norm_scale)}
+        )
         return calibrate(self.dit, recipe, folder, _counter("calibrate"))
 
 
@@ -130,7 +132,7 @@ def set_up(scratch: Path, threads: int = 2) -> Setup:
     recipe = load_recipe(RECIPE)
     recipe = recipe.model_copy(update={"shapes": recipe.shapes.model_copy(update={"batch": BATCH})})
     dit = models.load(recipe)
-    return Setup(recipe, dit, select(dit.groups, Sparsity()), scratch, threads)
+    return Setup(recipe, dit, select(dit.groups, Sparsity(operand="activation")), scratch, threads)
 
 
 def measure(setup: Setup, methods: Sequence[str], samples: int, steps: int, folder: Path) -> list[Row]:

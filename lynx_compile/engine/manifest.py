@@ -109,7 +109,8 @@ class SparseLinears(_Strict):
     """One plugin layer and the linears that it replaces.
 
     ``operand``: which one is 2:4. ``producer``: what the layer makes its input of, where it does. ``error``: relative,
-    on the calibration inputs.
+    on the calibration inputs. ``tokens``: rows of the input. ``gain``: how many times as fast as dense by ``costs``;
+    null where they do not tell.
     """
 
     layer: str
@@ -121,6 +122,8 @@ class SparseLinears(_Strict):
     rank: Count
     norm_scale: bool
     error: float
+    tokens: Count
+    gain: Annotated[float, Field(gt=0)] | None
 
 
 class DenseLinear(_Strict):
@@ -129,7 +132,10 @@ class DenseLinear(_Strict):
 
 
 class Manifest(_Strict):
-    """All about an engine. ``inputs`` are those that a caller gives, without ``weights.tensors``."""
+    """All about an engine. ``inputs`` are those that a caller gives, without ``weights.tensors``.
+
+    ``costs``: name of the file of measured times that the recipe gave, if any.
+    """
 
     format_version: Literal[1]
     compiler: str
@@ -144,6 +150,7 @@ class Manifest(_Strict):
     weights: Weights
     recipe_sha256: Sha256
     source: Source
+    costs: FileName | None
     sparse: tuple[SparseLinears, ...]
     dense: tuple[DenseLinear, ...]
 
@@ -182,14 +189,26 @@ class Manifest(_Strict):
         """Write it as JSON, atomically."""
         save_text(path, self.model_dump_json(indent=2) + "\n")
 
+    @property
+    def gain(self) -> float | None:
+        """How many times as fast as dense the sparse linears are together, by the gains of those that have one."""
+        dense = sparse = 0.0  # times, in multiply-adds at the dense rate
+        for node in self.sparse:
+            if node.gain is not None:
+                macs = node.tokens * node.in_channels * node.out_channels
+                dense, sparse = dense + macs, sparse + macs / node.gain
+        return dense / sparse if sparse else None
+
     def summary(self) -> str:
         """A few lines for people."""
         megabytes = self.engine.bytes / 1e6
         sparse = sum(len(node.linears) for node in self.sparse)
+        expected = f"  expected {self.gain:.2f}x on the sparse linears ({self.costs})" if self.gain else None
         return "\n".join(
             [
                 f"{self.engine.file}: {megabytes:.1f} MB, {self.dtype}, for {', '.join(self.gpus)}",
                 f"  {sparse} linears sparse in {self.plugin_layers} plugin layers, {len(self.dense)} dense",
+                *([expected] if expected else []),
                 f"  {self.backend.name} {self.backend.version}, weights {self.weights.mode}",
             ]
         )
@@ -227,6 +246,7 @@ def describe(recipe: Recipe, dit: DiT, lynx: LynxOnnx, built: BuiltEngine) -> Ma
             config=dict(dit.config),
             sha256=dit.digest,
         ),
+        costs=Path(recipe.sparsity.costs).name if recipe.sparsity.costs else None,
         sparse=tuple(_sparse(node) for node in lynx.sparse),
         dense=tuple(DenseLinear(linear=linear.path, reason=linear.reason) for linear in lynx.dense),
     )
@@ -254,6 +274,8 @@ def _sparse(node: Any) -> SparseLinears:
         rank=node.rank,
         norm_scale=node.norm_scale,
         error=node.error,
+        tokens=node.tokens,
+        gain=node.gain,
     )
 
 

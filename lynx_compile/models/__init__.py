@@ -38,10 +38,12 @@ class LinearGroup:
     """Linears that read the same tensor, in the order they are called. They are pruned once, together.
 
     ``name`` is the path of the model's first reader of the tensor, also where that linear itself stays dense.
+    ``tokens``: rows of that tensor at the recipe's shapes, the whole batch.
     """
 
     name: str
     linears: tuple[Linear, ...]
+    tokens: int
 
     @property
     def in_channels(self) -> int:
@@ -92,12 +94,13 @@ def load(recipe: Recipe) -> DiT:
     folder = _snapshot(recipe.model)
     config = _config(folder, recipe.model)
     _require_safetensors(folder / recipe.model.subfolder)
+    inputs = example_inputs(folder, config, recipe.shapes, DTYPES[recipe.model.dtype])
     return DiT(
         folder=folder,
         model=recipe.model,
         scheduler=_scheduler(folder),
-        inputs=example_inputs(folder, config, recipe.shapes, DTYPES[recipe.model.dtype]),
-        groups=find_groups(config),
+        inputs=inputs,
+        groups=find_groups(config, inputs),
         family="flux",
         config=config,
         digest=_digest(folder, recipe.model),
@@ -119,14 +122,10 @@ def example_inputs(
     return flux.example_inputs(config, shapes.batch, rows, columns, shapes.text_length, dtype)
 
 
-def find_groups(config: Mapping[str, Any]) -> tuple[LinearGroup, ...]:
+def find_groups(config: Mapping[str, Any], inputs: Mapping[str, torch.Tensor]) -> tuple[LinearGroup, ...]:
     """Run the model's structure once, without weights, and group its linears by the tensor each reads."""
     with torch.device("meta"):
         skeleton = flux.MODEL.from_config(dict(config)).eval()
-    inputs = {
-        name: value.to("meta")
-        for name, value in flux.example_inputs(config, 1, 2, 2, 4, torch.float32).items()
-    }
     readers: list[tuple[torch.Tensor, list[Linear]]] = []  # the tensors are kept, so that no id is used twice
 
     def record(module: torch.nn.Linear, arguments: tuple[torch.Tensor, ...], path: str) -> None:
@@ -143,8 +142,11 @@ def find_groups(config: Mapping[str, Any]) -> tuple[LinearGroup, ...]:
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(lambda m, a, path=path: record(m, a, path))
     with torch.no_grad():
-        skeleton(**inputs)
-    return tuple(LinearGroup(linears[0].path, tuple(linears)) for _, linears in readers)
+        skeleton(**{name: value.to("meta", torch.float32) for name, value in inputs.items()})
+    return tuple(
+        LinearGroup(linears[0].path, tuple(linears), tensor.numel() // tensor.shape[-1])
+        for tensor, linears in readers
+    )
 
 
 def _refusal(path: str, linear: torch.nn.Linear) -> str | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from lynx_compile.rewrite import LynxOnnx
 WriteOnnx = Callable[..., LynxOnnx]
 
 
-def described(lynx: LynxOnnx, output: Path) -> Manifest:
+def described(lynx: LynxOnnx, output: Path, costs: str | None = None) -> Manifest:
     engine = {"backend": "tensorrt_rtx", "weights": "external" if lynx.external_inputs else "embedded"}
     recipe = Recipe.model_validate(
         {
@@ -31,6 +32,7 @@ def described(lynx: LynxOnnx, output: Path) -> Manifest:
             "shapes": {"height": 64, "width": 64},
             "calibration": {"source": "prompts.txt"},
             "engine": engine,
+            "sparsity": {"costs": costs},
         }
     )
     dit: Any = SimpleNamespace(model=recipe.model, family="flux", config={"in_channels": 4}, digest="ab" * 32)
@@ -89,6 +91,20 @@ def test_external_weights_are_named_and_are_no_inputs(write_onnx: WriteOnnx, tmp
     assert {tensor.name for tensor in manifest.weights.tensors} == set(lynx.external_inputs)
     assert (manifest.weights.mode, manifest.weights.file) == ("external", "model.safetensors")
     assert manifest.weights.sha256 == hashlib.sha256(lynx.weights_path.read_bytes()).hexdigest()
+
+
+def test_expected_gain_is_that_of_the_whole_time(lynx: LynxOnnx, manifest: Manifest, tmp_path: Path) -> None:
+    assert manifest.gain is None and manifest.costs is None and "expected" not in manifest.summary()
+    slow, fast = (
+        replace(node, tokens=100, gain=gain) for node, gain in zip(lynx.sparse, (1.0, 2.0), strict=True)
+    )
+    measured = replace(lynx, sparse=(slow, fast))
+    costed = described(measured, tmp_path / "costed.engine", costs="../bench/gpu.json")
+    assert costed.gain == pytest.approx(2 / (1 / 1.0 + 1 / 2.0)), "both nodes have as many products"
+    assert "expected 1.33x on the sparse linears (gpu.json)" in costed.summary()
+    assert [(node.tokens, node.gain) for node in costed.sparse] == [(100, 1.0), (100, 2.0)]
+    partly = described(replace(lynx, sparse=(replace(slow, gain=None), fast)), tmp_path / "partly.engine")
+    assert partly.gain == 2.0
 
 
 def test_summary_counts(manifest: Manifest) -> None:
