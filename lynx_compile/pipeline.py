@@ -79,7 +79,7 @@ def compile(recipe: Recipe, output: Path, *, fresh: bool = False, display: Displ
             lambda progress: build(lynx, recipe.engine, cache / "engine" / output.name, progress=progress),
             stages.key("rewrite"), recipe.engine, backend.name, backend.version, plugin.sha256,
         )  # fmt: skip
-        manifest = describe(recipe, dit, lynx, built)
+        manifest = describe(recipe, dit, lynx, built, stages.costs)
         stages.publish(output.parent, "rewrite", "build")
         manifest.write(output.with_suffix(".json"))
         log.info("done: %s", manifest.summary())

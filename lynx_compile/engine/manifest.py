@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from lynx_compile.engine.build import BuiltEngine
     from lynx_compile.models import DiT
     from lynx_compile.recipe import Recipe
+    from lynx_compile.resume import Cost
     from lynx_compile.rewrite import LynxOnnx
 
 FORMAT_VERSION: Final = 1
@@ -90,9 +93,13 @@ class Source(_Strict):
 
 
 class SparseLinears(_Strict):
-    """One plugin layer and the linears that it replaces. ``error``: relative, on the calibration inputs."""
+    """One plugin layer and the linears that it replaces.
+
+    ``operand``: which one is 2:4. ``error``: relative, on the calibration inputs.
+    """
 
     layer: str
+    operand: Literal["activation", "weight"] = "activation"
     linears: tuple[str, ...]
     in_channels: Count
     out_channels: Count
@@ -104,6 +111,15 @@ class SparseLinears(_Strict):
 class DenseLinear(_Strict):
     linear: str
     reason: str
+
+
+class Stage(_Strict):
+    """What a stage of the compilation took; ``reused``: in an earlier run, from which its result is."""
+
+    name: str
+    seconds: Annotated[float, Field(ge=0)]
+    peak_bytes: Count | None
+    reused: bool
 
 
 class Manifest(_Strict):
@@ -124,6 +140,7 @@ class Manifest(_Strict):
     source: Source
     sparse: tuple[SparseLinears, ...]
     dense: tuple[DenseLinear, ...]
+    stages: tuple[Stage, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -162,8 +179,10 @@ class Manifest(_Strict):
         )
 
 
-def describe(recipe: Recipe, dit: DiT, lynx: LynxOnnx, built: BuiltEngine) -> Manifest:
-    """The manifest of an engine that ``build`` has made."""
+def describe(
+    recipe: Recipe, dit: DiT, lynx: LynxOnnx, built: BuiltEngine, costs: Mapping[str, Cost] | None = None
+) -> Manifest:
+    """The manifest of an engine that ``build`` has made; ``costs``: of the stages, in their order."""
     names = {tensor.name for tensor in built.inputs}
     assert names.issuperset(lynx.external_inputs), "build checks it"
     return Manifest(
@@ -195,6 +214,7 @@ def describe(recipe: Recipe, dit: DiT, lynx: LynxOnnx, built: BuiltEngine) -> Ma
         ),
         sparse=tuple(_sparse(node) for node in lynx.sparse),
         dense=tuple(DenseLinear(linear=linear.path, reason=linear.reason) for linear in lynx.dense),
+        stages=tuple(Stage(name=name, **asdict(cost)) for name, cost in (costs or {}).items()),
     )
 
 
