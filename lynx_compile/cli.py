@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from lynx_compile.engine.manifest import Stage
     from lynx_compile.inspection import Inspection
 
+SHOWN_LINEARS = 20
+
 app, bench_app, inspect_app, compare_app = (
     typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False) for _ in range(4)
 )
@@ -173,7 +175,11 @@ def inspect_(
 
 def _show_inspection(found: Inspection) -> None:
     m = found.manifest
-    library = {"same": "installed here", "another": "another build is installed here", "none": "not installed here"}
+    library = {
+        "same": "installed here",
+        "another": "another build is installed here",
+        "none": "not installed here",
+    }
     weights = f"external, in {m.weights.file}" if m.weights.file else "embedded"
     layers = "" if found.plugin_layers is None else f", {found.plugin_layers} found in the engine"
     facts = {
@@ -229,11 +235,71 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
+@compare_app.command()
+def compare_(
+    engine: Annotated[
+        Path, typer.Argument(help="The engine, with what its compilation left beside it.", show_default=False)
+    ],
+    metric: Annotated[
+        bool, typer.Option("--metric/--no-metric", help="Call the recipe's own metric, which is code.")
+    ] = False,
+) -> None:
+    """Compare an engine's model with the dense one: linears, output, images. Exit code 1: a limit is missed."""
+    _configure_logging(verbose=False)
+    from lynx_compile import compare
+
+    try:
+        found = compare.compare(engine, run_metric=metric, display=_stage)
+    except KeyboardInterrupt:
+        err.print("[bold red]interrupted:[/] nothing was written.")
+        raise typer.Exit(130) from None
+    _show_comparison(found)
+    out.print(f"wrote {escape(str(engine.with_suffix('.compare.json')))} and {escape(engine.stem)}.html")
+    for sentence in found.missed:
+        err.print(f"[bold red]missed:[/] {escape(sentence)}")
+    if found.missed:
+        raise typer.Exit(1)
+
+
+def _show_comparison(found: Comparison) -> None:
+    linears = Table(
+        "linear", title=f"sparse linears, worst first ({found.states} states)", title_justify="left"
+    )
+    for heading in ("error", "worst", "expected"):
+        linears.add_column(heading, justify="right")
+    for x in found.linears[:SHOWN_LINEARS]:
+        linears.add_row(escape(x.linear), f"{x.error:.4f}", f"{x.worst:.4f}", f"{x.expected:.4f}")
+    wide = Console(highlight=False, width=max(out.width, 110))
+    wide.print(linears)
+    if len(found.linears) > SHOWN_LINEARS:
+        out.print(f"and {len(found.linears) - SHOWN_LINEARS} more in the JSON")
+    output = Table("step", title="model output on the dense trajectory", title_justify="left")
+    for heading in ("timestep", "error", "worst", *(f"{engine.kind} engine" for engine in found.engines)):
+        output.add_column(heading, justify="right")
+    for i, step in enumerate(found.output):
+        engines = (f"{engine.steps[i].error:.4f}" for engine in found.engines)
+        output.add_row(
+            str(step.step), f"{step.timestep:.3f}", f"{step.error:.4f}", f"{step.worst:.4f}", *engines
+        )
+    wide.print(output)
+    for engine in found.engines:
+        out.print(f"{engine.kind} engine: {engine.milliseconds:.1f} ms a step")
+    if found.images is not None:
+        psnr = found.images.psnr
+        lpips = "" if found.images.lpips is None else f", LPIPS {found.images.lpips:.4f}"
+        out.print(f"{len(psnr)} images: PSNR {found.images.mean_psnr:.1f} dB (worst {min(psnr):.1f}){lpips}")
+    for name, value in (found.metric or {}).items():
+        out.print(f"metric {escape(name)}: {value:.6g}")
+    for what, reason in found.not_measured.items():
+        out.print(f"not measured: {escape(what)} ({escape(reason)})")
+
+
 def _check_output(output: Path, recipe: Path) -> None:
     if output.is_dir():
         raise InputError(f"The output {output} is a folder.", "Give a file name, such as -o flux.engine.")
     if (
-        output.suffix in (".yaml", ".yml", ".json", ".onnx", ".safetensors", ".log", ".cache")
+        output.suffix
+        in (".yaml", ".yml", ".json", ".onnx", ".safetensors", ".log", ".cache", ".html", ".png")
         or output == recipe
     ):
         raise InputError(

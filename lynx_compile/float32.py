@@ -61,9 +61,10 @@ def _bind_inputs(graph: onnx.GraphProto, weights: Path) -> dict[str, Callable[[]
     """Make constants of the graph's inputs that ``weights`` holds; returns how to read them."""
     try:
         with safe_open(weights, "pt") as file:
-            bound = [info for info in graph.input if info.name in file.keys()]  # noqa: SIM118: it is no mapping
+            held = set(file.keys())
     except (OSError, SafetensorError):
-        return {}  # the dense file has none; if a Lynx file lacks it, its constants are missed below
+        return {}  # the dense file has none; if a Lynx file lacks it, its constants are missed later
+    bound = [info for info in graph.input if info.name in held]
     for info in bound:
         kind = info.type.tensor_type
         shape = [dimension.dim_value for dimension in kind.shape.dim]
@@ -116,13 +117,19 @@ def _move_out(
     for tensor in large:
         if tensor.data_type in HALVES:
             tensor.data_type = onnx.TensorProto.FLOAT
-    specs = [
-        TensorSpec(tensor.name, _torch_dtype(tensor), tuple(tensor.dims), readers[tensor.name]) for tensor in large
-    ]
-    try:
-        offsets = write_tensors(weights, specs)
-    except (OSError, ValueError, SafetensorError, onnx.checker.ValidationError) as error:
-        raise InputError(f"The weights of {source} cannot be read ({error}).", _AGAIN) from None
+
+    def reader(name: str) -> Callable[[], torch.Tensor]:
+        def read() -> torch.Tensor:
+            try:
+                return readers[name]()
+            except (OSError, ValueError, SafetensorError, onnx.checker.ValidationError) as error:
+                raise InputError(f"The weights of {source} cannot be read ({error}).", _AGAIN) from None
+
+        return read
+
+    offsets = write_tensors(
+        weights, [TensorSpec(t.name, _torch_dtype(t), tuple(t.dims), reader(t.name)) for t in large]
+    )
     for tensor in large:
         offset, length = offsets[tensor.name]
         tensor.ClearField("raw_data")

@@ -18,7 +18,18 @@ from lynx_compile.errors import InputError, LynxError
 from lynx_compile.files import file_digest
 from lynx_compile.recipe import Engine
 
-ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+ITEM_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -92,10 +103,13 @@ def _weight_bytes(path: Path, manifest: Manifest) -> dict[str, int]:
     sizes: dict[str, int] = {}
     try:
         with safe_open(path, "np") as file:
-            for name in file.keys():  # noqa: SIM118: it is no mapping
+            names = file.keys()
+            for name in names:
                 layer, _, _ = name.rpartition(".")
                 part = file.get_slice(name)
-                sizes[layer] = sizes.get(layer, 0) + math.prod(part.get_shape()) * ITEM_BYTES[part.get_dtype()]
+                sizes[layer] = (
+                    sizes.get(layer, 0) + math.prod(part.get_shape()) * ITEM_BYTES[part.get_dtype()]
+                )
     except (OSError, SafetensorError, KeyError):
         return {}  # the engine has them embedded; the file only says how large they are
     return {node.layer: sizes[node.layer] for node in manifest.sparse if node.layer in sizes}
