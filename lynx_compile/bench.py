@@ -127,7 +127,7 @@ def bench(
     """
     if not torch.cuda.is_available():
         return Bench(
-            "roofline of an H100", torch.__version__, "bf16", False, tuple(_predict(s, rank) for s in shapes)
+            "roofline of an H100", torch.__version__, "bf16", False, tuple(predict(s, rank) for s in shapes)
         )
     kernels = load_library(library)
     results = []
@@ -273,7 +273,7 @@ def _timing(times: Sequence[float]) -> Timing:
     return Timing(statistics.median(ordered), ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10])
 
 
-def _predict(shape: Shape, rank: int) -> Result:
+def predict(shape: Shape, rank: int) -> Result:
     """Roofline: dense at cuBLAS's measured rate, the GEMM so much faster, pruning at memory speed."""
     m, k, n = shape.tokens, shape.channels, shape.out_channels
     dense = 2e6 * m * k * n / ROOFLINE_FLOPS

@@ -60,7 +60,7 @@ def linear_graphs(
 
 def _groups(manifest: Manifest, lynx: onnx.ModelProto, memory_gib: float) -> list[list[SparseLinears]]:
     """The layers in order, split where the outputs of both graphs would take too much memory."""
-    tokens = _tokens(lynx)
+    tokens = tokens_of(lynx)
     groups: list[list[SparseLinears]] = [[]]
     used, limit = 0.0, memory_gib * 2**30
     for layer in manifest.sparse:
@@ -73,7 +73,7 @@ def _groups(manifest: Manifest, lynx: onnx.ModelProto, memory_gib: float) -> lis
     return groups
 
 
-def _tokens(lynx: onnx.ModelProto) -> dict[str, int]:
+def tokens_of(lynx: onnx.ModelProto) -> dict[str, int]:
     """How many tokens each Lynx node reads, where the graph states it."""
     shapes = {
         info.name: [dimension.dim_value for dimension in info.type.tensor_type.shape.dim]

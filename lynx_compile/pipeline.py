@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lynx_compile import __version__, models
+from lynx_compile import __version__, models, report
 from lynx_compile.calibrate import Statistics, calibrate
 from lynx_compile.compensate import compensate
 from lynx_compile.compiled import Compiled
@@ -84,6 +84,7 @@ def compile(recipe: Recipe, output: Path, *, fresh: bool = False, display: Displ
         stages.publish(output.parent, "rewrite", "build")
         manifest.write(output.with_suffix(".json"))
         Compiled(recipe, dense.path, stages.key("export"), built.sha256).write(output)
+        report.write(output)
         log.info("done: %s", manifest.summary())
         return manifest
 

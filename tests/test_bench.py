@@ -36,15 +36,15 @@ def test_without_a_gpu_it_predicts_and_says_so(
 
 
 def test_prediction_grows_with_the_rank_and_counts_every_byte() -> None:
-    plain, ranked = bench._predict(SMALL, 0), bench._predict(SMALL, 64)
+    plain, ranked = bench.predict(SMALL, 0), bench.predict(SMALL, 64)
     assert plain.gemm.median < ranked.gemm.median and plain.ratio > ranked.ratio
     assert plain.whole.median == pytest.approx(plain.prune.median + plain.gemm.median)
     assert plain.prune.median == pytest.approx(4096 * 3072 * 3.125 / bench.ROOFLINE_BYTES * 1e6)
 
 
 def test_geometric_mean_leaves_the_square_shapes_out() -> None:
-    square = bench._predict(bench.Shape("square", "x", 64, 64, 64), 0)
-    one = bench._predict(SMALL, 0)
+    square = bench.predict(bench.Shape("square", "x", 64, 64, 64), 0)
+    one = bench.predict(SMALL, 0)
     both = bench.Bench("gpu", "2", "bf16", True, (one, square))
     assert both.geometric_mean == pytest.approx(one.ratio) and square.ratio != one.ratio
 
