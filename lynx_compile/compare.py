@@ -180,7 +180,7 @@ def _trajectory(
     states: list[State] = []
     denoised = []
     with runner:
-        known = set(runner.get_input_metadata())
+        known = set(runner.get_input_metadata(use_numpy_dtypes=False))
 
         def transformer(**inputs: torch.Tensor) -> torch.Tensor:
             feed = {
