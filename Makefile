@@ -60,4 +60,4 @@ format: setup
 	git ls-files 'plugins/*.h' 'plugins/*.cpp' 'plugins/*.cu' 'plugins/*.cuh' | xargs $(BIN)/clang-format -i
 
 clean:
-	rm -rf build lynx_compile/lib engines/*.engine engines/*.cache engines/*.json engines/*.onnx engines/*.safetensors engines/*.log
+	rm -rf build lynx_compile/lib engines/*.engine engines/*.cache engines/*.json engines/*.onnx engines/*.safetensors engines/*.log engines/*.html engines/*.png

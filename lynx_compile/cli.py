@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lynx-compile RECIPE.yaml -o OUT.engine`` and ``lynx-compile bench``: parses, shows, returns an exit code.
+"""``lynx-compile RECIPE.yaml -o OUT.engine``, and ``bench``, ``inspect``, ``compare``: parses, shows, returns a code.
 
-Exit codes: 0 done, 2 bad recipe or input, 3 a stage failed, 130 interrupted.
+Exit codes: 0 done, 1 ``compare`` missed a threshold, 2 bad recipe or input, 3 a stage failed, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,17 +34,26 @@ from lynx_compile.errors import InputError, LynxError
 
 if TYPE_CHECKING:
     from lynx_compile.bench import Bench
+    from lynx_compile.comparison import Comparison
+    from lynx_compile.engine.manifest import Stage
+    from lynx_compile.inspection import Inspection
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-bench_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+SHOWN_LINEARS = 20
+
+app, bench_app, inspect_app, compare_app = (
+    typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False) for _ in range(4)
+)
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
     """Entry point of the console script; errors end in one line and their exit code."""
     try:
-        if sys.argv[1:2] == ["bench"]:  # a recipe without a subcommand compiles, so there are no subcommands
-            bench_app(sys.argv[2:], prog_name="lynx-compile bench")
+        # A recipe without a command compiles, so these are no subcommands.
+        commands = {"bench": bench_app, "inspect": inspect_app, "compare": compare_app}
+        name = sys.argv[1] if len(sys.argv) > 1 else ""
+        if command := commands.get(name):
+            command(sys.argv[2:], prog_name=f"lynx-compile {name}")
         app(standalone_mode=True)
     except LynxError as error:
         err.print(f"[bold red]error:[/] {escape(str(error))}")
@@ -68,7 +78,10 @@ def compile_(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Compile a diffusion transformer into a TensorRT engine with 2:4 sparse linears."""
+    """Compile a diffusion transformer into a TensorRT engine with 2:4 sparse linears.
+
+    Other commands: inspect, compare, bench; each has a --help.
+    """
     from lynx_compile.recipe import load_recipe
 
     values = load_recipe(recipe)
@@ -164,11 +177,154 @@ def _bench_table(measured: Bench) -> Table:
     return table
 
 
+@inspect_app.command()
+def inspect_(
+    engine: Annotated[
+        Path, typer.Argument(help="The engine, with its manifest beside it.", show_default=False)
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what an engine was built from and holds: layers, plugin, inputs, weights, sizes."""
+    from lynx_compile.inspection import inspect
+
+    found = inspect(engine)
+    if as_json:
+        print(json.dumps(found.json(), indent=1))
+    else:
+        _show_inspection(found)
+    for problem in found.problems:
+        err.print(f"[bold red]error:[/] {escape(problem)} Compile the engine again.")
+    if found.problems:
+        raise typer.Exit(InputError.exit_code)
+
+
+def _show_inspection(found: Inspection) -> None:
+    m = found.manifest
+    library = {
+        "same": "installed here",
+        "another": "another build is installed here",
+        "none": "not installed here",
+    }
+    weights = f"external, in {m.weights.file}" if m.weights.file else "embedded"
+    layers = "" if found.plugin_layers is None else f", {found.plugin_layers} found in the engine"
+    facts = {
+        "engine": f"{m.engine.file}, {_size(m.engine.bytes)}, {m.dtype}, for {', '.join(m.gpus)}",
+        "built by": f"lynx-compile {m.compiler} with {m.backend.name} {m.backend.version}",
+        "model": f"{m.source.model}, {m.source.subfolder} ({m.source.family})",
+        "plugin": f"{m.plugin.library}, {'embedded, ' if m.plugin.embedded else ''}"
+        f"{library[found.installed_plugin]}, SHA-256 {m.plugin.sha256[:16]}",
+        "plugin layers": f"{m.plugin_layers}{layers}",
+        "weights": weights,
+        **{f"input {tensor.name}": f"{tensor.dtype} {list(tensor.shape)}" for tensor in m.inputs},
+        **{f"output {tensor.name}": f"{tensor.dtype} {list(tensor.shape)}" for tensor in m.outputs},
+    }
+    for name, value in facts.items():
+        out.print(f"{escape(name):<30} {escape(value)}")
+    wide = Console(highlight=False, width=max(out.width, 120))
+    wide.print(_sparse_table(found))
+    dense = Table("reason", "linears", title=f"{len(m.dense)} linears left dense", title_justify="left")
+    for reason in dict.fromkeys(linear.reason for linear in m.dense):
+        names = [linear.linear for linear in m.dense if linear.reason == reason]
+        dense.add_row(escape(reason), escape("\n".join(names)), end_section=True)
+    wide.print(dense)
+    if m.stages:
+        wide.print(_stages_table(m.stages))
+
+
+def _sparse_table(found: Inspection) -> Table:
+    sparse = found.manifest.sparse
+    title = f"{sum(len(node.linears) for node in sparse)} linears sparse in {len(sparse)} plugin layers"
+    table = Table("layer", "operand", title=title, title_justify="left")
+    for heading in ("K -> N", "rank", "weights", "error"):
+        table.add_column(heading, justify="right")
+    for node in sparse:
+        size = found.weight_bytes.get(node.layer)
+        table.add_row(
+            escape("\n".join(node.linears)), node.operand, f"{node.in_channels} -> {node.out_channels}",
+            str(node.rank), "-" if size is None else _size(size), f"{node.error:.3f}",
+        )  # fmt: skip
+    return table
+
+
+def _stages_table(stages: Sequence[Stage]) -> Table:
+    table = Table("stage", title="compilation", title_justify="left")
+    for heading in ("time", "most memory"):
+        table.add_column(heading, justify="right")
+    for stage in stages:
+        peak = "-" if stage.peak_bytes is None else _size(stage.peak_bytes)
+        table.add_row(stage.name, f"{stage.seconds:.1f} s{' (earlier run)' if stage.reused else ''}", peak)
+    return table
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+@compare_app.command()
+def compare_(
+    engine: Annotated[
+        Path, typer.Argument(help="The engine, with what its compilation left beside it.", show_default=False)
+    ],
+    metric: Annotated[
+        bool, typer.Option("--metric/--no-metric", help="Call the recipe's own metric, which is code.")
+    ] = False,
+) -> None:
+    """Compare an engine's model with the dense one: linears, output, images. Exit code 1: a limit is missed."""
+    _configure_logging(verbose=False)
+    from lynx_compile import compare
+
+    try:
+        found = compare.compare(engine, run_metric=metric, display=_stage)
+    except KeyboardInterrupt:
+        err.print("[bold red]interrupted:[/] nothing was written.")
+        raise typer.Exit(130) from None
+    _show_comparison(found)
+    out.print(f"wrote {escape(str(engine.with_suffix('.compare.json')))} and {escape(engine.stem)}.html")
+    for sentence in found.missed:
+        err.print(f"[bold red]missed:[/] {escape(sentence)}")
+    if found.missed:
+        raise typer.Exit(1)
+
+
+def _show_comparison(found: Comparison) -> None:
+    linears = Table(
+        "linear", title=f"sparse linears, worst first ({found.states} states)", title_justify="left"
+    )
+    for heading in ("error", "worst", "expected"):
+        linears.add_column(heading, justify="right")
+    for x in found.linears[:SHOWN_LINEARS]:
+        linears.add_row(escape(x.linear), f"{x.error:.4f}", f"{x.worst:.4f}", f"{x.expected:.4f}")
+    wide = Console(highlight=False, width=max(out.width, 110))
+    wide.print(linears)
+    if len(found.linears) > SHOWN_LINEARS:
+        out.print(f"and {len(found.linears) - SHOWN_LINEARS} more in the JSON")
+    output = Table("step", title="model output on the dense trajectory", title_justify="left")
+    for heading in ("timestep", "error", "worst", *(f"{engine.kind} engine" for engine in found.engines)):
+        output.add_column(heading, justify="right")
+    for i, step in enumerate(found.output):
+        engines = (f"{engine.steps[i].error:.4f}" for engine in found.engines)
+        output.add_row(
+            str(step.step), f"{step.timestep:.3f}", f"{step.error:.4f}", f"{step.worst:.4f}", *engines
+        )
+    wide.print(output)
+    for engine in found.engines:
+        out.print(f"{engine.kind} engine: {engine.milliseconds:.1f} ms a step")
+    if found.images is not None:
+        psnr = found.images.psnr
+        lpips = "" if found.images.lpips is None else f", LPIPS {found.images.lpips:.4f}"
+        out.print(f"{len(psnr)} images: PSNR {found.images.mean_psnr:.1f} dB (worst {min(psnr):.1f}){lpips}")
+    for name, value in (found.metric or {}).items():
+        out.print(f"metric {escape(name)}: {value:.6g}")
+    for what, reason in found.not_measured.items():
+        out.print(f"not measured: {escape(what)} ({escape(reason)})")
+
+
 def _check_output(output: Path, recipe: Path) -> None:
     if output.is_dir():
         raise InputError(f"The output {output} is a folder.", "Give a file name, such as -o flux.engine.")
     if (
-        output.suffix in (".yaml", ".yml", ".json", ".onnx", ".safetensors", ".log", ".cache")
+        output.suffix
+        in (".yaml", ".yml", ".json", ".onnx", ".safetensors", ".log", ".cache", ".html", ".png")
         or output == recipe
     ):
         raise InputError(

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lynx_compile import __version__, models
+from lynx_compile import __version__, models, report
 from lynx_compile.calibrate import Statistics, calibrate
 from lynx_compile.compensate import compensate
+from lynx_compile.compiled import Compiled
 from lynx_compile.engine import trt
 from lynx_compile.engine.build import BuiltEngine, build
 from lynx_compile.engine.manifest import Manifest, describe
@@ -85,9 +86,11 @@ def compile(recipe: Recipe, output: Path, *, fresh: bool = False, display: Displ
             lambda progress: build(lynx, recipe.engine, cache / "engine" / output.name, progress=progress),
             stages.key("rewrite"), recipe.engine, backend.name, backend.version, plugin.sha256,
         )  # fmt: skip
-        manifest = describe(recipe, dit, lynx, built)
+        manifest = describe(recipe, dit, lynx, built, stages.costs)
         stages.publish(output.parent, "rewrite", "build")
         manifest.write(output.with_suffix(".json"))
+        Compiled(recipe, dense.path, stages.key("export"), built.sha256).write(output)
+        report.write(output)
         log.info("done: %s", manifest.summary())
         return manifest
 

@@ -218,6 +218,27 @@ class Engine(_Strict):
         return tuple(value) if isinstance(value, list) else value
 
 
+class Compare(_Strict):
+    """What ``lynx-compile compare`` runs, and what it holds against the engine; no limit is set by default.
+
+    ``samples``: images to draw, at the calibration's prompts and steps; ``seed``: of their noise, which should not be
+    the calibration's. ``states``: of the dense model's trajectory, at which the layers are compared.
+    ``metric``: ``module:function``, called only with ``--metric``; see ``compare.call_metric``. ``min_metric`` and
+    ``max_metric``: limits of the numbers that it returns, by their names.
+    """
+
+    samples: Annotated[int, Field(ge=1, le=4096)] = 8
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    states: Annotated[int, Field(ge=1, le=4096)] = 8
+    max_layer_error: Annotated[float, Field(gt=0)] | None = None
+    max_output_error: Annotated[float, Field(gt=0)] | None = None
+    min_psnr: float | None = None
+    max_lpips: Annotated[float, Field(gt=0)] | None = None
+    metric: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = None
+    min_metric: dict[str, float] = {}
+    max_metric: dict[str, float] = {}
+
+
 class Recipe(_Strict):
     """A whole recipe."""
 
@@ -226,6 +247,7 @@ class Recipe(_Strict):
     calibration: Calibration
     sparsity: Sparsity = Sparsity()
     engine: Engine = Engine()
+    compare: Compare = Compare()
     _digest: str = PrivateAttr("")
 
     def model_post_init(self, context: Any) -> None:

@@ -9,7 +9,8 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,11 +26,23 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a stage took when it ran: wall time, and the most memory this process held meanwhile (None: unknown).
+
+    ``reused``: that was in an earlier run, from which its result was taken.
+    """
+
+    seconds: float
+    peak_bytes: int | None
+    reused: bool
+
+
 class Stages:
     """The stages of one compilation, with a stamp for each in ``folder``.
 
-    A stamp holds the stage's key (a SHA-256 over its inputs and the compiler's own sources), its result, and the
-    sizes of the files that the result names.
+    A stamp holds the stage's key (a SHA-256 over its inputs and the compiler's own sources), its result, the sizes
+    of the files that the result names, and what it cost.
     """
 
     def __init__(self, folder: Path, fresh: bool, display: Display) -> None:
@@ -37,7 +50,7 @@ class Stages:
         self._fresh = fresh
         self._display = display
         self._keys: dict[str, str] = {}
-        self.seconds: dict[str, float | None] = {}  # None: taken from the last run
+        self.costs: dict[str, Cost] = {}
 
     def key(self, name: str) -> str:
         """The key of a stage that has run."""
@@ -52,23 +65,23 @@ class Stages:
         adapter: TypeAdapter[T] = TypeAdapter(kind)
         key = self._keys[name] = _key(name, inputs)
         stamp = self._folder / f"{name}.stamp.json"
-        if not self._fresh and (old := _read(stamp, key, adapter)) is not None:
-            self.seconds[name] = None
+        if not self._fresh and (found := _read(stamp, key, adapter)) is not None:
+            old, self.costs[name] = found
             log.info("%s: unchanged, taken from the last run", name)
             with self._display(name) as progress:
                 progress("unchanged", 1, 1)
             return old
         stamp.unlink(missing_ok=True)
         log.info("%s: started", name)
+        _forget_peak()
         start = time.monotonic()
         with self._display(name) as progress:
             value = _produced(name, produce, progress)
-        self.seconds[name] = time.monotonic() - start
-        log.info("%s: %.1f s", name, self.seconds[name])
+        cost = self.costs[name] = Cost(time.monotonic() - start, _peak_bytes(), reused=False)
+        log.info("%s: %.1f s", name, cost.seconds)
         files = {str(path): path.stat().st_size for path in _paths(value)}
-        save_text(
-            stamp, json.dumps({"key": key, "files": files, "value": adapter.dump_python(value, mode="json")})
-        )
+        content = {"key": key, "files": files, "value": adapter.dump_python(value, mode="json")}
+        save_text(stamp, json.dumps(content | {"seconds": cost.seconds, "peak_bytes": cost.peak_bytes}))
         return value
 
     def publish(self, folder: Path, *names: str) -> None:
@@ -116,17 +129,33 @@ def _produced(name: str, produce: Callable[[Progress], T], progress: Progress) -
         ) from error
 
 
-def _read(stamp: Path, key: str, adapter: TypeAdapter[T]) -> T | None:
-    """The stamped value if the stamp is whole, has this key, and its files are there in full size."""
+def _read(stamp: Path, key: str, adapter: TypeAdapter[T]) -> tuple[T, Cost] | None:
+    """The stamped value and cost if the stamp is whole, has this key, and its files are there in full size."""
     try:
         content = json.loads(stamp.read_text(encoding="utf-8"))
         if content["key"] != key:
             return None
         if any(Path(path).stat().st_size != size for path, size in content["files"].items()):
             return None
-        return adapter.validate_json(json.dumps(content["value"]))
+        value = adapter.validate_json(json.dumps(content["value"]))
+        return value, Cost(content["seconds"], content["peak_bytes"], reused=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError):
         return None
+
+
+def _forget_peak() -> None:
+    """Let Linux count this process's most resident memory from now on; elsewhere it counts from the start."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _peak_bytes() -> int | None:
+    """The most resident memory since ``_forget_peak``; None where the system does not tell."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def _paths(value: Any) -> list[Path]:

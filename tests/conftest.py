@@ -87,3 +87,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(prompts, folder / "prompts.safetensors")
     (folder / "tiny.yaml").write_text(RECIPE)
     return folder
+
+
+@pytest.fixture(scope="session")
+def compiled_tiny(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engine of ``tiny.yaml``, with everything that a compilation leaves beside it. Read only."""
+    from lynx_compile import pipeline
+    from lynx_compile.recipe import load_recipe
+
+    output = tmp_path_factory.mktemp("compiled") / "tiny.engine"
+    pipeline.compile(load_recipe(tiny / "tiny.yaml"), output)
+    return output

@@ -58,7 +58,7 @@ def _stages_run(folder: Path) -> list[str]:
 def test_everything_lies_beside_the_engine(project: Path) -> None:
     out = project / "out"
     assert {path.name for path in out.iterdir()} == {
-        "tiny.engine", "tiny.json", "tiny.onnx", "tiny.safetensors", "tiny.log", "tiny.cache",
+        "tiny.engine", "tiny.json", "tiny.html", "tiny.onnx", "tiny.safetensors", "tiny.log", "tiny.cache",
     }  # fmt: skip
     manifest = Manifest.read(out / "tiny.json")
     model = onnx.load(out / "tiny.onnx", load_external_data=False)

@@ -253,3 +253,32 @@ def test_groups_are_the_linears_that_read_one_tensor() -> None:
         "attn.to_v",
     ]
     assert groups["transformer_blocks.0.ff.net.2"] == ["ff.net.2"]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            "compare: {max_layer_eror: 0.1}",
+            "unknown key 'compare.max_layer_eror'. Did you mean 'max_layer_error'?",
+        ),
+        ("compare: {max_layer_error: -1}", "'compare.max_layer_error' is wrong"),
+        ("compare: {metric: os.system}", "'compare.metric' is wrong"),
+        ("compare: {min_metric: {a: much}}", "'compare.min_metric.a' is wrong"),
+        ("compare: {samples: 0}", "'compare.samples' is wrong"),
+    ],
+)
+def test_wrong_limits(tmp_path: Path, section: str, message: str) -> None:
+    assert message in _error(tmp_path, RECIPE + section + "\n")
+
+
+def test_limits_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE + "compare: {min_psnr: 30, metric: a.b:c, min_metric: {x: 1}}\n")
+    limits = load_recipe(path).compare
+    assert (limits.min_psnr, limits.metric, limits.min_metric, limits.max_layer_error) == (
+        30,
+        "a.b:c",
+        {"x": 1},
+        None,
+    )

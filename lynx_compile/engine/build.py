@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import struct
 import threading
 import time
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from lynx_compile import recipe
 from lynx_compile.engine import trt
 from lynx_compile.engine.manifest import Tensor
-from lynx_compile.errors import StageError
+from lynx_compile.errors import InputError, StageError
 from lynx_compile.files import atomic_path
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 MAGIC = b"vtrt"  # how a plan starts
+PIECE_BYTES = 1 << 24
 DTYPES = {"HALF": "fp16", "FLOAT": "fp32"}  # TensorRT's names where they are not ours
 
 log = logging.getLogger(__name__)
@@ -172,12 +174,12 @@ def _set_targets(backend: trt.Backend, config: Any, gpus: tuple[str, ...]) -> No
 
 def _serialize(
     backend: trt.Backend, builder: Any, network: Any, config: Any, path: Path, progress: Progress | None
-) -> _Plan:
+) -> Plan:
     """Build into ``path``, searching and digesting what passes."""
     stop = threading.Event()
     monitor = config.progress_monitor = _monitor(backend.module, progress or _silent, stop)
     with path.open("wb") as file:
-        plan = _Plan(file)
+        plan = Plan(file)
         writer = _writer(backend.module, plan)
         done = _in_thread(builder.build_serialized_network_to_stream, network, config, writer, stop=stop)
     if failure := writer.failure or monitor.failure:
@@ -233,8 +235,29 @@ def _silent(phase: str, done: int, total: int) -> None:
     pass
 
 
-class _Plan:
-    """The serialized engine on its way to disk, piece by piece: digested and searched as it passes.
+def read_plan(path: Path) -> Plan:
+    """Digest and search an engine on disk.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with Path(os.devnull).open("wb") as nowhere:
+        plan = Plan(nowhere)
+        try:
+            with path.open("rb") as file:
+                while piece := file.read(PIECE_BYTES):
+                    plan.write(piece)
+        except FileNotFoundError:
+            raise InputError(f"The engine {path} does not exist.", "Check the path, or compile it.") from None
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be read ({error.strerror}).", "Check the path and its permissions."
+            ) from None
+    return plan
+
+
+class Plan:
+    """The serialized engine on its way to or from disk, piece by piece: digested and searched as it passes.
 
     A plan has one record per plugin layer with the plugin's name behind its length as a 64-bit integer, and
     the name in further places. Seen in TensorRT for RTX 1.7: the number of records does not depend on the
@@ -281,7 +304,7 @@ class _Search:
         self._tail = (self._tail + piece[-shared:])[-shared:]
 
 
-def _writer(module: ModuleType, plan: _Plan) -> Any:
+def _writer(module: ModuleType, plan: Plan) -> Any:
     class Writer(module.IStreamWriter):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:
             module.IStreamWriter.__init__(self)
@@ -298,7 +321,7 @@ def _writer(module: ModuleType, plan: _Plan) -> Any:
     return Writer()
 
 
-def _plugin_layers(backend: trt.Backend, plan: _Plan, lynx: LynxOnnx) -> int:
+def _plugin_layers(backend: trt.Backend, plan: Plan, lynx: LynxOnnx) -> int:
     """How many plugin layers are in the finished engine; it must be one per Lynx node.
 
     This reads the plan's bytes, because an engine cannot be loaded and inspected without a GPU.

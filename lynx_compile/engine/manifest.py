@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import reprlib
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from lynx_compile.engine.build import BuiltEngine
     from lynx_compile.models import DiT
     from lynx_compile.recipe import Recipe
+    from lynx_compile.resume import Cost
     from lynx_compile.rewrite import LynxOnnx
 
 FORMAT_VERSION: Final = 1
@@ -131,6 +134,15 @@ class DenseLinear(_Strict):
     reason: str
 
 
+class Stage(_Strict):
+    """What a stage of the compilation took; ``reused``: in an earlier run, from which its result is."""
+
+    name: str
+    seconds: Annotated[float, Field(ge=0)]
+    peak_bytes: Count | None
+    reused: bool
+
+
 class Manifest(_Strict):
     """All about an engine. ``inputs`` are those that a caller gives, without ``weights.tensors``.
 
@@ -153,6 +165,7 @@ class Manifest(_Strict):
     costs: FileName | None
     sparse: tuple[SparseLinears, ...]
     dense: tuple[DenseLinear, ...]
+    stages: tuple[Stage, ...] = ()
 
     @model_validator(mode="after")
     def _every_tensor_once(self) -> Self:
@@ -214,8 +227,10 @@ class Manifest(_Strict):
         )
 
 
-def describe(recipe: Recipe, dit: DiT, lynx: LynxOnnx, built: BuiltEngine) -> Manifest:
-    """The manifest of an engine that ``build`` has made."""
+def describe(
+    recipe: Recipe, dit: DiT, lynx: LynxOnnx, built: BuiltEngine, costs: Mapping[str, Cost] | None = None
+) -> Manifest:
+    """The manifest of an engine that ``build`` has made; ``costs``: of the stages, in their order."""
     names = {tensor.name for tensor in built.inputs}
     assert names.issuperset(lynx.external_inputs), "build checks it"
     return Manifest(
@@ -249,6 +264,7 @@ def describe(recipe: Recipe, dit: DiT, lynx: LynxOnnx, built: BuiltEngine) -> Ma
         costs=Path(recipe.sparsity.costs).name if recipe.sparsity.costs else None,
         sparse=tuple(_sparse(node) for node in lynx.sparse),
         dense=tuple(DenseLinear(linear=linear.path, reason=linear.reason) for linear in lynx.dense),
+        stages=tuple(Stage(name=name, **asdict(cost)) for name, cost in (costs or {}).items()),
     )
 
 

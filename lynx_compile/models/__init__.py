@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import snapshot_download
 
 from lynx_compile.errors import InputError
@@ -120,6 +120,38 @@ def example_inputs(
             )
     rows, columns = shapes.height // pixels, shapes.width // pixels
     return flux.example_inputs(config, shapes.batch, rows, columns, shapes.text_length, dtype)
+
+
+def to_images(recipe: Recipe, latents: torch.Tensor) -> torch.Tensor:
+    """Images [n, colours, height, width] float32 in [0, 1] of denoised latents, one after the other.
+
+    Through the checkpoint's VAE; a model that has none works on pixels in [-1, 1].
+
+    Raises:
+        InputError: the VAE cannot be loaded.
+    """
+    folder = _snapshot(recipe.model)
+    pixels = flux.PACKING * _vae_scale(folder)
+    unpacked = flux.unpack(latents.float(), recipe.shapes.height // pixels, recipe.shapes.width // pixels)
+    if (folder / "vae" / "config.json").exists():
+        vae: Any = _vae(recipe.model)
+        unpacked = unpacked / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        with torch.inference_mode():
+            unpacked = torch.cat([vae.decode(image[None], return_dict=False)[0] for image in unpacked])
+    return (unpacked / 2 + 0.5).clamp(0, 1)
+
+
+def _vae(model: Model) -> torch.nn.Module:
+    try:
+        return AutoencoderKL.from_pretrained(
+            model.source, subfolder="vae", revision=model.revision, torch_dtype=torch.float32,
+            use_safetensors=True, low_cpu_mem_usage=False,
+        ).eval()  # fmt: skip
+    except Exception as error:  # huggingface_hub and diffusers raise many kinds
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(
+            f"The VAE of '{model.source}' cannot be loaded ({reason}).", "Fetch the whole checkpoint."
+        ) from None
 
 
 def find_groups(config: Mapping[str, Any], inputs: Mapping[str, torch.Tensor]) -> tuple[LinearGroup, ...]:

@@ -78,6 +78,12 @@ def denoise(
     return latents
 
 
+def unpack(latents: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Tokens of 2 x 2 latents back in their places: [n, rows * columns, 4 C] to [n, C, 2 rows, 2 columns]."""
+    patches = latents.unflatten(1, (rows, columns)).unflatten(3, (-1, PACKING, PACKING))
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
 def resolution_shift(scheduler: Any, image_tokens: int) -> float:
     """Timestep shift ``mu`` for an image of so many tokens: linear between the scheduler's two anchors."""
     c = scheduler.config

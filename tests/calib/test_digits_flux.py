@@ -13,8 +13,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from calib.digits_flux import classifier, digits, evaluate, sampler, train
+from calib.digits_flux import classifier, digits, evaluate, metric, sampler, train
 from lynx_compile.models.flux import is_candidate
+from lynx_compile.recipe import load_recipe
 
 TRANSFORMER = sampler.MODEL / "transformer"
 MEGABYTE = 10**6
@@ -138,3 +139,15 @@ def test_training_resumes_as_if_never_stopped(tmp_path: Path, monkeypatch: pytes
     assert resumed.step == 1
     for _ in range(2):  # the second loss shows that the optimizer's moments came back too
         assert step(resumed) == pytest.approx(step(run), rel=1e-6) != first
+
+
+def test_the_recipes_metric_reads_the_digits():
+    images, labels = digits.digits("held_out")
+    images, labels = images[:40, None].numpy(), labels[:40].numpy()
+    found = metric.digits_read(images, images[::-1].copy(), labels)
+    same = metric.digits_read(images, images, labels)
+    assert same["agreement"] == 1 and same["accuracy"] == same["dense_accuracy"] > 0.9
+    assert found["dense_accuracy"] == same["accuracy"] and found["accuracy"] < 0.5 > found["agreement"]
+    recipe = load_recipe(digits.HERE.parents[1] / "engines" / "digits-flux.yaml")
+    assert recipe.compare.metric == f"{metric.__name__}:{metric.digits_read.__name__}"
+    assert set(recipe.compare.min_metric) <= set(found)
