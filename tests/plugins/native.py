@@ -17,8 +17,7 @@ WARNINGS = ("-Wall", "-Wextra", "-Werror")
 
 def compile_cpp(source: Path, output: Path, *options: str) -> Path:
     """Compile one file of plugins/tests; skips the test where there is no g++."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
+    require_gxx()
     command = [
         "g++",
         "-std=c++17",
@@ -32,6 +31,11 @@ def compile_cpp(source: Path, output: Path, *options: str) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-4000:]}"
     return output
+
+
+def require_gxx() -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
 
 
 def run_native(program: Path) -> None:

@@ -316,3 +316,9 @@ std::string Guarded::describe(const void* address) const {
 }
 
 }  // namespace emulation
+
+// For tests/plugins/test_emulation.py.
+extern "C" void lynx_emulate(int compute_capability, int reverse) {
+  emulation::compute_capability = compute_capability;
+  emulation::schedule = reverse ? emulation::Schedule::kReverse : emulation::Schedule::kForward;
+}

@@ -50,8 +50,10 @@ const reference::Rounding& rounding() {
   return std::is_same_v<Element, Bf16> ? reference::bf16() : reference::fp16();
 }
 
-int64_t atom_index(int64_t m, int64_t block, int64_t rows) {
-  return reference::sm90_index(m, block, rows, kAtomWidthSm90);
+// An atom is as wide as the tile, up to 128 channels.
+template <TileIndexSm90 kIndex>
+int64_t sm90_index(int64_t m, int64_t block, int64_t rows) {
+  return reference::sm90_index(m, block, rows, std::min(kTilesSm90[kIndex].k, 128));
 }
 
 }  // namespace
@@ -63,7 +65,7 @@ cudaError_t launch_gemm_sm80(const SparseGemmCall& call, int, cudaStream_t) {
 
 template <class Element, TileIndexSm90 kIndex, Operand kOperand>
 cudaError_t launch_gemm_sm90(const SparseGemmCall& call, int, cudaStream_t) {
-  return multiply(call, kOperand, atom_index, rounding<Element>());
+  return multiply(call, kOperand, sm90_index<kIndex>, rounding<Element>());
 }
 
 #define LYNX_INSTANTIATE(function, element, tile)                                                \

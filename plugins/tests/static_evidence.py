@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the machine code of the plugin library proves without a GPU: sparse tensor cores, no spills, occupancy.
+
+    python plugins/tests/static_evidence.py [LIBRARY]
+
+prints a line for each kernel of each GPU architecture, then what is wrong, and exits with 1 if anything is. Needs
+cuobjdump and nvdisasm: from a CUDA toolkit in PATH, or ``pip install --no-deps -r requirements/toolchain.txt``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+LIBRARY = Path(__file__).resolve().parents[2] / "lynx_compile" / "lib" / "liblynx_plugin.so"
+
+# Bytes of stack that a kernel may take, by the title of its line in the table. Empty: none spills.
+SPILLS_ALLOWED: dict[str, int] = {}
+
+REGISTERS = 64 * 1024  # of an SM
+KIB = 1024
+# Of an SM, by architecture; a thread block's share is 1 KiB larger than what it asks for.
+SHARED_BYTES = {
+    "80": 164 * KIB,
+    "86": 100 * KIB,
+    "89": 100 * KIB,
+    "90": 228 * KIB,
+    "90a": 228 * KIB,
+    "120": 100 * KIB,
+}
+RESERVED_BYTES = 1 * KIB
+
+ELEMENTS = ("bf16", "fp16")
+OPERANDS = 2  # activation and weight: two GEMMs of each kind
+LAYOUTS = ("80", "90")
+VARIANTS = ("plain", "general", "norm", "act")  # Variant of prune.cu
+RANKS = (0, 16, 32, 64, 128)
+PRUNE_THREADS = 256
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One configuration of tile_config.h: its shape, stages and the threads of its kernel."""
+
+    m: int
+    n: int
+    k: int
+    stages: int
+    threads: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """Values, dense operand and metadata of every stage."""
+        return self.stages * (self.m * self.k + self.n * self.k * 2 + self.m * self.k // 8)
+
+
+# What tile_config.h says; tests/plugins/test_static_evidence.py has the compiler compare it.
+MMA_TILES = (Tile(128, 128, 64, 3, 128), Tile(64, 128, 64, 4, 128))
+WGMMA_TILES = (Tile(128, 256, 64, 5, 384), Tile(256, 192, 64, 4, 384), Tile(128, 128, 64, 8, 384))
+
+
+def blocks_per_sm(rank: int, variant: str) -> int:
+    """Thread blocks of the pruning kernel that share an SM, as prune.cu claims."""
+    if rank == 128 and variant != "plain":
+        return 1
+    return 3 if rank in (16, 32) and variant in ("plain", "general") else 2
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel as compiled for ``arch``, and its tensor-core and local-memory instructions."""
+
+    arch: str  # "80", "90a"
+    symbol: str
+    registers: int
+    stack: int
+    shared: int
+    opcodes: Counter[str] = field(default_factory=Counter)
+
+    def count(self, pattern: str) -> int:
+        return sum(number for opcode, number in self.opcodes.items() if re.match(pattern, opcode))
+
+
+@dataclass(frozen=True)
+class Role:
+    """Which of our kernels a symbol is."""
+
+    family: str  # prune, reorder, mma.sp, wgmma.sp
+    element: str = ""
+    layout: str = ""
+    rank: int = 0
+    variant: str = ""
+    tile: Tile | None = None
+
+    @property
+    def title(self) -> str:
+        if self.family == "prune":
+            return f"prune {self.element} layout {self.layout} rank {self.rank} {self.variant}"
+        if self.tile is None:
+            return self.family
+        return f"{self.family} {self.element} {self.tile.m}x{self.tile.n}x{self.tile.k}"
+
+
+PRUNE_SYMBOL = re.compile(
+    r"prune_kernelINS_4(Bf16|Fp16)ENS_12Sm(80MetadataE|90MetadataILi64EEE)Li(\d+)ELNS0_7VariantE(\d)E"
+)
+MMA_SYMBOL = re.compile(r"SparseMmaMultistageINS1_9GemmShapeILi(\d+)ELi(\d+)ELi(\d+)E")
+WGMMA_SYMBOL = re.compile(r"MainloopSm90TmaGmmaWarpSpecializedSparseILi(\d+)E")  # stages, which tell the tile
+
+
+def role_of(symbol: str) -> Role | None:
+    """What ``symbol`` is, None if it is none of our kernels."""
+    if match := PRUNE_SYMBOL.search(symbol):
+        element, layout, rank, variant = match.groups()
+        return Role("prune", element.lower(), layout[:2], int(rank), VARIANTS[int(variant)])
+    if "reorder_kernel" in symbol:
+        return Role("reorder")
+    element = "bf16" if "bfloat16_t" in symbol else "fp16"
+    if match := MMA_SYMBOL.search(symbol):
+        shape = tuple(map(int, match.groups()))
+        tiles = [tile for tile in MMA_TILES if (tile.m, tile.n, tile.k) == shape]
+        return Role("mma.sp", element, tile=tiles[0]) if tiles else None
+    if match := WGMMA_SYMBOL.search(symbol):
+        tiles = [tile for tile in WGMMA_TILES if tile.stages == int(match[1])]
+        return Role("wgmma.sp", element, tile=tiles[0]) if tiles else None
+    return None
+
+
+def check(kernels: Iterable[Kernel]) -> list[str]:
+    """What is wrong with a library of these kernels; one sentence each."""
+    kernels = list(kernels)
+    wrong = _check_complete(kernels)
+    for kernel in kernels:
+        role = role_of(kernel.symbol)
+        if role is None:
+            wrong.append(f"sm_{kernel.arch}: unknown kernel {kernel.symbol}")
+        else:
+            found = [*_check_instructions(kernel, role), *_check_resources(kernel, role)]
+            wrong += [f"sm_{kernel.arch} {role.title}: {each}" for each in found]
+    return wrong
+
+
+def _check_complete(kernels: list[Kernel]) -> list[str]:
+    """Every architecture has every kernel it needs; GEMMs of the element types the library was built with."""
+    found = Counter((kernel.arch, role.title) for kernel in kernels if (role := role_of(kernel.symbol)))
+    elements = {role.element for kernel in kernels if (role := role_of(kernel.symbol)) and role.tile}
+    archs = {kernel.arch for kernel in kernels}
+    wrong = [] if elements else ["the library has no GEMM"]
+    for arch in sorted(archs):
+        due = _roles_due(arch, sorted(elements))
+        if arch == "90a" and "90" not in archs:
+            due["prune and reorder kernels for sm_90"] = 1
+        wrong += [
+            f"sm_{arch} {title}: {found[arch, title]} kernels where {number} are due"
+            for title, number in due.items()
+            if found[arch, title] != number
+        ]
+    return wrong
+
+
+def _roles_due(arch: str, elements: list[str]) -> Counter[str]:
+    due: Counter[str] = Counter()
+    if arch != "90a":  # wgmma.sp's architecture; what every GPU runs is compiled for sm_90
+        due[Role("reorder").title] = 1
+        for element in ELEMENTS:
+            for layout in LAYOUTS:
+                for rank in RANKS:
+                    due.update(Role("prune", element, layout, rank, variant).title for variant in VARIANTS)
+    if arch != "90":
+        family, tiles = ("wgmma.sp", WGMMA_TILES) if arch == "90a" else ("mma.sp", MMA_TILES)
+        for element in elements:
+            for tile in tiles:
+                due[Role(family, element, tile=tile).title] = OPERANDS
+    return due
+
+
+def _check_instructions(kernel: Kernel, role: Role) -> Iterator[str]:
+    suffix = r"(\.\w+)*\.BF16" if role.element == "bf16" else r"(?!.*BF16)"
+    if role.family == "wgmma.sp" and not kernel.count(r"HGMMA\.SP\.64x\d+x32\.F32" + suffix):
+        yield f"no HGMMA.SP of {role.element} with float32 accumulation"
+    if role.family == "mma.sp" and not kernel.count(r"HMMA\.SP\.16832\.F32" + suffix):
+        yield f"no HMMA.SP of {role.element} with float32 accumulation"
+    if role.family in ("mma.sp", "wgmma.sp") and kernel.count(r"HG?MMA(?!\.SP)"):
+        yield "dense tensor-core instructions beside the sparse ones"
+    # wgmma.sp's layout is written on sm_90 alone; elsewhere its kernels are empty.
+    if role.family == "prune" and (role.layout == "80" or kernel.arch == "90"):
+        due = role.rank // 8 * 4  # of 16x8x16 over a step of 64 channels
+        if kernel.count(r"HMMA\.16816\.F32" + suffix) < due:
+            yield f"fewer than {due} HMMA of {role.element} with float32 accumulation"
+
+
+def _check_resources(kernel: Kernel, role: Role) -> Iterator[str]:
+    if kernel.stack > SPILLS_ALLOWED.get(role.title, 0):
+        yield f"{kernel.stack} bytes of stack: registers are spilled"
+    if SPILLS_ALLOWED.get(role.title, 0) == 0 and kernel.count(r"(LDL|STL)"):
+        yield "accesses to local memory: registers are spilled"
+    threads, shared, blocks = _launch(role)
+    registers = -(-kernel.registers // 8) * 8 * threads * blocks
+    if registers > REGISTERS:
+        yield f"{blocks} thread blocks take {registers} registers of an SM's {REGISTERS}"
+    shared_bytes, there = blocks * (kernel.shared + shared + RESERVED_BYTES), SHARED_BYTES[kernel.arch]
+    if shared_bytes > there:
+        yield f"{blocks} thread blocks take {shared_bytes} bytes of an SM's {there} of shared memory"
+
+
+def _launch(role: Role) -> tuple[int, int, int]:
+    """Threads, bytes of dynamic shared memory, and thread blocks that must fit an SM."""
+    if role.family == "prune":
+        return PRUNE_THREADS, 0, blocks_per_sm(role.rank, role.variant)
+    if role.tile is None:  # reorder, with up to 48 KiB of dynamic shared memory
+        return 256, 48 * KIB, 1
+    return role.tile.threads, role.tile.shared_bytes, 1
+
+
+# ---- Reading a library
+
+
+def read_kernels(library: Path) -> list[Kernel]:
+    """All kernels with machine code in ``library``."""
+    opcodes = parse_sass(_cuobjdump("-sass", library))
+    return [
+        replace(kernel, opcodes=opcodes[kernel.arch, kernel.symbol])
+        for kernel in parse_resources(_cuobjdump("--dump-resource-usage", library))
+    ]
+
+
+def parse_resources(lines: Iterable[str]) -> Iterator[Kernel]:
+    """Kernels, without instructions, from ``cuobjdump --dump-resource-usage``."""
+    arch = symbol = ""
+    for line in lines:
+        if match := re.match(r"arch = sm_(\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\S+):$", line.rstrip()):
+            symbol = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, local = map(int, match.groups())
+            yield Kernel(arch, symbol, registers, stack + local, shared)
+
+
+def parse_sass(lines: Iterable[str]) -> dict[tuple[str, str], Counter[str]]:
+    """By architecture and symbol, the tensor-core and local-memory instructions in ``cuobjdump -sass``."""
+    opcodes: dict[tuple[str, str], Counter[str]] = {}
+    arch, current = "", Counter[str]()
+    for line in lines:
+        if match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?((?:HMMA|HGMMA|LDL|STL)[.\w]*)", line):
+            current[match[1]] += 1
+        elif match := re.match(r"arch = sm_(\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function : (\S+)", line):
+            current = opcodes[arch, match[1]] = Counter()
+    return opcodes
+
+
+def _cuobjdump(option: str, library: Path) -> Iterator[str]:
+    folder = find_tools()
+    if folder is None:
+        sys.exit(
+            "error: cuobjdump and nvdisasm were not found: run `pip install --no-deps -r requirements/toolchain.txt`."
+        )
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}  # it calls nvdisasm
+    command = [folder / "cuobjdump", option, library]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        yield from process.stdout
+    if process.returncode:
+        sys.exit(f"error: {' '.join(map(str, command))} failed with exit code {process.returncode}.")
+
+
+def find_tools() -> Path | None:
+    """The folder with cuobjdump and nvdisasm: PATH's, the toolkit's, or the pip packages'."""
+    found = shutil.which("cuobjdump")
+    entries = [Path(sys.prefix) / "toolchain", *(Path(entry) for entry in sys.path if entry)]
+    candidates = [
+        *([Path(found).parent] if found else []),
+        Path("/usr/local/cuda/bin"),
+        *(entry / "nvidia" / "cu13" / "bin" for entry in entries),
+    ]
+    return next((f for f in candidates if (f / "cuobjdump").exists() and (f / "nvdisasm").exists()), None)
+
+
+def table(kernels: Iterable[Kernel]) -> str:
+    """A line a kernel: architecture, title, registers, stack, shared memory, tensor-core instructions."""
+    lines = ["arch  kernel                                    registers  stack  shared  instructions"]
+    for kernel in kernels:
+        role = role_of(kernel.symbol)
+        instructions = ", ".join(f"{number} {opcode}" for opcode, number in sorted(kernel.opcodes.items()))
+        lines.append(
+            f"{kernel.arch:<5} {role.title if role else kernel.symbol:<42} {kernel.registers:>8}  {kernel.stack:>5}"
+            f"  {kernel.shared:>6}  {instructions}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    library = Path(sys.argv[1]) if len(sys.argv) > 1 else LIBRARY
+    if not library.exists():
+        sys.exit(f"error: {library} does not exist: run `make plugin`.")
+    kernels = read_kernels(library)
+    print(table(kernels))
+    wrong = check(kernels)
+    print(f"{len(kernels)} kernels, {len(wrong)} things wrong")
+    for each in wrong:
+        print(f"WRONG {each}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

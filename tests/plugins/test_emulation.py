@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op as the plugin launches it, its pruning kernels' device code run on the CPU, means what sparsity.py means.
+
+CUTLASS's GEMM has a stand-in (plugins/tests/emulation/sparse_gemm.cpp) that reads the compressed operand as the tensor
+cores do. plugins/tests/emulation_test.cpp goes deeper: it knows every byte of that operand.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+
+import pytest
+import torch
+from torch.nn.functional import gelu, layer_norm, rms_norm, silu
+
+from lynx_compile.kernels import DTYPES, _Call, load_library
+from lynx_compile.sparsity import expand_low_rank, sparse_linear
+
+from .native import PLUGINS, compile_cpp
+
+pytestmark = pytest.mark.slow  # half a minute of g++
+OUT_CHANNELS = 72
+EPSILON = 1e-6
+NONE, NORM, GELU, GATED = range(4)  # Producer in sparse_linear.h
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    tests = PLUGINS / "tests"
+    sources = [
+        *(tests / "emulation" / f"{name}.cpp" for name in ("emulation", "prune", "reorder", "sparse_gemm")),
+        *(PLUGINS / "kernels" / f"{name}.cpp" for name in ("sparse_gemm", "sparse_linear")),
+    ]
+    options = ["-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{tests / 'emulation'}"]
+    options += ["-DLYNX_SM90", "-DLYNX_BF16", "-DLYNX_FP16", *map(str, sources)]
+    output = tmp_path_factory.mktemp("emulation") / "emulated.so"
+    return load_library(compile_cpp(PLUGINS / "c_api.cpp", output, *options))
+
+
+def run(library: ctypes.CDLL, tensors: dict[str, torch.Tensor], **fields: int | float) -> torch.Tensor:
+    """y of lynx_sparse_linear for the tensors by their names in the call."""
+    x = tensors["x"]
+    call = _Call(
+        fp16=DTYPES[x.dtype], rows=len(x), channels=x.shape[1], out_channels=OUT_CHANNELS, tile=-1, **fields
+    )
+    call.gelu_from = fields.get("gelu_from", OUT_CHANNELS)
+    for name, tensor in tensors.items():
+        setattr(call, name, tensor.data_ptr())
+    workspace = torch.full((library.lynx_workspace_bytes(call) + 256,), 255, dtype=torch.uint8)
+    y = torch.full((len(x), OUT_CHANNELS), torch.nan, dtype=x.dtype)
+    call.workspace, call.y = -(-workspace.data_ptr() // 256) * 256, y.data_ptr()
+    assert library.lynx_sparse_linear(call, None) == 0
+    return y
+
+
+def operands(rows: int, channels: int, rank: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    torch.manual_seed(rows + channels + rank)
+    weight = torch.randn(OUT_CHANNELS, channels).mul(channels**-0.5).to(dtype)
+    return {
+        "x": torch.randn(rows, channels).to(dtype),
+        "weight": expand_low_rank(weight, torch.randn(OUT_CHANNELS, rank).mul(0.2).to(dtype)),
+        "lora_down": torch.randn(max(rank, 1), channels).mul(channels**-0.5).to(dtype),
+        "bias": torch.randn(OUT_CHANNELS).to(dtype),
+    }
+
+
+def assert_rows_equal(y: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Within two roundings, of T / s and of y; one other channel kept would be far more."""
+    bound = 2.0**-7 if y.dtype == torch.bfloat16 else 2.0**-10
+    errors = (y.double() - wanted.double()).norm(dim=1) / wanted.double().norm(dim=1)
+    assert errors.max() < bound
+
+
+@pytest.mark.parametrize(("dtype", "capability"), list(itertools.product(DTYPES, (80, 90))))
+@pytest.mark.parametrize(
+    ("rows", "channels", "rank", "norm_scale", "options"),
+    [
+        (70, 192, 16, True, ()),
+        (65, 208, 0, False, ()),
+        (17, 528, 64, True, ("order", "centre", "saliency")),
+        (33, 64, 128, False, ("centre",)),
+        (9, 1040, 32, True, ("saliency",)),
+    ],
+)
+def test_equals_the_definition(
+    library: ctypes.CDLL,
+    dtype: torch.dtype,
+    capability: int,
+    rows: int,
+    channels: int,
+    rank: int,
+    norm_scale: bool,
+    options: tuple[str, ...],
+) -> None:
+    tensors = operands(rows, channels, rank, dtype)
+    choices = {
+        "order": torch.randperm(channels).int(),
+        "centre": torch.randn(channels).mul(0.5).to(dtype),
+        "saliency": torch.rand(channels).add(0.1).to(dtype),
+    }
+    chosen = {name: choices[name] for name in options}
+    wanted = sparse_linear(**tensors, rank=rank, norm_scale=norm_scale, **chosen)
+    for reverse in (0, 1):
+        library.lynx_emulate(capability, reverse)
+        y = run(library, {**tensors, **chosen}, rank=rank, norm_scale=norm_scale)
+        assert_rows_equal(y, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["layer norm", "rms norm", "gelu", "gated"])
+def test_producers_are_fused(library: ctypes.CDLL, dtype: torch.dtype, name: str) -> None:
+    rows, channels = 34, 208
+    tensors = operands(rows, channels, 16, dtype)
+    x = tensors["x"].double()
+    gain, shift, gate = (torch.randn(n, channels).to(dtype) for n in (2, 2, rows))
+
+    def modulate(normed: torch.Tensor) -> torch.Tensor:
+        of_row = torch.arange(rows) // (rows // len(gain))
+        return normed * gain[of_row].double() + shift[of_row].double()
+
+    norm = {"producer": NORM, "epsilon": EPSILON, "gain_rows": 2}
+    fields, more, produced = {
+        "layer norm": (
+            norm,
+            {"gain": gain, "shift": shift},
+            modulate(layer_norm(x, [channels], eps=EPSILON)),
+        ),
+        "rms norm": (
+            {**norm, "rms": 1},
+            {"gain": gain, "shift": shift},
+            modulate(rms_norm(x, [channels], eps=EPSILON)),
+        ),
+        "gelu": ({"producer": GELU}, {}, gelu(x, approximate="tanh")),
+        "gated": ({"producer": GATED}, {"gate": gate}, silu(x) * gate.double()),
+    }[name]
+    wanted = sparse_linear(**{**tensors, "x": produced.to(dtype)}, rank=16, norm_scale=True)
+    library.lynx_emulate(80, 0)
+    y = run(library, {**tensors, **more}, rank=16, norm_scale=1, **fields)
+    assert_rows_equal(y, wanted)
+
+
+def test_another_selection_is_noticed(library: ctypes.CDLL) -> None:
+    """The bound must be able to fail."""
+    tensors = operands(70, 192, 16, torch.bfloat16)
+    library.lynx_emulate(80, 0)
+    y = run(library, {**tensors, "saliency": torch.rand(192).to(torch.bfloat16)}, rank=16, norm_scale=1)
+    with pytest.raises(AssertionError):
+        assert_rows_equal(y, sparse_linear(**tensors, rank=16, norm_scale=True))

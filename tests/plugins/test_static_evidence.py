@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""plugins/tests/static_evidence.py finds the built library in order, and notices what is not."""
+
+from __future__ import annotations
+
+import subprocess
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from plugins.tests import static_evidence as evidence
+from plugins.tests.static_evidence import Kernel, Role, Tile
+
+from .native import LIBRARY, PLUGINS, require_gxx
+
+ELEMENT_SYMBOLS = {"bf16": ("4Bf16", "10bfloat16_t", ".BF16"), "fp16": ("4Fp16", "6half_t", "")}
+
+
+def prune_kernel(arch: str, element: str, layout: str, rank: int, variant: int) -> Kernel:
+    name, _, suffix = ELEMENT_SYMBOLS[element]
+    metadata = {"80": "12Sm80MetadataE", "90": "12Sm90MetadataILi64EEE"}[layout]
+    symbol = (
+        f"_ZN4lynx12_GLOBAL__N_112prune_kernelINS_{name}ENS_{metadata}Li{rank}ELNS0_7VariantE{variant}EEEv"
+    )
+    written = layout == "80" or arch == "90"
+    opcodes = Counter({f"HMMA.16816.F32{suffix}": rank // 2 if written else 0})
+    return Kernel(arch, symbol, 80, 0, 1088 + 512 * rank // 2, opcodes)
+
+
+def gemm_kernel(arch: str, element: str, tile: Tile) -> Kernel:
+    _, name, suffix = ELEMENT_SYMBOLS[element]
+    if arch == "90a":
+        symbol = f"MainloopSm90TmaGmmaWarpSpecializedSparseILi{tile.stages}ENS_{name}E"
+        return Kernel(arch, symbol, 168, 0, 1024, Counter({f"HGMMA.SP.64x{tile.n}x32.F32{suffix}": 2}))
+    symbol = f"SparseMmaMultistageINS1_9GemmShapeILi{tile.m}ELi{tile.n}ELi{tile.k}ENS_{name}E"
+    return Kernel(arch, symbol, 252, 0, 0, Counter({f"HMMA.SP.16832.F32{suffix}": 64}))
+
+
+@pytest.fixture
+def kernels() -> list[Kernel]:
+    """A library for sm_80 and sm_90a in order."""
+    out = []
+    for arch in ("80", "90"):
+        out.append(Kernel(arch, "reorder_kernel", 43, 0, 0))
+        for element in evidence.ELEMENTS:
+            out += [
+                prune_kernel(arch, element, layout, rank, variant)
+                for layout in evidence.LAYOUTS
+                for rank in evidence.RANKS
+                for variant in range(len(evidence.VARIANTS))
+            ]
+    for element in evidence.ELEMENTS:
+        for _ in range(evidence.OPERANDS):
+            out += [gemm_kernel("80", element, tile) for tile in evidence.MMA_TILES]
+            out += [gemm_kernel("90a", element, tile) for tile in evidence.WGMMA_TILES]
+    return out
+
+
+def test_library_in_order_passes(kernels: list[Kernel]) -> None:
+    assert evidence.check(kernels) == []
+
+
+PRUNE = "prune bf16 layout 80 rank 128 plain"
+MMA, WGMMA = "mma.sp fp16 128x128x64", "wgmma.sp bf16 256x192x64"
+
+
+@pytest.mark.parametrize(
+    ("title", "doctored", "reason"),
+    [
+        (PRUNE, {"stack": 4}, "4 bytes of stack"),
+        (PRUNE, {"registers": 136}, "2 thread blocks take 69632 registers"),
+        (PRUNE, {"shared": 82 * 1024}, "2 thread blocks take 169984 bytes"),
+        (PRUNE, {"opcodes": Counter()}, "fewer than 64 HMMA of bf16"),
+        (PRUNE, {"opcodes": Counter({"HMMA.16816.F32": 64})}, "fewer than 64 HMMA of bf16"),
+        (PRUNE, {"opcodes": Counter({"HMMA.16816.F32.BF16": 64, "STL.64": 1})}, "accesses to local memory"),
+        (PRUNE, {"symbol": "_Z3foov"}, "unknown kernel _Z3foov"),
+        (MMA, {"opcodes": Counter({"HMMA.16816.F32": 64})}, "no HMMA.SP of fp16"),
+        (MMA, {"opcodes": Counter({"HMMA.SP.16832.F32.BF16": 64})}, "no HMMA.SP of fp16"),
+        (MMA, {"opcodes": Counter({"HMMA.SP.16832.F16": 64})}, "no HMMA.SP of fp16 with float32"),
+        (MMA, {"opcodes": Counter({"HMMA.SP.16832.F32": 64, "HMMA.16816.F32": 1})}, "dense tensor-core"),
+        (WGMMA, {"opcodes": Counter({"HGMMA.64x192x16.F32.BF16": 4})}, "no HGMMA.SP of bf16"),
+        (WGMMA, {"registers": 176}, "1 thread blocks take 67584 registers"),
+        (WGMMA, {"shared": 60 * 1024}, "bytes of an SM's 233472"),
+    ],
+)
+def test_doctored_kernel_is_noticed(
+    kernels: list[Kernel], title: str, doctored: dict[str, object], reason: str
+) -> None:
+    at = next(
+        i for i, k in enumerate(kernels) if (role := evidence.role_of(k.symbol)) and role.title == title
+    )
+    kernels[at] = replace(kernels[at], **doctored)
+    assert any(reason in each for each in evidence.check(kernels))
+
+
+@pytest.mark.parametrize("at", [0, 1, -1])
+def test_missing_kernel_is_noticed(kernels: list[Kernel], at: int) -> None:
+    role = evidence.role_of(kernels.pop(at).symbol)
+    assert role is not None
+    (wrong,) = evidence.check(kernels)
+    assert role.title in wrong and "where" in wrong
+
+
+def test_missing_architecture_is_noticed(kernels: list[Kernel]) -> None:
+    assert any(
+        "sm_90:" in each or "for sm_90" in each
+        for each in evidence.check(k for k in kernels if k.arch != "90")
+    )
+    assert evidence.check([]) == ["the library has no GEMM"]
+
+
+def test_reports_are_read() -> None:
+    resources = """\
+Fatbin elf code:
+================
+arch = sm_90a
+code version = [1,8]
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _Zone:
+  REG:168 STACK:8 SHARED:1024 LOCAL:4 CONSTANT[0]:2688 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _Ztwo:
+  REG:32 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:392 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+    sass = """\
+arch = sm_90a
+\t\tFunction : _Zone
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                      /* 0x00000a00ff017b82 */
+        /*19b0*/                   HGMMA.SP.64x256x32.F32.BF16 R24, gdesc[UR8], R24, R2, gsb0 ;
+        /*19c0*/              @!P1 STL [R1+0x4], R7 ;                           /* 0x0000040701007387 */
+        /*119d0*/             @UP0 HGMMA.SP.64x256x32.F32.BF16 R24, gdesc[UR4], R24, R3 ;
+\t\tFunction : _Ztwo
+        /*0000*/                   EXIT ;
+"""
+    opcodes = evidence.parse_sass(sass.splitlines())
+    assert opcodes["90a", "_Zone"] == {"HGMMA.SP.64x256x32.F32.BF16": 2, "STL": 1}
+    assert opcodes["90a", "_Ztwo"] == {}
+    one, two = evidence.parse_resources(resources.splitlines())
+    assert (one.arch, one.symbol, one.registers, one.stack, one.shared) == ("90a", "_Zone", 168, 12, 1024)
+    assert (two.symbol, two.registers, two.stack) == ("_Ztwo", 32, 0)
+
+
+def test_claims_are_those_of_the_sources(tmp_path: Path) -> None:
+    """The tiles and the thread blocks per SM that the check goes by, compared by the compiler."""
+    require_gxx()
+    tiles = [
+        *(f"kTiles[{i}].{name} == {getattr(tile, name)}"
+          for i, tile in enumerate(evidence.MMA_TILES) for name in ("m", "n", "k", "stages")),
+        *(f"kTiles[{i}].shared_bytes() == {tile.shared_bytes}" for i, tile in enumerate(evidence.MMA_TILES)),
+        *(f"kTiles[{i}].m / kTiles[{i}].warp_m * (kTiles[{i}].n / kTiles[{i}].warp_n) * 32 == {tile.threads}"
+          for i, tile in enumerate(evidence.MMA_TILES)),
+        *(f"kTilesSm90[{i}].{name} == {getattr(tile, name)}"
+          for i, tile in enumerate(evidence.WGMMA_TILES) for name in ("m", "n", "k", "stages")),
+        f"kTileConfigs == {len(evidence.MMA_TILES)} && kTileConfigsSm90 == {len(evidence.WGMMA_TILES)}",
+    ]  # fmt: skip
+    prune = [
+        f"blocks_per_sm<{rank}, Variant({i})>() == {evidence.blocks_per_sm(rank, variant)}"
+        for rank in evidence.RANKS
+        for i, variant in enumerate(evidence.VARIANTS)
+    ]
+    prune += [f"Variant::k{name.title()} == Variant({i})" for i, name in enumerate(evidence.VARIANTS)]
+    prune.append(f"kThreads == {evidence.PRUNE_THREADS}")
+    asserts = "\n".join(f"static_assert({claim});" for claim in [*tiles, *prune])
+    source = tmp_path / "claims.cpp"
+    source.write_text(
+        '#include "device.h"\n#include "kernels/prune.cu"\n'
+        f"namespace lynx {{\nnamespace {{\n{asserts}\n}}\n}}\n"
+    )
+    includes = [f"-I{PLUGINS}", f"-I{PLUGINS / 'tests' / 'emulation'}"]
+    command = ["g++", "-std=c++17", "-fsyntax-only", "-Wno-unknown-pragmas", *includes, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
+
+
+@pytest.mark.slow
+def test_built_library_is_in_order() -> None:
+    if not LIBRARY.exists():
+        pytest.skip(f"{LIBRARY.name} is not built (cmake -S plugins -B build/plugin)")
+    if evidence.find_tools() is None:
+        pytest.skip("cuobjdump is not installed (pip install --no-deps -r requirements/toolchain.txt)")
+    kernels = evidence.read_kernels(LIBRARY)
+    assert evidence.check(kernels) == []
+    assert all(kernel.opcodes for kernel in kernels if _multiplies(evidence.role_of(kernel.symbol)))
+
+
+def _multiplies(role: Role | None) -> bool:
+    return role is not None and role.tile is not None
