@@ -5,10 +5,10 @@
 #include <mutex>
 #include <utility>
 
+#include "file.h"
 #include "gpu.h"
 #include "host_code.h"
 #include "manifest.h"
-#include "file.h"
 #include "sha256.h"
 #include "tensor.h"
 #include "tensorrt.h"
@@ -46,10 +46,11 @@ void check_gpu(const Manifest& manifest, const std::string& path) {
 
 void check_plan(const Manifest& manifest, const FileBytes& plan, const std::string& path) {
   if (plan.bytes != manifest.engine_bytes) {
-    const char* const what = plan.bytes < manifest.engine_bytes ? " is cut off: it has " : " is too long: it has ";
-    throw Error(path + what + std::to_string(plan.bytes) + " of " + std::to_string(manifest.engine_bytes) +
-                    " bytes.",
-                kFiles);
+    const char* const what =
+        plan.bytes < manifest.engine_bytes ? " is cut off: it has " : " is too long: it has ";
+    throw Error(
+        path + what + std::to_string(plan.bytes) + " of " + std::to_string(manifest.engine_bytes) + " bytes.",
+        kFiles);
   }
   if (sha256(plan.data.get(), plan.bytes) != manifest.engine_sha256)
     throw Error(path + " is damaged, or of another manifest (SHA-256).", kFiles);
@@ -68,8 +69,8 @@ std::string plugin_library(const Manifest& manifest, const std::string& path, co
   const std::string found = sha256(file.data.get(), file.bytes);
   if (found == manifest.plugin_sha256) return library;
   throw Error(path + " was built with a " + manifest.plugin_library + " of SHA-256 " +
-                  manifest.plugin_sha256.substr(0, 12) + "..., and " + library + " has " + found.substr(0, 12) +
-                  "....",
+                  manifest.plugin_sha256.substr(0, 12) + "..., and " + library + " has " +
+                  found.substr(0, 12) + "....",
               "Use the one that it was built with, or compile the engine again.");
 }
 
@@ -138,7 +139,8 @@ struct Context::Impl {
 
   explicit Impl(std::shared_ptr<Engine::Impl> of)
       : engine(std::move(of)), context(tensorrt::create_context(engine->engine)) {
-    for (const auto& [name, address] : engine->weights.addresses) tensorrt::set_address(context, name, address);
+    for (const auto& [name, address] : engine->weights.addresses)
+      tensorrt::set_address(context, name, address);
   }
 
   void check_name(const std::string& name) const {

@@ -19,7 +19,8 @@ namespace {
     throw Error("The " + what + " " + path + " does not exist.",
                 "Check the path, and keep an engine's files together.");
   }
-  throw Error(path + " cannot be read (" + std::strerror(error) + ").", "Check its permissions and its disk.");
+  throw Error(path + " cannot be read (" + std::strerror(error) + ").",
+              "Check its permissions and its disk.");
 }
 
 // An open file, closed with it.
@@ -39,7 +40,7 @@ class Handle {
 };
 
 size_t size_of(const Handle& file, const std::string& path, const std::string& what) {
-  struct stat status {};
+  struct stat status{};
   if (::fstat(file.number(), &status) != 0) fail(path, what, errno);
   if (!S_ISREG(status.st_mode)) fail(path, what, S_ISDIR(status.st_mode) ? EISDIR : EINVAL);
   return size_t(status.st_size);
@@ -81,7 +82,7 @@ MappedFile::~MappedFile() {
 }
 
 bool is_file(const std::string& path) {
-  struct stat status {};
+  struct stat status{};
   return ::stat(path.c_str(), &status) == 0 && S_ISREG(status.st_mode);
 }
 

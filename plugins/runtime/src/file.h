@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whole files: read into memory, or mapped. `what` is the file's part, such as "engine", for the Error that says it
-// is missing or cannot be read.
+// Whole files: read into memory, or mapped. `what` is the file's part, such as "engine", for the Error that
+// says it is missing or cannot be read.
 #pragma once
 
 #include <cstddef>

@@ -20,8 +20,10 @@ std::string gpu_architecture() {
                 "Run it on a machine with an NVIDIA GPU, and check its driver with nvidia-smi.");
   }
   check(cudaGetDevice(&device), "asking for the current GPU");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for its architecture");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "asking for its architecture");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "asking for its architecture");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+        "asking for its architecture");
   return "sm" + std::to_string(major) + std::to_string(minor);
 }
 

@@ -51,8 +51,8 @@ int check_host_code(const std::string& path, const std::byte* plan, size_t bytes
     }
     const uint64_t library = library_bytes(header, uint64_t(end - at));
     if (library == 0 || sha256(at, size_t(library)) != digest) {
-      throw Error(path + " carries host code that is not the plugin library of SHA-256 " + digest.substr(0, 12) +
-                      "....",
+      throw Error(path + " carries host code that is not the plugin library of SHA-256 " +
+                      digest.substr(0, 12) + "....",
                   "Do not load it; compile it again.");
     }
     ++copies;

@@ -16,7 +16,8 @@ json parse_json(std::string_view text) {
     if (event == json::parse_event_t::object_start) keys.emplace_back();
     if (event == json::parse_event_t::object_end) keys.pop_back();
     if (event == json::parse_event_t::key && !keys.back().insert(value.get<std::string>()).second) {
-      throw json::other_error::create(600, "the key '" + value.get<std::string>() + "' is there twice", nullptr);
+      throw json::other_error::create(600, "the key '" + value.get<std::string>() + "' is there twice",
+                                      nullptr);
     }
     return true;
   };

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <set>
 
-#include "json.h"
 #include "file.h"
+#include "json.h"
 
 namespace lynx {
 namespace {
@@ -61,7 +61,8 @@ class Value {
   std::vector<Value> items() const {
     if (!value_.is_array()) fail("is no list");
     std::vector<Value> out;
-    for (size_t i = 0; i < value_.size(); ++i) out.emplace_back(file_, key_ + "." + std::to_string(i), value_[i]);
+    for (size_t i = 0; i < value_.size(); ++i)
+      out.emplace_back(file_, key_ + "." + std::to_string(i), value_[i]);
     return out;
   }
 
@@ -105,7 +106,8 @@ json read_json(const std::string& path) {
 Manifest read_manifest(const std::string& path) {
   const json values = read_json(path);
   const bool ours = values.is_object() && values.contains("format_version") &&
-                    values["format_version"].is_number_integer() && values["format_version"] == kFormatVersion;
+                    values["format_version"].is_number_integer() &&
+                    values["format_version"] == kFormatVersion;
   if (!ours) {
     throw Error(path + " is no manifest of format version " + std::to_string(kFormatVersion) + ".",
                 "Compile the engine again with this version of lynx-compile.");

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The manifest OUT.json beside an engine, as far as running it needs it; lynx_compile/engine/manifest.py writes it.
+// The manifest OUT.json beside an engine, as far as running it needs it; lynx_compile/engine/manifest.py
+// writes it.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +22,8 @@ struct Manifest {
   std::string weights_file, weights_sha256;  // empty: the weights are in the engine
 };
 
-// An Error for a file that is missing, too large, cut off, no JSON, of another format version, or lacks a key that
-// is read here or has a wrong one. Keys that are not read are not looked at.
+// An Error for a file that is missing, too large, cut off, no JSON, of another format version, or lacks a key
+// that is read here or has a wrong one. Keys that are not read are not looked at.
 Manifest read_manifest(const std::string& path);
 
 }  // namespace lynx

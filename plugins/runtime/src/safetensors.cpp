@@ -5,8 +5,8 @@
 #include <cstring>
 #include <limits>
 
-#include "json.h"
 #include "file.h"
+#include "json.h"
 #include "tensor.h"
 
 namespace lynx {
@@ -14,7 +14,7 @@ namespace {
 
 using nlohmann::json;
 
-constexpr size_t kLengthBytes = 8;                     // the header's length, little-endian
+constexpr size_t kLengthBytes = 8;                        // the header's length, little-endian
 constexpr uint64_t kLargestHeader = uint64_t(100) << 20;  // as in the safetensors library
 constexpr size_t kMostDimensions = 8;
 constexpr const char* kAgain = "Copy the file again, or compile the engine again.";
@@ -45,8 +45,8 @@ SafetensorsFile::Entry entry_of(const std::string& path, const std::string& name
   if (shape.size() > kMostDimensions || offsets.size() != 2) refuse(path, what);
   const auto begin = uint64_t(offsets[0]), end = uint64_t(offsets[1]);
   if (begin > end || end > room) refuse(path, what + ": it lies outside the file");
-  SafetensorsFile::Entry out{{name, safetensors_dtype(value["dtype"].get<std::string>()), shape}, data + begin,
-                             size_t(end - begin)};
+  SafetensorsFile::Entry out{
+      {name, safetensors_dtype(value["dtype"].get<std::string>()), shape}, data + begin, size_t(end - begin)};
   if (out.tensor.dtype.empty()) refuse(path, what + ": its dtype is unknown");
   size_t bytes = 0;
   if (!tensor_bytes(out.tensor, &bytes) || bytes != out.bytes)
@@ -111,7 +111,9 @@ SafetensorsFile::SafetensorsFile(SafetensorsFile&&) noexcept = default;
 SafetensorsFile& SafetensorsFile::operator=(SafetensorsFile&&) noexcept = default;
 SafetensorsFile::~SafetensorsFile() = default;
 
-const std::vector<SafetensorsFile::Entry>& SafetensorsFile::entries() const noexcept { return impl_->entries; }
+const std::vector<SafetensorsFile::Entry>& SafetensorsFile::entries() const noexcept {
+  return impl_->entries;
+}
 const std::byte* SafetensorsFile::data() const noexcept { return impl_->file.data(); }
 size_t SafetensorsFile::bytes() const noexcept { return impl_->file.bytes(); }
 

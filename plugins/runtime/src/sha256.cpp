@@ -39,7 +39,8 @@ void Sha256::update(const std::byte* data, size_t bytes) {
 
 std::string Sha256::hex() {
   const uint64_t bits = 8 * total_bytes_;
-  std::array<std::byte, 72> end{std::byte{0x80}};  // a one bit, zeros up to 8 bytes before a block's end, length
+  std::array<std::byte, 72> end{
+      std::byte{0x80}};  // a one bit, zeros up to 8 bytes before a block's end, length
   const size_t zeros_until = pending_bytes_ < 56 ? 56 : 120;
   const size_t length_at = zeros_until - pending_bytes_;
   for (int i = 0; i < 8; ++i) end[length_at + size_t(i)] = std::byte(bits >> (56 - 8 * i) & 0xff);

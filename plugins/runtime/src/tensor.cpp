@@ -14,8 +14,8 @@ struct ElementType {
 };
 
 constexpr ElementType kTypes[] = {
-    {"fp32", "F32", 0, 4},  {"fp16", "F16", 1, 2},  {"int8", "I8", 2, 1},  {"int32", "I32", 3, 4},
-    {"bool", "BOOL", 4, 1}, {"uint8", "U8", 5, 1},  {"bf16", "BF16", 7, 2}, {"int64", "I64", 8, 8},
+    {"fp32", "F32", 0, 4},  {"fp16", "F16", 1, 2}, {"int8", "I8", 2, 1},   {"int32", "I32", 3, 4},
+    {"bool", "BOOL", 4, 1}, {"uint8", "U8", 5, 1}, {"bf16", "BF16", 7, 2}, {"int64", "I64", 8, 8},
 };
 
 }  // namespace
@@ -42,7 +42,8 @@ bool tensor_bytes(const Tensor& tensor, size_t* bytes) {
     for (const int64_t extent : tensor.shape) {
       if (extent < 0) return false;
       if (extent == 0) empty = true;
-      if (extent != 0 && product > uint64_t(std::numeric_limits<int64_t>::max()) / uint64_t(extent)) return false;
+      if (extent != 0 && product > uint64_t(std::numeric_limits<int64_t>::max()) / uint64_t(extent))
+        return false;
       if (extent != 0) product *= uint64_t(extent);
     }
     *bytes = empty ? 0 : size_t(product);

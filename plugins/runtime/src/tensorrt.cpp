@@ -28,8 +28,8 @@ struct Dims {  // nvinfer1::Dims64
   int64_t extent[kMostDimensions];
 };
 
-// TensorRT's classes hold a table of functions and, but for the registry, a pointer to the object whose table has
-// the functions that count.
+// TensorRT's classes hold a table of functions and, but for the registry, a pointer to the object whose table
+// has the functions that count.
 struct Object {
   void** functions;
   void* implementation;
@@ -130,7 +130,8 @@ Interface create_runtime() {
   return runtime;
 }
 
-Interface deserialize(const Interface& runtime, const std::byte* plan, size_t bytes, const std::string& path) {
+Interface deserialize(const Interface& runtime, const std::byte* plan, size_t bytes,
+                      const std::string& path) {
   forget_errors();
   Interface engine(call<void*>(runtime, layout().deserialize, static_cast<const void*>(plan), bytes));
   if (engine == nullptr) {

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the runtime uses of TensorRT, called by the binary interface of the library that was linked and not by
-// that of some headers: TensorRT 11 and TensorRT for RTX 1.7 removed functions from the tables of TensorRT 10, so
-// that code built with TensorRT 10's headers calls other functions than it names, and RTX's own headers come with
-// its SDK alone. tests/runtime_cpp/test_layout.py compares the tables with those of NVIDIA's Python bindings.
+// that of some headers: TensorRT 11 and TensorRT for RTX 1.7 removed functions from the tables of TensorRT
+// 10, so that code built with TensorRT 10's headers calls other functions than it names, and RTX's own
+// headers come with its SDK alone. tests/runtime_cpp/test_layout.py compares the tables with those of
+// NVIDIA's Python bindings.
 #pragma once
 
 #include <cstddef>

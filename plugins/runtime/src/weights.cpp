@@ -22,8 +22,8 @@ struct Range {
 };
 
 // Sorted by place in the file; allocates their memory.
-std::vector<Range> place(const std::string& path, const SafetensorsFile& file, const std::vector<Tensor>& wanted,
-                         Weights& out) {
+std::vector<Range> place(const std::string& path, const SafetensorsFile& file,
+                         const std::vector<Tensor>& wanted, Weights& out) {
   std::vector<Range> ranges;
   std::vector<size_t> offsets;
   size_t total = 0;
@@ -73,7 +73,8 @@ Weights load_weights(const std::string& path, const std::string& sha256, const s
   for (size_t begin = 0, turn = 0; begin < file.bytes(); begin += kPiece, turn ^= 1) {
     const size_t bytes = std::min(kPiece, file.bytes() - begin);
     auto* const piece = static_cast<std::byte*>(pinned[turn].get());
-    check(cudaEventSynchronize(copied[turn].get()), "copying the weights");  // the piece before the last is gone
+    check(cudaEventSynchronize(copied[turn].get()),
+          "copying the weights");  // the piece before the last is gone
     std::memcpy(piece, file.data() + begin, bytes);
     digest.update(piece, bytes);
     copy_piece(ranges, begin, begin + bytes, piece, stream.get());

@@ -16,8 +16,8 @@ struct Weights {
   std::map<std::string, void*> addresses;  // by tensor name
 };
 
-// Loads `wanted` from the file. An Error for a file that is damaged, lacks one or has it otherwise, or is not of that
-// SHA-256: the digest is of the very bytes that were copied.
+// Loads `wanted` from the file. An Error for a file that is damaged, lacks one or has it otherwise, or is not
+// of that SHA-256: the digest is of the very bytes that were copied.
 Weights load_weights(const std::string& path, const std::string& sha256, const std::vector<Tensor>& wanted);
 
 }  // namespace lynx

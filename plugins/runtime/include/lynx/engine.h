@@ -45,8 +45,8 @@ struct Tensor {
 // What TensorRT has to say: severity 0 (internal error), 1 (error), 2 (warning), 3 (info), 4 (verbose).
 using Log = std::function<void(int severity, const char* message)>;
 
-// Where TensorRT's messages go: one log for the process, called from any thread. None at first; errors are part of
-// what is thrown in any case.
+// Where TensorRT's messages go: one log for the process, called from any thread. None at first; errors are
+// part of what is thrown in any case.
 void set_log(Log log);
 
 struct Options {
@@ -62,9 +62,9 @@ class Context {
   Context& operator=(Context&&) noexcept;
   ~Context();  // all that was enqueued must be done
 
-  // Gives an input or output its device memory, for this and later calls of enqueue. The memory must be 256-byte
-  // aligned and outlive them. A weight's name (one of the engine's external weights, such as a LoRA's) takes
-  // another tensor of the same shape.
+  // Gives an input or output its device memory, for this and later calls of enqueue. The memory must be
+  // 256-byte aligned and outlive them. A weight's name (one of the engine's external weights, such as a
+  // LoRA's) takes another tensor of the same shape.
   void bind(const std::string& name, void* device_memory);
 
   // The extents of an input where the engine leaves some open.
@@ -83,8 +83,8 @@ class Context {
   std::unique_ptr<Impl> impl_;
 };
 
-// An engine in the memory of the current GPU, with a first context. Frees everything when it and the last of its
-// contexts are gone.
+// An engine in the memory of the current GPU, with a first context. Frees everything when it and the last of
+// its contexts are gone.
 class Engine {
  public:
   // Loads OUT.engine with what lies beside it: the manifest OUT.json and, if the weights are external, their
@@ -96,7 +96,7 @@ class Engine {
   Engine& operator=(Engine&&) noexcept;
   ~Engine();
 
-  const std::vector<Tensor>& inputs() const noexcept;   // without the external weights
+  const std::vector<Tensor>& inputs() const noexcept;  // without the external weights
   const std::vector<Tensor>& outputs() const noexcept;
   const std::vector<Tensor>& weights() const noexcept;  // the external ones; bound already
 
