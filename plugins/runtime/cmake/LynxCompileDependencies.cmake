@@ -4,14 +4,14 @@
 # requirements/toolchain.txt and tensorrt-rtx-cu13-libs.
 
 # lynx_find_dependencies([BUILD]): makes LynxCompile::tensorrt and LynxCompile::cudart of LYNX_TENSORRT_LIBRARY and
-# LYNX_CUDART_STATIC; with BUILD it looks for these and for LYNX_CUDA_INCLUDE_DIR and LYNX_JSON_INCLUDE_DIR, which
-# the library itself is built with. Stops with what to install.
+# LYNX_CUDART_STATIC (with the headers in LYNX_CUDA_INCLUDE_DIR); with BUILD it looks for these and for
+# LYNX_JSON_INCLUDE_DIR, which the library itself is built with. Stops with what to install.
 macro(lynx_find_dependencies)
   find_package(Threads REQUIRED)
   if("${ARGV0}" STREQUAL "BUILD")
     lynx_find_files()
   endif()
-  foreach(file IN ITEMS LYNX_TENSORRT_LIBRARY LYNX_CUDART_STATIC)
+  foreach(file IN ITEMS LYNX_TENSORRT_LIBRARY LYNX_CUDART_STATIC LYNX_CUDA_INCLUDE_DIR)
     if(NOT EXISTS "${${file}}")
       message(FATAL_ERROR "LynxCompile: '${${file}}' does not exist: point to it with -D${file}=.")
     endif()
@@ -20,7 +20,8 @@ macro(lynx_find_dependencies)
     add_library(LynxCompile::tensorrt SHARED IMPORTED)
     set_target_properties(LynxCompile::tensorrt PROPERTIES IMPORTED_LOCATION "${LYNX_TENSORRT_LIBRARY}")
     add_library(LynxCompile::cudart STATIC IMPORTED)
-    set_target_properties(LynxCompile::cudart PROPERTIES IMPORTED_LOCATION "${LYNX_CUDART_STATIC}")
+    set_target_properties(LynxCompile::cudart PROPERTIES IMPORTED_LOCATION "${LYNX_CUDART_STATIC}"
+                                                         INTERFACE_INCLUDE_DIRECTORIES "${LYNX_CUDA_INCLUDE_DIR}")
     set_property(TARGET LynxCompile::cudart PROPERTY INTERFACE_LINK_LIBRARIES Threads::Threads ${CMAKE_DL_LIBS} rt)
   endif()
 endmacro()

@@ -3,11 +3,18 @@
 #pragma once
 
 #include <nlohmann/json.hpp>
+#include <stdexcept>
 #include <string_view>
 
 namespace lynx {
 
-// Throws nlohmann::json::exception, for text that is no JSON or has a key twice in one object.
+// What is wrong with a text, in ASCII.
+class JsonError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// Throws a JsonError for text that is no JSON or has a key twice in one object.
 nlohmann::json parse_json(std::string_view text);
 
 // Whether it is an integer of at least `least` that fits into int64_t.

@@ -96,7 +96,7 @@ json read_json(const std::string& path) {
   const FileBytes file = read_file(path, "manifest", kLargestBytes);
   try {
     return parse_json({reinterpret_cast<const char*>(file.data.get()), file.bytes});
-  } catch (const json::exception& error) {
+  } catch (const JsonError& error) {
     throw Error(path + " is cut off or no JSON (" + error.what() + ").", kAgain);
   }
 }

@@ -63,7 +63,7 @@ json header_of(const std::string& path, const MappedFile& file, uint64_t* header
   *header_bytes = kLengthBytes + length;
   try {
     return parse_json({reinterpret_cast<const char*>(file.data()) + kLengthBytes, size_t(length)});
-  } catch (const json::exception& error) {
+  } catch (const JsonError& error) {
     refuse(path, std::string("its header is no JSON: ") + error.what());
   }
 }

@@ -23,8 +23,8 @@ namespace lynx {
 
 class Error : public std::runtime_error {
  public:
-  Error(const std::string& cause, const std::string& remedy)
-      : std::runtime_error(cause + " " + remedy), cause_(cause), remedy_(remedy) {}
+  Error(const std::string& cause,
+        const std::string& remedy);  // on one line: control characters become spaces
   const std::string& cause() const noexcept { return cause_; }    // what happened, a sentence
   const std::string& remedy() const noexcept { return remedy_; }  // what to do, a sentence
 
