@@ -10,16 +10,18 @@ JOBS ?= $(shell nproc)
 LYNX_CUDA_ARCHITECTURES ?= 80;86;89;90a;120
 LYNX_ELEMENT_TYPES ?= bf16;fp16
 BUILD := build/plugin
+RUNTIME := build/runtime
 CMAKE := PYTHONPATH=$(abspath $(VENV))/toolchain $(BIN)/cmake
 
-.PHONY: demo test unit plugin setup lint format clean
+.PHONY: demo test unit plugin runtime setup lint format clean
 
 demo: setup plugin
 	$(BIN)/lynx-compile engines/digits-flux.yaml -o engines/digits-flux.engine
 
-test: setup plugin
+test: setup plugin runtime
 	@$(CMAKE) --build $(BUILD) -j $(JOBS)  # the plugin's own tests too
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
+	$(BIN)/ctest --test-dir $(RUNTIME) --output-on-failure
 	$(BIN)/pytest
 
 unit: setup plugin  ## what needs no TensorRT build and no trained model
@@ -48,16 +50,23 @@ plugin: setup
 	  "-DLYNX_CUDA_ARCHITECTURES=$(LYNX_CUDA_ARCHITECTURES)" "-DLYNX_ELEMENT_TYPES=$(LYNX_ELEMENT_TYPES)"
 	@$(CMAKE) --build $(BUILD) -j $(JOBS) --target lynx_plugin rtx_alias
 
+# The C++ runtime with its tests; `cmake --install build/runtime --prefix DIR` gives programs the package LynxCompile.
+runtime: setup
+	@test -f $(RUNTIME)/build.ninja || $(CMAKE) -S plugins/runtime -B $(RUNTIME) -G Ninja --log-level=WARNING \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -DLYNX_BUILD_RUNTIME_TESTS=ON
+	@$(CMAKE) --build $(RUNTIME) -j $(JOBS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy lynx_compile
-	git ls-files 'plugins/*.h' 'plugins/*.cpp' 'plugins/*.cu' 'plugins/*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'plugins/*.h' 'plugins/*.cpp' 'plugins/*.cu' 'plugins/*.cuh' | xargs $(BIN)/clang-format -i
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
 clean:
 	rm -rf build lynx_compile/lib engines/*.engine engines/*.cache engines/*.json engines/*.onnx engines/*.safetensors engines/*.log engines/*.html engines/*.png

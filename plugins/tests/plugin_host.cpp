@@ -1,0 +1,568 @@
+// SPDX-License-Identifier: Apache-2.0
+// A minimal host of the plugins: does to every plugin of the library what TensorRT does, by the IPluginV3
+// interfaces and in TensorRT's order, and holds the results against float64. It needs no TensorRT, and so
+// runs where TensorRT for RTX does not (Hopper).
+//
+//   plugin_host LIBRARY [TEXT]   problems whose title holds TEXT; exit 1 when a check fails, 77 when there
+//   was
+//                                no GPU to enqueue on (all that comes before enqueue was checked)
+#include <NvInferRuntime.h>
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "plugin_cases.h"
+
+namespace {
+
+using lynx::test::HostTensor;
+using lynx::test::Problem;
+using nvinfer1::DataType;
+using nvinfer1::DynamicPluginTensorDesc;
+using nvinfer1::IPluginV3;
+using nvinfer1::PluginCapabilityType;
+using nvinfer1::PluginField;
+using nvinfer1::PluginFieldCollection;
+using nvinfer1::PluginFieldType;
+using nvinfer1::PluginTensorDesc;
+using nvinfer1::TensorFormat;
+using nvinfer1::TensorRTPhase;
+
+int passed = 0, failed = 0;
+
+bool report(bool ok, const std::string& name, const std::string& detail = "") {
+  std::printf("%s %s%s%s\n", ok ? "PASS" : "FAIL", name.c_str(), detail.empty() ? "" : ": ", detail.c_str());
+  std::fflush(stdout);
+  ++(ok ? passed : failed);
+  return ok;
+}
+
+// A CUDA error outside the plugin: the run is worthless after it.
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::printf("FAIL %s: %s\n%d passed, %d failed\n", what, cudaGetErrorString(error), passed, failed + 1);
+  std::exit(1);
+}
+
+// ---- TensorRT's side of the interfaces
+
+// An extent: a constant, or one that is known only at run time.
+class Extent final : public nvinfer1::IDimensionExpr, nvinfer1::apiv::VDimensionExpr {
+ public:
+  explicit Extent(int64_t value) : value_(value) { mImpl = this; }
+  bool isConstant() const override { return value_ >= 0; }
+  int64_t getConstantValue() const override { return value_; }
+  bool isSizeTensor() const override { return false; }
+
+ private:
+  int64_t value_;
+};
+
+// Makes extents, and keeps them. Our plugins compute none from others.
+class Extents final : public nvinfer1::IExprBuilder, nvinfer1::apiv::VExprBuilder {
+ public:
+  Extents() { mImpl = this; }
+  const nvinfer1::IDimensionExpr* constant(int64_t value) override {
+    extents_.emplace_back(value);
+    return &extents_.back();
+  }
+  const nvinfer1::IDimensionExpr* operation(nvinfer1::DimensionOperation, const nvinfer1::IDimensionExpr&,
+                                            const nvinfer1::IDimensionExpr&) override {
+    return constant(-1);
+  }
+  const nvinfer1::IDimensionExpr* declareSizeTensor(int32_t, const nvinfer1::IDimensionExpr&,
+                                                    const nvinfer1::IDimensionExpr&) override {
+    return nullptr;
+  }
+
+ private:
+  std::deque<Extent> extents_;  // a deque: their addresses stay
+};
+
+struct ResourceContext final : nvinfer1::IPluginResourceContext {
+  nvinfer1::IGpuAllocator* getGpuAllocator() const noexcept override { return nullptr; }
+  nvinfer1::IErrorRecorder* getErrorRecorder() const noexcept override { return nullptr; }
+};
+
+// The values of a field collection, owned, as an engine file owns them.
+class Fields {
+ public:
+  explicit Fields(const PluginFieldCollection& from) {
+    for (int32_t i = 0; i < from.nbFields; ++i) add(from.fields[i], from.fields[i].data);
+  }
+  // What the ONNX parser gives: of the node's attributes those that the creator declares.
+  Fields(const PluginFieldCollection& declared, const std::map<std::string, double>& attributes) {
+    for (int32_t i = 0; i < declared.nbFields; ++i) {
+      const PluginField& field = declared.fields[i];
+      const auto found = attributes.find(field.name);
+      if (found == attributes.end()) continue;
+      const auto integer = int32_t(found->second);
+      const auto real = float(found->second);
+      add(field, field.type == PluginFieldType::kFLOAT32 ? static_cast<const void*>(&real) : &integer);
+    }
+  }
+
+  const PluginFieldCollection* collection() {
+    fields_.clear();
+    for (const Value& value : values_)
+      fields_.emplace_back(value.name.c_str(), value.data, value.type, value.length);
+    collection_ = {int32_t(fields_.size()), fields_.data()};
+    return &collection_;
+  }
+
+  bool operator==(const Fields& other) const {
+    return values_.size() == other.values_.size() &&
+           std::equal(values_.begin(), values_.end(), other.values_.begin(),
+                      [](const Value& a, const Value& b) {
+                        return a.name == b.name && a.type == b.type && a.length == b.length &&
+                               std::memcmp(a.data, b.data, sizeof a.data) == 0;
+                      });
+  }
+
+ private:
+  struct Value {
+    std::string name;
+    PluginFieldType type;
+    int32_t length;
+    alignas(8) char data[8];  // one number
+  };
+
+  void add(const PluginField& field, const void* data) {
+    Value value{field.name, field.type, field.length, {}};
+    std::memcpy(value.data, data, field.type == PluginFieldType::kINT64 ? 8 : 4);
+    values_.push_back(std::move(value));
+  }
+
+  std::vector<Value> values_;
+  std::vector<PluginField> fields_;
+  PluginFieldCollection collection_{};
+};
+
+template <class Capability>
+Capability* capability(IPluginV3& plugin, PluginCapabilityType type) {
+  return static_cast<Capability*>(plugin.getCapabilityInterface(type));
+}
+auto* core_of(IPluginV3& plugin) {
+  return capability<nvinfer1::IPluginV3OneCore>(plugin, PluginCapabilityType::kCORE);
+}
+auto* build_of(IPluginV3& plugin) {
+  return capability<nvinfer1::IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
+}
+auto* runtime_of(IPluginV3& plugin) {
+  return capability<nvinfer1::IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
+}
+
+nvinfer1::Dims dims_of(const std::vector<int64_t>& extents) {
+  nvinfer1::Dims out{};
+  out.nbDims = int32_t(extents.size());
+  std::copy(extents.begin(), extents.end(), out.d);
+  return out;
+}
+
+PluginTensorDesc desc_of(DataType type, const nvinfer1::Dims& dims) {
+  PluginTensorDesc out{};
+  out.dims = dims, out.type = type, out.format = TensorFormat::kLINEAR, out.scale = 1.0f;
+  return out;
+}
+
+// Inputs, then the output, for the problem's shapes.
+std::vector<PluginTensorDesc> static_descs(const Problem& problem) {
+  std::vector<PluginTensorDesc> out;
+  for (const HostTensor& input : problem.inputs) out.push_back(desc_of(input.type, dims_of(input.dims)));
+  nvinfer1::Dims y = out[0].dims;
+  y.d[y.nbDims - 1] = problem.out_channels;
+  out.push_back(desc_of(problem.type(), y));
+  return out;
+}
+
+// The same as a network has them whose first extents (batch) are decided by each run, up to the problem's
+// own.
+std::vector<DynamicPluginTensorDesc> dynamic_descs(const Problem& problem) {
+  std::vector<DynamicPluginTensorDesc> out;
+  for (const PluginTensorDesc& desc : static_descs(problem)) {
+    DynamicPluginTensorDesc dynamic{desc, desc.dims, desc.dims, desc.dims};
+    if (desc.dims.nbDims == 3 && desc.type != DataType::kINT32) {
+      dynamic.desc.dims.d[0] = -1;
+      dynamic.min.d[0] = 1;
+    }
+    out.push_back(dynamic);
+  }
+  return out;
+}
+
+// ---- The build, as far as it needs no GPU
+
+int32_t input_count(const Problem& problem) { return int32_t(problem.inputs.size()); }
+
+bool check_types(nvinfer1::IPluginV3OneBuild& build, const Problem& problem) {
+  std::vector<DataType> types;
+  for (const HostTensor& input : problem.inputs) types.push_back(input.type);
+  DataType y = DataType::kINT8;
+  bool ok = build.getOutputDataTypes(&y, 1, types.data(), input_count(problem)) == 0 && y == types[0];
+  types[0] = DataType::kFLOAT;
+  ok &= build.getOutputDataTypes(&y, 1, types.data(), input_count(problem)) != 0;
+  return ok;
+}
+
+bool check_shapes(nvinfer1::IPluginV3OneBuild& build, const Problem& problem) {
+  Extents extents;
+  std::vector<nvinfer1::DimsExprs> in;
+  for (const DynamicPluginTensorDesc& desc : dynamic_descs(problem)) {
+    nvinfer1::DimsExprs dims{};
+    dims.nbDims = desc.desc.dims.nbDims;
+    for (int32_t i = 0; i < dims.nbDims; ++i) dims.d[i] = extents.constant(desc.desc.dims.d[i]);
+    in.push_back(dims);
+  }
+  in.pop_back();
+  nvinfer1::DimsExprs y{};
+  if (build.getOutputShapes(in.data(), input_count(problem), nullptr, 0, &y, 1, extents) != 0) return false;
+  if (y.nbDims != 3 || y.d[0] != in[0].d[0] || y.d[1] != in[0].d[1]) return false;
+  if (!y.d[2]->isConstant() || y.d[2]->getConstantValue() != problem.out_channels) return false;
+  in[1].nbDims = 1;  // a weight that is no matrix
+  return build.getOutputShapes(in.data(), input_count(problem), nullptr, 0, &y, 1, extents) != 0;
+}
+
+// TensorRT asks position by position, with the ones before as it has chosen them.
+bool check_formats(nvinfer1::IPluginV3OneBuild& build, const Problem& problem) {
+  std::vector<DynamicPluginTensorDesc> tensors = dynamic_descs(problem);
+  const int32_t inputs = input_count(problem);
+  for (int32_t position = 0; position <= inputs; ++position) {
+    DynamicPluginTensorDesc& tensor = tensors[size_t(position)];
+    const DynamicPluginTensorDesc due = tensor;
+    const auto supported = [&] {
+      return build.supportsFormatCombination(position, tensors.data(), inputs, 1);
+    };
+    if (!supported()) return false;
+    tensor.desc.type = DataType::kFLOAT;
+    if (supported()) return false;
+    tensor = due, tensor.desc.format = TensorFormat::kCHW32;
+    if (supported()) return false;
+    tensor = due;
+  }
+  return true;
+}
+
+// Of each tactic its number; the first is TensorRT's default, 0.
+std::vector<int32_t> tactics_of(nvinfer1::IPluginV3OneBuild& build) {
+  std::vector<int32_t> tactics(size_t(std::max(build.getNbTactics(), 0)));
+  if (!tactics.empty() && build.getValidTactics(tactics.data(), int32_t(tactics.size())) != 0)
+    tactics.clear();
+  tactics.insert(tactics.begin(), 0);
+  return tactics;
+}
+
+// What an engine keeps of a node.
+struct BuiltNode {
+  std::unique_ptr<IPluginV3> plugin;  // of the runtime phase, which contexts are made from
+  size_t workspace_bytes = 0;
+  std::vector<int32_t> tactics;
+};
+
+// From the creator to the plugin of the runtime phase; null where a check failed.
+BuiltNode build(nvinfer1::IPluginCreatorV3One& creator, const Problem& problem) {
+  const std::string& name = problem.title;
+  Fields attributes(*creator.getFieldNames(), problem.attributes);
+  std::unique_ptr<IPluginV3> made(
+      creator.createPlugin("node", attributes.collection(), TensorRTPhase::kBUILD));
+  if (!report(made != nullptr, name + ": created")) return {};
+  std::unique_ptr<IPluginV3> plugin(made->clone());  // what addPluginV3 does
+  made.reset();
+  const auto* core = core_of(*plugin);
+  auto* builder = build_of(*plugin);
+  auto* runtime = runtime_of(*plugin);
+  bool ok = core != nullptr && builder != nullptr && runtime != nullptr;
+  ok = ok && core->getPluginName() == problem.plugin && builder->getNbOutputs() == 1 &&
+       std::string(core->getPluginNamespace()) == creator.getPluginNamespace() &&
+       std::string(core->getPluginVersion()) == creator.getPluginVersion();
+  if (!report(ok, name + ": capabilities and name")) return {};
+  ok = report(check_types(*builder, problem), name + ": output type");
+  ok &= report(check_shapes(*builder, problem), name + ": output shape, batch unknown");
+  ok &= report(check_formats(*builder, problem), name + ": formats, position by position");
+  const auto descs = dynamic_descs(problem);
+  const int32_t inputs = input_count(problem);
+  const auto* out = &descs.back();
+  ok &= report(builder->configurePlugin(descs.data(), inputs, out, 1) == 0, name + ": configured");
+  BuiltNode node;
+  node.workspace_bytes = builder->getWorkspaceSize(descs.data(), inputs, out, 1);
+  auto smaller = descs;
+  smaller[0].max.d[0] = 1;
+  const size_t less = builder->getWorkspaceSize(smaller.data(), inputs, out, 1);
+  ok &= report(less <= node.workspace_bytes, name + ": workspace grows with the tokens",
+               std::to_string(less) + " and " + std::to_string(node.workspace_bytes) + " bytes");
+  node.tactics = tactics_of(*builder);
+
+  Fields serialized(*runtime->getFieldsToSerialize());
+  plugin.reset();  // the engine file is all that is left of the build
+  node.plugin.reset(creator.createPlugin("node", serialized.collection(), TensorRTPhase::kRUNTIME));
+  ok &= report(node.plugin != nullptr, name + ": created again from what was serialized");
+  if (!ok) return {};
+  const Fields again(*runtime_of(*node.plugin)->getFieldsToSerialize());
+  return report(again == serialized, name + ": serializes to the same fields") ? std::move(node)
+                                                                               : BuiltNode{};
+}
+
+// ---- Execution
+
+// Device memory between two strips of canary bytes.
+class Guarded {
+ public:
+  explicit Guarded(size_t bytes) : bytes_(bytes) {
+    check(cudaMalloc(&base_, bytes + 2 * kStrip), "cudaMalloc");
+    check(cudaMemset(base_, kCanary, bytes + 2 * kStrip), "cudaMemset");
+    poison();
+  }
+  ~Guarded() { cudaFree(base_); }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+
+  void* data() const { return static_cast<char*>(base_) + kStrip; }
+  void poison() { check(cudaMemset(data(), 0xff, bytes_), "cudaMemset"); }  // NaN in every format
+  void set(const std::vector<char>& bytes) {
+    check(cudaMemcpy(data(), bytes.data(), bytes.size(), cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+  std::vector<uint16_t> halves() const {
+    std::vector<uint16_t> out(bytes_ / 2);
+    check(cudaMemcpy(out.data(), data(), bytes_, cudaMemcpyDeviceToHost), "cudaMemcpy");
+    return out;
+  }
+  bool intact() const {
+    std::vector<unsigned char> strips(2 * kStrip);
+    check(cudaMemcpy(strips.data(), base_, kStrip, cudaMemcpyDeviceToHost), "cudaMemcpy");
+    check(cudaMemcpy(strips.data() + kStrip, static_cast<char*>(data()) + bytes_, kStrip,
+                     cudaMemcpyDeviceToHost),
+          "cudaMemcpy");
+    return std::all_of(strips.begin(), strips.end(), [](unsigned char byte) { return byte == kCanary; });
+  }
+
+ private:
+  static constexpr size_t kStrip = 4096;
+  static constexpr int kCanary = 0xa5;
+  size_t bytes_;
+  void* base_ = nullptr;
+};
+
+// An execution context: its own clone of the plugin, workspace, and here its own inputs and output.
+class Context {
+ public:
+  Context(const Problem& problem, const BuiltNode& node)
+      : descs_(static_descs(problem)),
+        workspace_(node.workspace_bytes),
+        y_(size_t(problem.rows() * problem.out_channels) * 2),
+        plugin_(runtime_of(*node.plugin)->attachToContext(&resources_)) {
+    for (const HostTensor& input : problem.inputs) {
+      inputs_.push_back(std::make_unique<Guarded>(input.bytes.size()));
+      inputs_.back()->set(input.bytes);
+      pointers_.push_back(inputs_.back()->data());
+    }
+  }
+
+  bool prepare(int32_t tactic) {
+    if (plugin_ == nullptr) return false;
+    auto* runtime = runtime_of(*plugin_);
+    const auto inputs = int32_t(inputs_.size());
+    return runtime->setTactic(tactic) == 0 &&
+           runtime->onShapeChange(descs_.data(), inputs, &descs_.back(), 1) == 0;
+  }
+
+  bool enqueue(cudaStream_t stream) {
+    void* y = y_.data();
+    return runtime_of(*plugin_)->enqueue(descs_.data(), &descs_.back(), pointers_.data(), &y,
+                                         workspace_.data(), stream) == 0;
+  }
+
+  // Enqueued alone; empty where the plugin refuses.
+  std::vector<uint16_t> run() {
+    y_.poison();
+    if (!enqueue(nullptr)) return {};
+    check(cudaDeviceSynchronize(), "enqueue");
+    return y_.halves();
+  }
+
+  void set_x(const std::vector<char>& bytes) { inputs_[0]->set(bytes); }
+  Guarded& y() { return y_; }
+  bool intact() const {
+    return y_.intact() && workspace_.intact() &&
+           std::all_of(inputs_.begin(), inputs_.end(), [](const auto& input) { return input->intact(); });
+  }
+
+ private:
+  std::vector<PluginTensorDesc> descs_;
+  Guarded workspace_, y_;
+  ResourceContext resources_;
+  std::unique_ptr<IPluginV3> plugin_;
+  std::vector<std::unique_ptr<Guarded>> inputs_;
+  std::vector<const void*> pointers_;
+};
+
+// How many elements are further from `due` than allowed. `worst`: the largest error as a share of its bound.
+size_t wrong_elements(const Problem& problem, const std::vector<uint16_t>& y, const std::vector<double>& due,
+                      double* worst) {
+  size_t wrong = 0;
+  for (size_t i = 0; i < y.size(); ++i) {
+    const double error = std::fabs(lynx::test::to_float(problem.type(), y[i]) - due[i]);
+    wrong += !(error <= problem.tolerance[i]);  // a NaN is wrong
+    *worst = std::max(*worst, error / problem.tolerance[i]);
+  }
+  return wrong;
+}
+
+std::vector<char> negated(const std::vector<char>& halves) {
+  std::vector<char> out = halves;
+  for (size_t i = 1; i < out.size(); i += 2) out[i] = char(out[i] ^ 0x80);
+  return out;
+}
+
+void run_tactics(const Problem& problem, const BuiltNode& node) {
+  Context context(problem, node);
+  for (const int32_t tactic : node.tactics) {
+    const std::string name = problem.title + ": tactic " + std::to_string(tactic);
+    if (!report(context.prepare(tactic), name + " set, shapes taken")) continue;
+    const std::vector<uint16_t> y = context.run();
+    if (!report(!y.empty(), name + " enqueued")) continue;
+    double worst = 0.0, ignored = 0.0;
+    const size_t wrong = wrong_elements(problem, y, problem.y, &worst);
+    char detail[96];
+    std::snprintf(detail, sizeof detail, "%zu of %zu wrong, error up to %.0f %% of its bound", wrong,
+                  y.size(), 100.0 * worst);
+    report(wrong == 0, name + " against float64", detail);
+    const size_t other = wrong_elements(problem, y, problem.unpruned, &ignored);
+    report(other > y.size() / 4, name + " is not what it would be without pruning");
+    report(context.run() == y && context.intact(), name + " again, same bits, nothing written outside");
+  }
+}
+
+void run_graph(const Problem& problem, const BuiltNode& node) {
+  Context context(problem, node);
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  if (!context.prepare(0)) return void(report(false, problem.title + ": CUDA graph"));
+  const std::vector<uint16_t> direct = context.run();
+  context.set_x(negated(problem.inputs[0].bytes));
+  const std::vector<uint16_t> other = context.run();
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "begin capture");
+  bool ok = context.enqueue(stream);
+  check(cudaStreamEndCapture(stream, &graph), "end capture");
+  check(cudaGraphInstantiate(&executable, graph, 0), "instantiate");
+  ok &= direct != other;
+  for (const auto* due : {&direct, &other, &direct}) {
+    context.set_x(due == &direct ? problem.inputs[0].bytes : negated(problem.inputs[0].bytes));
+    context.y().poison();
+    check(cudaDeviceSynchronize(), "before replay");
+    check(cudaGraphLaunch(executable, stream), "replay");
+    check(cudaStreamSynchronize(stream), "replay");
+    ok &= context.y().halves() == *due;
+  }
+  report(ok && context.intact(), problem.title + ": CUDA graph, replayed on other inputs");
+  cudaGraphExecDestroy(executable), cudaGraphDestroy(graph), cudaStreamDestroy(stream);
+}
+
+void run_contexts(const Problem& problem, const BuiltNode& node) {
+  Context a(problem, node), b(problem, node);
+  b.set_x(negated(problem.inputs[0].bytes));
+  if (!a.prepare(0) || !b.prepare(0)) return void(report(false, problem.title + ": two contexts"));
+  const std::vector<uint16_t> alone_a = a.run(), alone_b = b.run();
+  cudaStream_t streams[2];
+  for (cudaStream_t& stream : streams)
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  bool ok = alone_a != alone_b;
+  a.y().poison(), b.y().poison();
+  check(cudaDeviceSynchronize(), "before the streams");
+  for (int round = 0; round < 50; ++round) ok &= a.enqueue(streams[0]) && b.enqueue(streams[1]);
+  check(cudaDeviceSynchronize(), "two streams");
+  ok &= a.y().halves() == alone_a && b.y().halves() == alone_b && a.intact() && b.intact();
+  report(ok, problem.title + ": two contexts on two streams, same bits as alone");
+  for (cudaStream_t stream : streams) cudaStreamDestroy(stream);
+}
+
+// ---- The library
+
+struct Creators {
+  nvinfer1::IPluginCreatorInterface* const* first;
+  int32_t count;
+};
+
+Creators load(const char* library) {
+  void* const handle = dlopen(library, RTLD_NOW | RTLD_LOCAL);  // stays loaded, as in TensorRT
+  if (handle == nullptr) {
+    std::fprintf(stderr, "%s cannot be loaded (%s). Build it with: make plugin\n", library, dlerror());
+    std::exit(2);
+  }
+  using GetCreators = nvinfer1::IPluginCreatorInterface* const*(int32_t&);
+  auto* const get_creators = reinterpret_cast<GetCreators*>(dlsym(handle, "getCreators"));
+  if (get_creators == nullptr || dlsym(handle, "setLoggerFinder") == nullptr) {
+    std::fprintf(stderr, "%s is no TensorRT plugin library. Give liblynx_plugin.so.\n", library);
+    std::exit(2);
+  }
+  Creators creators{};
+  creators.first = get_creators(creators.count);
+  return creators;
+}
+
+// Attributes that the creator does not declare are ones that this library has not yet.
+bool knows(nvinfer1::IPluginCreatorV3One& creator, const Problem& problem) {
+  const PluginFieldCollection& fields = *creator.getFieldNames();
+  return std::all_of(problem.attributes.begin(), problem.attributes.end(), [&](const auto& attribute) {
+    return std::any_of(fields.fields, fields.fields + fields.nbFields,
+                       [&](const PluginField& field) { return attribute.first == field.name; });
+  });
+}
+
+int gpu_architecture() {
+  int devices = 0, major = 0, minor = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) return 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "device attribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "device attribute");
+  return 10 * major + minor;
+}
+
+void run_problem(nvinfer1::IPluginCreatorV3One& creator, const Problem& problem, int architecture) {
+  if (!knows(creator, problem)) {
+    std::printf("SKIP %s: this library has not all of its attributes\n", problem.title.c_str());
+    return;
+  }
+  const BuiltNode node = build(creator, problem);
+  if (node.plugin == nullptr || architecture == 0) return;
+  const auto layout = problem.attributes.find("metadata_layout");
+  if (layout != problem.attributes.end() && layout->second == 90 && architecture != 90) {
+    std::printf("SKIP %s: enqueue of Hopper's layout, on sm_%d\n", problem.title.c_str(), architecture);
+    return;
+  }
+  run_tactics(problem, node);
+  run_graph(problem, node);
+  run_contexts(problem, node);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 2 || argc > 3) {
+    std::fprintf(stderr, "usage: plugin_host LIBRARY [TEXT]\n");
+    return 2;
+  }
+  const Creators creators = load(argv[1]);
+  const std::string only = argc > 2 ? argv[2] : "";
+  const int architecture = gpu_architecture();
+  for (int32_t i = 0; i < creators.count; ++i) {
+    auto* const creator = static_cast<nvinfer1::IPluginCreatorV3One*>(creators.first[i]);
+    const std::string name = creator->getPluginName();
+    const std::vector<Problem> problems = lynx::test::problems_of(name);
+    report(!problems.empty(), name + ": this host has problems for it");
+    for (const Problem& problem : problems) {
+      if (problem.title.find(only) != std::string::npos) run_problem(*creator, problem, architecture);
+    }
+  }
+  if (architecture == 0) std::printf("No CUDA device was found: nothing was enqueued.\n");
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed > 0 ? 1 : architecture == 0 ? 77 : 0;
+}

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugins driven by a minimal host, as TensorRT drives them: up to enqueue anywhere, enqueue on a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from .native import LIBRARY, PLUGINS, WARNINGS, compile_cpp, header_folder
+
+SKIPPED = 77
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tensorrt = header_folder("NvInferRuntime.h", "kernel_lens/include/tensorrt")
+    cuda = header_folder("cuda_runtime_api.h", "nvidia/cu13/include")
+    folders = [cuda.parent / name for name in ("lib", "lib64")]
+    runtime = next((f for folder in folders if (f := folder / "libcudart_static.a").exists()), None)
+    if runtime is None:
+        pytest.skip(f"libcudart_static.a is not installed beside {cuda}")
+    options = [*WARNINGS, "-O1", "-isystem", str(tensorrt), "-isystem", str(cuda), str(runtime)]
+    output = tmp_path_factory.mktemp("host") / "plugin_host"
+    return compile_cpp(PLUGINS / "tests/plugin_host.cpp", output, *options, "-ldl", "-lpthread", "-lrt")
+
+
+def run(host: Path, library: Path, only: str = "") -> subprocess.CompletedProcess[str]:
+    command = [str(host), str(library), *([only] if only else [])]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def test_every_plugin_is_built_and_restored_as_tensorrt_does_it(host: Path) -> None:
+    if not LIBRARY.exists():
+        pytest.skip(f"{LIBRARY.name} is not built (cmake -S plugins -B build/plugin)")
+    done = run(host, LIBRARY)
+    lines = done.stdout.splitlines()
+    assert done.returncode in (0, SKIPPED), done.stdout[-4000:] + done.stderr[-1000:]
+    assert not [line for line in lines if line.startswith("FAIL")]
+    assert lines[-1].endswith(", 0 failed")
+    built = {line.split(":")[0] for line in lines if line.endswith(": serializes to the same fields")}
+    assert any(line.startswith("PASS LynxSparseLinear bf16") for line in built)
+    assert any(line.startswith("PASS LynxSparseLinear fp16") for line in built)
+
+
+def test_enqueue_on_a_gpu(host: Path) -> None:
+    if not LIBRARY.exists():
+        pytest.skip(f"{LIBRARY.name} is not built (cmake -S plugins -B build/plugin)")
+    done = run(host, LIBRARY)
+    if done.returncode == SKIPPED:
+        pytest.skip("no CUDA device was found: nothing was enqueued")
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "two contexts on two streams" in done.stdout and "CUDA graph" in done.stdout
+
+
+@pytest.mark.parametrize("what", ["missing", "other"])
+def test_what_is_no_plugin_library_is_refused(host: Path, tmp_path: Path, what: str) -> None:
+    library = tmp_path / "lib.so"
+    if what == "other":
+        source = tmp_path / "empty.cpp"
+        source.write_text("")
+        compile_cpp(source, library, "-shared", "-fPIC")
+    done = run(host, library)
+    assert done.returncode == 2
+    assert str(library) in done.stderr and (
+        "make plugin" in done.stderr or "liblynx_plugin.so" in done.stderr
+    )
