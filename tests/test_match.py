@@ -61,7 +61,9 @@ def _block(dtype: torch.dtype = torch.float32, **sizes: int) -> Any:
     channels = module.q.in_features
     inputs = {"x": torch.randn(BATCH, TOKENS, channels), "scale": 0.3 * torch.randn(BATCH, channels)}
     inputs |= {"shift": 0.3 * torch.randn(BATCH, channels)}
-    groups = tuple(LinearGroup(names[0], tuple(_linear(module, name) for name in names)) for names in GROUPS)
+    groups = tuple(
+        LinearGroup(names[0], tuple(_linear(module, name) for name in names), 8) for names in GROUPS
+    )
     return SimpleNamespace(
         module=module,
         dtype=dtype,

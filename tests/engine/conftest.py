@@ -117,7 +117,8 @@ def set_stage(monkeypatch: pytest.MonkeyPatch, lynx: LynxOnnx, cuda: FakeCuda) -
         model=SimpleNamespace(source="someone/model", subfolder="transformer", revision=None),
         family="flux", config={"in_channels": 4}, digest="ab" * 32,
     )  # fmt: skip
-    recipe: Any = SimpleNamespace(model=SimpleNamespace(dtype="fp16"), digest="cd" * 32)
+    sparsity = SimpleNamespace(costs=None)
+    recipe: Any = SimpleNamespace(model=SimpleNamespace(dtype="fp16"), digest="cd" * 32, sparsity=sparsity)
     describe(recipe, dit, lynx, built).write(stage.manifest)
     return stage
 

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 from safetensors.torch import load_file
 
 from lynx_compile import recipe
-from lynx_compile.engine.build import _Plan, _Search, build
+from lynx_compile.engine.build import Plan, _Search, build
 from lynx_compile.errors import LynxError, StageError
 from lynx_compile.rewrite import LynxOnnx
 
@@ -289,7 +289,7 @@ def test_layers_of_all_plugins_are_counted(tmp_path: Path) -> None:
         for name in (b"LynxSparseLinear", b"LynxSparseWeightLinear", b"LynxSparseWeightLinear", b"LynxOther")
     ]
     with (tmp_path / "plan").open("wb") as file:
-        plan = _Plan(file)
+        plan = Plan(file)
         for piece in (b"vtrt", *records, b"LynxSparseWeightLinear"):
             plan.write(piece)
     assert (plan.records, plan.names) == (3, 4)

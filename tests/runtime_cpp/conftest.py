@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.plugins.native import LIBRARY
-from tests.plugins.test_build import ALIAS, node_model
+from tests.plugins.test_build import ALIAS, sparse_linear_model
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "runtime"
@@ -71,7 +71,7 @@ def tiny_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pytest.skip(f"{module} is not there")
     folder = tmp_path_factory.mktemp("engine")
     path = folder / "node.engine"
-    model, channels = node_model(folder / "node.onnx")
+    model, channels = sparse_linear_model(folder / "node.onnx")
     output(sys.executable, "-c", BUILD_ENGINE, model, LIBRARY, ALIAS, str(channels), path)
     plan = path.read_bytes()
     digest = hashlib.sha256(LIBRARY.read_bytes()).hexdigest()
