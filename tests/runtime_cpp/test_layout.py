@@ -96,6 +96,14 @@ def test_layout_is_that_of_the_bindings(programs: Path, tmp_path: Path, module: 
         assert called[name][-1:] == [f"{table} {slot}"], (name, called[name])
 
 
-def test_the_library_that_was_linked_is_known(programs: Path) -> None:
-    backend, version, layout = output(programs / "runtime_probe", "library").split()
-    assert (backend, layout) == ("tensorrt_rtx", "11") and version.startswith("1.7.")
+@pytest.mark.parametrize(
+    ("program", "backend", "version"),
+    [("runtime_probe", "tensorrt_rtx", "1.7."), ("runtime_probe_lean", "tensorrt", "11.4.")],
+)
+def test_the_library_that_was_linked_is_known(
+    programs: Path, program: str, backend: str, version: str
+) -> None:
+    if not (programs / program).exists():
+        pytest.skip("TensorRT's lean library is not installed")
+    found = output(programs / program, "library").split()
+    assert (found[0], found[2]) == (backend, "11") and found[1].startswith(version)
