@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from lynx_compile import cli
 from lynx_compile.engine.manifest import Manifest
-from lynx_compile.functions import WEIGHT_OP
+from lynx_compile.functions import DOMAIN, GELU_OP, NORM_OP, OP, WEIGHT_OP
 
 pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, "-c", "from lynx_compile.cli import main; main()"]
@@ -64,7 +65,7 @@ def test_everything_lies_beside_the_engine(project: Path) -> None:
     model = onnx.load(out / "tiny.onnx", load_external_data=False)
     assert (
         manifest.plugin_layers
-        == sum(node.op_type == WEIGHT_OP for node in model.graph.node)
+        == sum(node.domain == DOMAIN for node in model.graph.node)
         == len(manifest.sparse)
         == 10
     )
@@ -208,6 +209,37 @@ def test_external_weights(project: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     embedded = json.loads((project / "out" / "tiny.json").read_text())["engine"]["bytes"]
     assert manifest.engine.bytes < embedded
     assert manifest.plugin_layers == 10
+
+
+def test_the_manifest_tells_what_each_layer_makes_of_its_input(project: Path) -> None:
+    manifest = Manifest.read(project / "out" / "tiny.json")
+    assert manifest.plugin.names == (OP, NORM_OP)
+    normed = [layer for layer in manifest.sparse if layer.producer]
+    assert {layer.producer for layer in normed} == {"layer norm"} and len(normed) == 5
+    model = onnx.load(project / "out" / "tiny.onnx", load_external_data=False)
+    ops = {node.name: node.op_type for node in model.graph.node if node.domain == DOMAIN}
+    assert {name for name, op in ops.items() if op == NORM_OP} == {layer.layer for layer in normed}
+    plan = (project / "out" / "tiny.engine").read_bytes()
+    records = {name: plan.count(struct.pack("<Q", len(name)) + name.encode()) for name in (OP, NORM_OP)}
+    assert records == {OP: 5, NORM_OP: 5}
+
+
+def test_weights_as_the_sparse_operand(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them; and some, with a GELU taken in by the one linear that reads it."""
+    recipe, folder = (project / "tiny.yaml").read_text(), project / "weights"
+    for name, operand in (("all", "weight"), ("some", "{'single_*': weight, 'transformer_*.proj': none}")):
+        (project / f"{name}.yaml").write_text(f"{recipe}sparsity: {{operand: {operand}}}\n")
+        assert _main(monkeypatch, project, f"{name}.yaml", "-o", f"weights/{name}.engine") == 0
+    every, some = (Manifest.read(folder / f"{name}.json") for name in ("all", "some"))
+    assert every.plugin.names == (WEIGHT_OP,) and every.plugin_layers == 10
+    assert {(layer.operand, layer.producer) for layer in every.sparse} == {("weight", None)}
+    assert some.plugin.names == (OP, NORM_OP, GELU_OP, WEIGHT_OP) and some.plugin_layers == 8
+    assert sorted((layer.operand, layer.producer or "") for layer in some.sparse) == [
+        *[("activation", "")] * 2,
+        *[("activation", "gelu")] * 2,
+        *[("activation", "layer norm")] * 2,
+        *[("weight", "")] * 2,
+    ]
 
 
 def test_two_runs_give_the_same_engine(project: Path) -> None:

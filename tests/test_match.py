@@ -196,7 +196,7 @@ def test_a_wide_norm_is_found(tmp_path: Path) -> None:
 
 def test_linears_with_sparse_weights_leave_their_producers(dense: DenseOnnx, tmp_path: Path) -> None:
     """Here the norm: one of its readers is such a linear."""
-    plan = select(_block().groups, Sparsity(operand={"up": "weight"}))
+    plan = select(_block().groups, Sparsity(operand={"up": "weight", "*": "activation"}))
     assert len(plan.groups) == 4
     files = _naive(_block(), plan, tmp_path)
     for index, group in enumerate(plan.groups):
