@@ -211,15 +211,20 @@ def test_external_weights(project: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert manifest.plugin_layers == 10
 
 
-def test_the_manifest_tells_what_each_layer_makes_of_its_input(project: Path) -> None:
-    manifest = Manifest.read(project / "out" / "tiny.json")
+def test_the_manifest_tells_what_each_layer_makes_of_its_input(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, folder = (project / "tiny.yaml").read_text(), project / "activations"
+    (project / "activations.yaml").write_text(f"{recipe}sparsity: {{operand: activation}}\n")
+    assert _main(monkeypatch, project, "activations.yaml", "-o", "activations/tiny.engine") == 0
+    manifest = Manifest.read(folder / "tiny.json")
     assert manifest.plugin.names == (OP, NORM_OP)
     normed = [layer for layer in manifest.sparse if layer.producer]
     assert {layer.producer for layer in normed} == {"layer norm"} and len(normed) == 5
-    model = onnx.load(project / "out" / "tiny.onnx", load_external_data=False)
+    model = onnx.load(folder / "tiny.onnx", load_external_data=False)
     ops = {node.name: node.op_type for node in model.graph.node if node.domain == DOMAIN}
     assert {name for name, op in ops.items() if op == NORM_OP} == {layer.layer for layer in normed}
-    plan = (project / "out" / "tiny.engine").read_bytes()
+    plan = (folder / "tiny.engine").read_bytes()
     records = {name: plan.count(struct.pack("<Q", len(name)) + name.encode()) for name in (OP, NORM_OP)}
     assert records == {OP: 5, NORM_OP: 5}
 
@@ -227,7 +232,10 @@ def test_the_manifest_tells_what_each_layer_makes_of_its_input(project: Path) ->
 def test_weights_as_the_sparse_operand(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them; and some, with a GELU taken in by the one linear that reads it."""
     recipe, folder = (project / "tiny.yaml").read_text(), project / "weights"
-    for name, operand in (("all", "weight"), ("some", "{'single_*': weight, 'transformer_*.proj': none}")):
+    for name, operand in (
+        ("all", "weight"),
+        ("some", "{'single_*': weight, 'transformer_*.proj': none, '*': activation}"),
+    ):
         (project / f"{name}.yaml").write_text(f"{recipe}sparsity: {{operand: {operand}}}\n")
         assert _main(monkeypatch, project, f"{name}.yaml", "-o", f"weights/{name}.engine") == 0
     every, some = (Manifest.read(folder / f"{name}.json") for name in ("all", "some"))
