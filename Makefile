@@ -13,7 +13,7 @@ BUILD := build/plugin
 RUNTIME := build/runtime
 CMAKE := PYTHONPATH=$(abspath $(VENV))/toolchain $(BIN)/cmake
 
-.PHONY: demo test unit plugin runtime setup lint format clean
+.PHONY: demo test sanitize unit plugin runtime setup lint format clean
 
 demo: setup plugin
 	$(BIN)/lynx-compile engines/digits-flux.yaml -o engines/digits-flux.engine
@@ -23,6 +23,11 @@ test: setup plugin runtime
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 	$(BIN)/ctest --test-dir $(RUNTIME) --output-on-failure
 	$(BIN)/pytest
+
+sanitize: plugin  ## needs a GPU and CUDA's compute-sanitizer
+	@$(CMAKE) --build $(BUILD) -j $(JOBS) --target device_test
+	compute-sanitizer --error-exitcode 1 --tool memcheck $(BUILD)/tests/device_test "bf16 33 x"
+	compute-sanitizer --error-exitcode 1 --tool racecheck $(BUILD)/tests/device_test "bf16 33 x"
 
 unit: setup plugin  ## what needs no TensorRT build and no trained model
 	$(BIN)/pytest -m "not slow"

@@ -4,7 +4,7 @@
 //
 //   kName, kInputNames (in the order of the ONNX node; x comes first), kOutputs is always 1
 //   Attributes          a plain struct: what an engine stores of the plugin. Weights are inputs.
-//   kFields             its members as TensorRT's fields
+//   kFields             its members as TensorRT's fields, of which the first kFieldCount are the op's
 //   check_attributes    false, with a logged reason, for a value out of range
 //   check_shapes        the same for input extents
 //   input_type          the data type of an input, given x's
@@ -93,15 +93,10 @@ inline bool check_extent(const char* plugin, const char* input, const char* what
                 "Rewrite the model with this version of lynx-compile");
 }
 
-template <class Op>
-constexpr size_t field_count() {
-  return sizeof(Op::kFields) / sizeof(Op::kFields[0]);
-}
-
 // The attributes as TensorRT's fields, pointing into `from`; with null, names and types only.
 template <class Op>
-std::array<nvinfer1::PluginField, field_count<Op>()> fields_of(const typename Op::Attributes* from) {
-  std::array<nvinfer1::PluginField, field_count<Op>()> out;
+std::array<nvinfer1::PluginField, Op::kFieldCount> fields_of(const typename Op::Attributes* from) {
+  std::array<nvinfer1::PluginField, Op::kFieldCount> out;
   for (size_t i = 0; i < out.size(); ++i) {
     const AttributeField& field = Op::kFields[i];
     const void* data = from == nullptr ? nullptr : reinterpret_cast<const char*>(from) + field.offset;
@@ -136,9 +131,9 @@ bool read_field(const nvinfer1::PluginField& field, const AttributeField& attrib
 template <class Op>
 bool read_attributes(const nvinfer1::PluginFieldCollection& fields, typename Op::Attributes& attributes) {
   for (int32_t i = 0; i < fields.nbFields; ++i) {
-    for (const AttributeField& attribute : Op::kFields) {
-      if (std::strcmp(fields.fields[i].name, attribute.name) != 0) continue;
-      if (!read_field<Op>(fields.fields[i], attribute, attributes)) return false;
+    for (size_t k = 0; k < Op::kFieldCount; ++k) {
+      if (std::strcmp(fields.fields[i].name, Op::kFields[k].name) != 0) continue;
+      if (!read_field<Op>(fields.fields[i], Op::kFields[k], attributes)) return false;
     }
   }
   return true;
@@ -321,7 +316,7 @@ class Plugin final : public nvinfer1::IPluginV3,
 
   Attributes attributes_;
   int32_t tactic_ = 0;
-  std::array<nvinfer1::PluginField, field_count<Op>()> fields_;
+  std::array<nvinfer1::PluginField, Op::kFieldCount> fields_;
   nvinfer1::PluginFieldCollection collection_;
   char cache_id_[2 * sizeof(Attributes) + 1];
 };
@@ -352,7 +347,7 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
   const char* getPluginNamespace() const noexcept override { return kPluginNamespace; }
 
  private:
-  std::array<nvinfer1::PluginField, field_count<Op>()> fields_;
+  std::array<nvinfer1::PluginField, Op::kFieldCount> fields_;
   nvinfer1::PluginFieldCollection collection_;
 };
 

@@ -78,6 +78,8 @@ struct SparseLinearOp : SparseLinearNames<kProducer> {
       {"rms", kInt, offsetof(Attributes, rms)},
       {"epsilon", nvinfer1::PluginFieldType::kFLOAT32, offsetof(Attributes, epsilon)},
   };
+  // The last two are a norm's; TensorRT warns of fields that a node does not give.
+  static constexpr size_t kFieldCount = kProducer == Producer::kNorm ? 9 : 7;
   using Inputs = std::array<Extents, sizeof(SparseLinearNames<kProducer>::kInputNames) / sizeof(const char*)>;
 
   static bool check_attributes(const Attributes& attributes);

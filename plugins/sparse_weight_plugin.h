@@ -28,6 +28,7 @@ struct SparseWeightOp {
       {"activation", kInt, offsetof(Attributes, activation)},
       {"activation_from", kInt, offsetof(Attributes, activation_from)},
   };
+  static constexpr size_t kFieldCount = sizeof kFields / sizeof kFields[0];
   using Inputs = std::array<Extents, 4>;
 
   static bool check_attributes(const Attributes& attributes);

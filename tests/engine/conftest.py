@@ -240,7 +240,7 @@ def _tensors(
 
 def _node(name: str, inputs: list[str], rank: int, namespace: str | None) -> onnx.NodeProto:
     attributes: dict[str, int | str] = {"rank": rank, "norm_scale": 0, "plugin_version": "1"}
-    attributes |= {"has_order": 0, "has_centre": 0, "has_saliency": 0}
+    attributes |= {"has_order": 0, "has_centre": 0, "has_saliency": 0, "activation": 0, "activation_from": 0}
     if namespace is not None:
         attributes["plugin_namespace"] = namespace
     return helper.make_node("LynxSparseLinear", inputs, [f"{name}.y"], name=name, domain="lynx", **attributes)

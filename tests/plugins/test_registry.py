@@ -77,7 +77,6 @@ FIELDS = [
     "has_saliency",
     "activation",
     "activation_from",
-    "rms",
 ]
 WEIGHT_FIELDS = ["out_channels", "metadata_layout", "activation", "activation_from"]
 Attributes = dict[str, list[dict[str, int | float]]]
@@ -133,7 +132,8 @@ def test_creators_are_found_and_make_plugins(module: str) -> None:
     for name, creator in found["found"].items():
         assert creator["name"] == [name, "1", "lynx"]
         integers = [[field, "INT32"] for field in (WEIGHT_FIELDS if name == WEIGHT else FIELDS)]
-        assert creator["fields"] == integers + [["epsilon", "FLOAT32"]] * (name != WEIGHT)
+        norms = [["rms", "INT32"], ["epsilon", "FLOAT32"]] if name == NORM else []
+        assert creator["fields"] == integers + norms
         assert creator["created"] == [True] * len(GOOD[name])
 
 
