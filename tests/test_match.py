@@ -292,6 +292,19 @@ def _shift(*shape: int) -> Callable[[Chain], None]:
     return spoil
 
 
+def _both(*shape: int) -> Callable[[Chain], None]:
+    def spoil(chain: Chain) -> None:
+        random = np.random.default_rng(0)
+        _replace_input(
+            chain.scale, chain.norm.output[0], chain.constant(random.normal(size=shape), "new_gain")
+        )
+        _replace_input(
+            chain.shift, chain.scale.output[0], chain.constant(random.normal(size=shape), "new_shift")
+        )
+
+    return spoil
+
+
 def _subtracted(chain: Chain) -> None:
     chain.shift.op_type = "Sub"
 
@@ -304,7 +317,7 @@ SPOILED = {
     "normed over the tokens too": _over_tokens_too,
     "a scale that is not 1": _scaled,
     "a bias": _with_bias,
-    "a gain per position": _gain(1, TOKENS, CHANNELS),
+    "gain and shift per position": _both(1, TOKENS, CHANNELS),
     "a gain per sample alone": _gain(BATCH, 1, 1),
     "fewer rows of shift than of gain": _shift(1, 1, CHANNELS),
     "a shift of rank 0": _shift(),
@@ -340,17 +353,8 @@ def test_what_only_resembles_a_norm_stays_in_the_graph(
 def test_a_row_for_all_tokens_or_for_each_is_fused_too(
     dense: DenseOnnx, tmp_path: Path, shape: tuple[int, ...]
 ) -> None:
-    def give(chain: Chain) -> None:
-        random = np.random.default_rng(0)
-        _replace_input(
-            chain.scale, chain.norm.output[0], chain.constant(random.normal(size=shape), "new_gain")
-        )
-        _replace_input(
-            chain.shift, chain.scale.output[0], chain.constant(random.normal(size=shape), "new_shift")
-        )
-
     dit = _block()
-    fused, _ = pair = _pair(dit, _spoil(dense, tmp_path, give), tmp_path)
+    fused, _ = pair = _pair(dit, _spoil(dense, tmp_path, _both(*shape)), tmp_path)
     assert _producers(fused)["q"] == "layer norm" and _error(pair, dit) < 2e-5
 
 
