@@ -84,7 +84,7 @@ class Engine:
         with ExitStack() as resources, open_weights(path.parent, manifest) as weights:
             plan = _read_plan(path, manifest, progress)
             _check_host_code(path, plan, library)
-            trt.load_plugin(backend, library, dict.fromkeys(manifest.plugin.names, ()))
+            trt.load_plugin(backend, library)
             with gpu.current():
                 loaded = _deserialize(backend, plan, path)
             resources.callback(loaded.clear)

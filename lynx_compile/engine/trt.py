@@ -121,11 +121,10 @@ def load_plugin(
     Raises:
         EngineError: the library cannot be loaded, lacks what is needed, or another one is loaded already.
     """
-    registry = backend.module.get_plugin_registry()
     if library.sha256 != _loaded.get(backend.name):
-        _load(backend, library, registry)
+        _load(backend, library, backend.module.get_plugin_registry())
     for name, fields in (needed or {}).items():
-        creator = _creator(registry, name)
+        creator = _creator(backend.module.get_plugin_registry(), name)
         if creator is None:
             cause = f"{library.path} holds no {name} version {PLUGIN_VERSION} plugin.{said(backend)}"
             raise EngineError(cause, _REBUILD)

@@ -107,9 +107,7 @@ def set_stage(monkeypatch: pytest.MonkeyPatch, lynx: LynxOnnx, cuda: FakeCuda) -
     path.write_bytes(b"vtrt" + bytes(132) + stage.plugin.read_bytes() + DEVICE_ELF + noise)
     backend = trt.Backend(stage.trt, "tensorrt_rtx", stage.trt.__version__, trt._message_log(tensorrt_rtx))  # type: ignore[arg-type]
     monkeypatch.setattr(trt, "backend", lambda name: backend)
-    monkeypatch.setattr(
-        trt, "load_plugin", lambda backend, library, needed: stage.loaded.append(library.path)
-    )
+    monkeypatch.setattr(trt, "load_plugin", lambda backend, library: stage.loaded.append(library.path))
     monkeypatch.setattr(cuda_module, "bindings", lambda: cuda)
     monkeypatch.setattr(weights_module, "PIECE", 1 << 16)  # so that small weights take several
     built = _built(stage)

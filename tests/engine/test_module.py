@@ -102,7 +102,7 @@ class OnnxTransformer(torch.nn.Module):
 
     def forward(self, return_dict: bool = True, **given: Any) -> Any:
         self.calls.append(given)
-        types = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
+        types = {"tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(int32)": np.int32}
         given = {
             name: value.numpy() for name, value in given.items() if torch.is_tensor(value)
         } | self.weights

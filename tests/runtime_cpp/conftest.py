@@ -55,7 +55,7 @@ assert parser.parse_from_file(model)
 config = builder.create_builder_config()
 config.plugins_to_serialize = [library]
 profile = builder.create_optimization_profile()
-profile.set_shape("x", *[(1, 8, int(channels))] * 3)
+profile.set_shape("x", *[(2, 8, int(channels))] * 3)
 config.add_optimization_profile(profile)
 with open(path, "wb") as file:
     file.write(builder.build_serialized_network(network, config))
