@@ -8,7 +8,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -78,7 +77,7 @@ def tiny_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifest = {
         "format_version": 1,
         "engine": {"file": path.name, "bytes": len(plan), "sha256": hashlib.sha256(plan).hexdigest()},
-        "backend": {"name": "tensorrt_rtx", "version": version("tensorrt_rtx")},
+        "backend": {"name": "tensorrt_rtx", "version": importlib.import_module("tensorrt_rtx").__version__},
         "gpus": ["sm80", "sm86", "sm89", "sm120"],
         "plugin": {"library": LIBRARY.name, "sha256": digest, "embedded": True},
         "inputs": [],
