@@ -199,6 +199,17 @@ def bench(
     return Bench(torch.cuda.get_device_name(), torch.__version__, "bf16", True, tuple(results))
 
 
+def sparse_weight_of(
+    kernels: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor, tokens: int, gelu_from: int | None = None
+) -> SparseWeightLinear:
+    """The op with ``weight`` [N, K] pruned by magnitude, packed for this GPU."""
+    layout = kernels.lynx_metadata_layout()
+    values, metadata = pack_weight(weight, keep_mask(weight), layout)
+    return SparseWeightLinear(
+        kernels, values, metadata, bias, rows=tokens, metadata_layout=layout, gelu_from=gelu_from
+    )
+
+
 class _Problem:
     """Random operands of one shape, in as many copies as it takes to outgrow the L2 cache."""
 
@@ -223,7 +234,7 @@ class _Problem:
         expanded = [expand_low_rank(weight, lora_up) for weight in self.weight]
         self.pruned = [self._sparse_linear(weight, None) for weight in expanded]
         self.fused = [self._sparse_linear(weight, self._producer()) for weight in expanded if shape.producer]
-        self.sparse_weight = [self._sparse_weight(weight) for weight in self.weight]
+        self.sparse_weight = [sparse_weight_of(kernels, weight, self.bias, m) for weight in self.weight]
         self.y = [torch.empty(m, n, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
 
     def _sparse_linear(self, weight: torch.Tensor, producer: Norm | Gelu | Gated | None) -> SparseLinear:
@@ -231,13 +242,6 @@ class _Problem:
             self.kernels, weight, self.lora_down, self.bias,
             rows=self.shape.tokens, rank=self.rank, norm_scale=True, producer=producer,
         )  # fmt: skip
-
-    def _sparse_weight(self, weight: torch.Tensor) -> SparseWeightLinear:
-        layout = self.kernels.lynx_metadata_layout()
-        values, metadata = pack_weight(weight, keep_mask(weight), layout)
-        return SparseWeightLinear(
-            self.kernels, values, metadata, self.bias, rows=self.shape.tokens, metadata_layout=layout
-        )
 
     def _producer(self) -> Norm | Gelu | Gated:
         if self.shape.producer == "gelu":

@@ -20,12 +20,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lynx_compile.bench import Ratio, Timing, file_name, quantiles, take_turns
+from lynx_compile.bench import Ratio, Timing, file_name, quantiles, sparse_weight_of, take_turns
 from lynx_compile.errors import InputError, StageError
 from lynx_compile.files import save_text
-from lynx_compile.kernels import LIBRARY, SparseWeightLinear, load_library
+from lynx_compile.kernels import LIBRARY, load_library
 from lynx_compile.sparsity import keep_mask
-from lynx_compile.weight_sparsity import pack_weight
 
 WIDTH, HEADS, HEAD_CHANNELS = 3072, 24, 128
 IMAGE_TOKENS, TEXT_TOKENS = 4096, 512
@@ -68,7 +67,9 @@ class _Merged(nn.Module):
         self.weight = torch.cat([linear.weight for linear in linears]).detach()
         self.bias = torch.cat([linear.bias for linear in linears]).detach()
         self.op = (
-            None if library is None else _sparse(library, self.weight, self.bias, tokens, self.gelu_from)
+            None
+            if library is None
+            else sparse_weight_of(library, self.weight, self.bias, tokens, self.gelu_from)
         )
         self.x: torch.Tensor | None = None
         self.outputs: tuple[torch.Tensor, ...] = ()
@@ -97,16 +98,6 @@ class _Member(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.merged.take(x, self.index)
-
-
-def _sparse(
-    library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor, tokens: int, gelu_from: int
-) -> SparseWeightLinear:
-    layout = library.lynx_metadata_layout()
-    values, metadata = pack_weight(weight, keep_mask(weight), layout)
-    return SparseWeightLinear(
-        library, values, metadata, bias, rows=tokens, metadata_layout=layout, gelu_from=gelu_from
-    )
 
 
 # (linears that read one tensor, tokens, whether GELU follows the last of them); an activation module that becomes

@@ -54,7 +54,7 @@ from lynx_compile.float32 import float32_copy
 from lynx_compile.linear_graphs import Part, linear_graphs
 from lynx_compile.models import DiT, flux
 from lynx_compile.recipe import Recipe
-from lynx_compile.resume import Display, Progress
+from lynx_compile.resume import Display, Progress, silent
 
 Values = dict[str, np.ndarray]
 OUTPUT = "velocity"
@@ -86,7 +86,7 @@ def compare(output: Path, *, run_metric: bool = False, display: Display | None =
     manifest = Manifest.read(output.with_suffix(".json"))
     compiled = Compiled.read(output, manifest.engine.sha256)
     recipe, limits = compiled.recipe, compiled.recipe.compare
-    display = display or _silent
+    display = display or silent
     dit = models.load(recipe)
     conditioning = load_conditioning(Path(recipe.calibration.source), dit, recipe)
     not_measured: dict[str, str] = {}
@@ -392,8 +392,3 @@ def _quiet() -> Iterator[None]:
     """polygraphy prints every comparison, and calls what is above its own default threshold an error."""
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         yield
-
-
-@contextmanager
-def _silent(name: str) -> Iterator[Progress]:
-    yield lambda what, done, total: None

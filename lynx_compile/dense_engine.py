@@ -6,17 +6,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from lynx_compile.compiled import Compiled
+from lynx_compile.engine.arrays import DTYPES
 from lynx_compile.engine.build import build
 from lynx_compile.engine.manifest import EngineFile, Manifest, Weights
 from lynx_compile.rewrite import LynxOnnx
-
-NUMPY: dict[str, Any] = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
 
 
 def build_dense_engine(compiled: Compiled, manifest: Manifest, path: Path) -> Path:
@@ -43,7 +40,7 @@ def run_engine(
 
     results, times = [], []
     with Engine.open(path) as engine:
-        dtypes = {tensor.name: NUMPY[tensor.dtype] for tensor in engine.inputs}
+        dtypes = {tensor.name: DTYPES[tensor.dtype].numpy for tensor in engine.inputs}
         for feed in feeds:
             given = {name: feed[name].astype(dtype) for name, dtype in dtypes.items()}
             start = time.perf_counter()

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from lynx_compile.errors import InputError
 from lynx_compile.files import atomic_path
-from lynx_compile.tensors import TensorSpec, write_tensors
+from lynx_compile.tensors import TensorSpec, refer, write_tensors
 
 HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 INLINE_BYTES = 4096  # larger tensors go into the safetensors file
@@ -131,12 +131,8 @@ def _move_out(
         weights, [TensorSpec(t.name, _torch_dtype(t), tuple(t.dims), reader(t.name)) for t in large]
     )
     for tensor in large:
-        offset, length = offsets[tensor.name]
         tensor.ClearField("raw_data")
-        tensor.ClearField("external_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", weights.name), ("offset", str(offset)), ("length", str(length))):
-            tensor.external_data.add(key=key, value=value)
+        refer(tensor, weights.name, *offsets[tensor.name])
 
 
 def _torch_dtype(tensor: onnx.TensorProto) -> torch.dtype:

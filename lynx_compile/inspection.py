@@ -12,24 +12,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lynx_compile.engine import trt
+from lynx_compile.engine.arrays import DTYPES
 from lynx_compile.engine.build import MAGIC, read_plan
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError, LynxError
 from lynx_compile.files import file_digest
 from lynx_compile.recipe import Engine
 
-ITEM_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "F32": 4,
-    "I32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
+ITEM_BYTES = {dtype.safetensors: dtype.numpy.itemsize for dtype in DTYPES.values()}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ Rewriting has kept the names of the tensors x and y, so that the Lynx nodes fit 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,7 @@ def linear_graphs(
             f"{lynx.name}: its Lynx nodes are not the manifest's layers.", "Compile the engine again."
         )
     parts = []
-    for number, layers in enumerate(_groups(manifest, lynx_model, memory_gib)):
+    for number, layers in enumerate(_groups(manifest, memory_gib)):
         part = Part(
             dense=folder / f"linears-{number}-dense.onnx",
             lynx=folder / f"linears-{number}-lynx.onnx",
@@ -58,29 +57,18 @@ def linear_graphs(
     return tuple(parts)
 
 
-def _groups(manifest: Manifest, lynx: onnx.ModelProto, memory_gib: float) -> list[list[SparseLinears]]:
+def _groups(manifest: Manifest, memory_gib: float) -> list[list[SparseLinears]]:
     """The layers in order, split where the outputs of both graphs would take too much memory."""
-    tokens = tokens_of(lynx)
     groups: list[list[SparseLinears]] = [[]]
     used, limit = 0.0, memory_gib * 2**30
     for layer in manifest.sparse:
-        size = 2 * 4 * tokens.get(layer.layer, 0) * layer.out_channels
+        size = 2 * 4 * layer.tokens * layer.out_channels
         if groups[-1] and used + size > limit:
             groups.append([])
             used = 0.0
         groups[-1].append(layer)
         used += size
     return groups
-
-
-def tokens_of(lynx: onnx.ModelProto) -> dict[str, int]:
-    """How many tokens each Lynx node reads, where the graph states it."""
-    shapes = {
-        info.name: [dimension.dim_value for dimension in info.type.tensor_type.shape.dim]
-        for info in (*lynx.graph.value_info, *lynx.graph.input)
-    }
-    nodes = (node for node in lynx.graph.node if node.domain == DOMAIN)
-    return {node.name: math.prod(shapes[node.input[0]][:-1]) for node in nodes if shapes.get(node.input[0])}
 
 
 def _output(linear: str) -> str:

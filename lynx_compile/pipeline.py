@@ -19,7 +19,7 @@ from lynx_compile.errors import InputError
 from lynx_compile.export import DenseOnnx, export
 from lynx_compile.files import file_digest
 from lynx_compile.recipe import Recipe
-from lynx_compile.resume import Display, Progress, Stages
+from lynx_compile.resume import Display, Stages, silent
 from lynx_compile.rewrite import LynxOnnx, rewrite
 from lynx_compile.select import candidates, select
 
@@ -42,7 +42,7 @@ def compile(recipe: Recipe, output: Path, *, fresh: bool = False, display: Displ
     cache = output.with_suffix(".cache")
     with _logged(output.with_suffix(".log")):
         log.info("lynx-compile %s, output %s, recipe %s", __version__, output, recipe.model_dump_json())
-        stages = Stages(cache, fresh, display or _silent)
+        stages = Stages(cache, fresh, display or silent)
         backend = trt.backend(recipe.engine.backend)
         plugin = trt.plugin_library(recipe.engine)
         dit = models.load(recipe)
@@ -118,8 +118,3 @@ def _logged(path: Path) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         handler.close()
-
-
-@contextmanager
-def _silent(stage: str) -> Iterator[Progress]:
-    yield lambda what, done, total: None

@@ -8,8 +8,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,14 @@ from lynx_compile.files import save_text
 
 Progress = Callable[[str, int, int], None]
 Display = Callable[[str], AbstractContextManager[Progress]]
+
+
+@contextmanager
+def silent(name: str) -> Iterator[Progress]:
+    """The ``Display`` that shows nothing."""
+    yield lambda what, done, total: None
+
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 

@@ -65,7 +65,7 @@ from lynx_compile.match import DenseGraph, Match, Producer, find_producer, impor
 from lynx_compile.recipe import Operand
 from lynx_compile.select import SparseGroup, SparsityPlan
 from lynx_compile.sparsity import keep_mask
-from lynx_compile.tensors import TensorSpec, write_tensors
+from lynx_compile.tensors import TensorSpec, refer, write_tensors
 from lynx_compile.weight_sparsity import STEP, MetadataLayout, pack_weight
 
 OPS: dict[Operand, str] = {"activation": OP, "weight": WEIGHT_OP}
@@ -389,14 +389,14 @@ def _save(
     large = [initializer for initializer in model.graph.initializer if uses_external_data(initializer)]
     offsets = write_tensors(weights, [*tensors, *(_kept(initializer, folder) for initializer in large)])
     for initializer in large:
-        _refer(initializer, weights.name, *offsets[initializer.name])
+        refer(initializer, weights.name, *offsets[initializer.name])
     for tensor in tensors:
         dtype = _onnx_dtype(tensor.dtype)
         if tensor.name in external_inputs:
             model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, dtype, tensor.shape))
         else:
             initializer = onnx.TensorProto(name=tensor.name, data_type=dtype, dims=tensor.shape)
-            _refer(initializer, weights.name, *offsets[tensor.name])
+            refer(initializer, weights.name, *offsets[tensor.name])
             model.graph.initializer.append(initializer)
     _drop_value_info(model, {tensor.name for tensor in tensors})
     model.functions.extend(lynx_functions(ops))
@@ -427,14 +427,6 @@ def _kept(initializer: onnx.TensorProto, folder: Path) -> TensorSpec:
         return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
     return TensorSpec(initializer.name, dtype, shape, read)
-
-
-def _refer(initializer: onnx.TensorProto, location: str, offset: int, length: int) -> None:
-    """Make the initializer a view of ``length`` bytes at ``offset`` of the file ``location``."""
-    initializer.data_location = onnx.TensorProto.EXTERNAL
-    del initializer.external_data[:]
-    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
-        initializer.external_data.add(key=key, value=value)
 
 
 def _drop_value_info(model: onnx.ModelProto, names: set[str]) -> None:

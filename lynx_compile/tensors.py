@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import torch
 from safetensors.torch import save_file
 
@@ -66,6 +67,14 @@ def write_tensors(path: Path, specs: Sequence[TensorSpec]) -> dict[str, tuple[in
             offsets[spec.name] = (file.tell(), tensor.nbytes)
             file.write(tensor.flatten().view(torch.uint8).numpy().data)
     return offsets
+
+
+def refer(initializer: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+    """Make the initializer a view of ``length`` bytes at ``offset`` of the file ``location``."""
+    initializer.data_location = onnx.TensorProto.EXTERNAL
+    del initializer.external_data[:]
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        initializer.external_data.add(key=key, value=value)
 
 
 _SAFETENSORS = {
