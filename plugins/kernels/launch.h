@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches a kernel without <<<>>>, which is no C++: plugins/tests/emulation compiles the kernels with g++.
+// The current device, and a launch without <<<>>>, which is no C++: plugins/tests/emulation compiles the
+// kernels with g++.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,6 +8,12 @@
 #include <cstddef>
 
 namespace lynx {
+
+// An attribute of the current device, whose number is stored too.
+inline cudaError_t current_attribute(cudaDeviceAttr attribute, int* device, int* value) {
+  const cudaError_t error = cudaGetDevice(device);
+  return error == cudaSuccess ? cudaDeviceGetAttribute(value, attribute, *device) : error;
+}
 
 // Queues `kernel` on `stream`; `shared_bytes` is what `dynamic_shared` hands out. Returns the launch's error.
 template <class... Parameters, class... Arguments>

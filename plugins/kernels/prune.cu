@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // The pruning pass: one read of x gives the compressed operand of the sparse GEMM.
 //
-// A thread block owns 16 rows, its 8 warps share the channels in steps of 64. In a step a lane owns
+// A thread block owns a tile of 16 rows, its warps share the channels in steps of 64. In a step a lane owns
 // one block of 16 channels in rows g and g + 8 (g = lane / 4): two 16-byte loads and one 16-byte store a row,
 // one metadata word, and, because a sum over channels has no order, just the fragment that mma.m16n8k16 wants
 // for T = z A^T when the lane reads the same 16 channels of A. Norms and T are summed over the warps at the
-// end, when the row scale is known and U = T / s can be written behind the kept values.
+// end, when the row scale is known and U = T / s can be written behind the kept values. A warp has registers
+// for 64 ranks: of 128, two warps sum one half each over the same channels, and prune one half each.
+//
+// Tiles that would leave most of the GPU idle, of few tokens or behind the last full wave, are shared by
+// several thread blocks (prune_grid.h), each of which takes a part of the channels; a second kernel adds
+// their sums up.
 //
 // What x is made into before it is pruned (Producer) happens on the way in. For a norm the thread block reads
 // its rows twice before: for the mean and for the variance; they stay in the L1 cache.
@@ -13,6 +18,7 @@
 
 #include "activation.h"
 #include "launch.h"
+#include "prune_grid.h"
 #include "sparse24.h"
 #include "sparse_linear.h"
 #include "tile_config.h"
@@ -21,10 +27,32 @@
 namespace lynx {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kStep = 64;  // channels a warp takes at once: 4 lanes of 16
-constexpr int kRows = 16;  // of a thread block
+constexpr int kStep = 64;          // channels a warp takes at once: 4 lanes of 16
+constexpr int kRows = kPruneRows;  // of a thread block
+
+// What a kernel is compiled for.
+enum class Variant {
+  kPlain,    // x as it is, selected by magnitude
+  kGeneral,  // with a centre, a saliency or both
+  kNorm,     // kPlain of norm(x) * gain + shift
+  kAct,      // kPlain of gelu(x) or silu(x) * gate
+};
+
+// The warps of a thread block that prunes with up to `kRankCap` ranks.
+template <int kRankCap, Variant kVariant>
+struct Warps {
+  static constexpr bool kPlain = kVariant == Variant::kPlain;
+  static constexpr bool kProduces = kVariant == Variant::kNorm || kVariant == Variant::kAct;
+  static constexpr int kCap = kRankCap;
+  static constexpr int kRanks = kRankCap < 64 ? kRankCap : 64;             // that a warp sums
+  static constexpr int kTeam = kRankCap > kRanks ? kRankCap / kRanks : 1;  // warps at the same channels
+  static constexpr int kTeams = 8;
+  static constexpr int kCount = kTeam * kTeams;
+  static constexpr int kThreads = 32 * kCount;
+  // Thread blocks that share an SM, from the registers they need: 16 warps of 128 with 64 ranks each or a
+  // producer, else 24 of 80.
+  static constexpr int kBlocksPerSm = kTeam > 1 ? 1 : kRanks == 64 || kProduces ? 2 : 3;
+};
 
 struct PruneArgs {
   const uint16_t* x;      // [rows, channels], in order
@@ -40,28 +68,14 @@ struct PruneArgs {
   uint16_t* values;           // [rows_padded, width / 2]
   uint32_t* metadata;         // layout `Metadata`
   float* scale;               // [rows_padded]
+  float* parts;               // of each part of a shared tile: |z|^2 and |z~|^2 of its rows, T [kRows, rank]
+  PruneGrid grid;
+  int part_channels;  // of a part of a shared tile
+  int inverse_parts;  // 2^16 / grid.parts, rounded up: a thread block's part divides by it exactly
   int64_t rows, rows_padded;
   int channels, width, rank;
   bool norm_scale;
 };
-
-// What a kernel is compiled for.
-enum class Variant {
-  kPlain,    // x as it is, selected by magnitude
-  kGeneral,  // with a centre, a saliency or both
-  kNorm,     // kPlain of norm(x) * gain + shift
-  kAct,      // kPlain of gelu(x) or silu(x) * gate
-};
-
-// Thread blocks that share an SM. Two leave a thread 128 registers, what the sums of T for 64 ranks need; up
-// to 32 ranks three fit, which spares 288 thread blocks (4608 rows) a second wave on 132 SMs. With 128 ranks
-// and anything to do on the way in, one: more would spill.
-template <int kRankCap, Variant kVariant>
-constexpr int blocks_per_sm() {
-  constexpr bool kBusy = kVariant == Variant::kNorm || kVariant == Variant::kAct;
-  if (kRankCap == 128 && kVariant != Variant::kPlain) return 1;
-  return (kRankCap == 16 || kRankCap == 32) && !kBusy ? 3 : 2;
-}
 
 // Where a thread stands in its warp's step.
 struct Lane {
@@ -71,6 +85,33 @@ struct Lane {
 };
 
 using Block = uint32_t[kBlock / 2];  // 16 channels, two per word
+
+// What a thread block prunes: a tile, or a part of a shared one. Pointers and numbers that all its threads
+// share, offsets of 32 bits and no division: everything else takes registers that the sums of T need.
+struct Tile {
+  int first_row;
+  int rows;                  // that are not padding; none or less: all are
+  const uint16_t *x, *gate;  // [kRows, channels]
+  uint16_t* values;          // [kRows, width / 2]
+  int begin, end;            // channels, in steps
+  int part;                  // of all parts of the shared tiles; negative: a whole tile
+};
+
+__device__ __forceinline__ Tile tile_of(const PruneArgs& args, int block) {
+  const PruneGrid& grid = args.grid;
+  Tile tile;
+  tile.part = block - grid.whole;
+  const bool whole = tile.part < 0;
+  const int shared = whole ? tile.part : tile.part * args.inverse_parts >> 16;
+  tile.begin = whole ? 0 : (tile.part - shared * grid.parts) * args.part_channels;
+  tile.end = min(whole ? args.channels : tile.begin + args.part_channels, args.channels);
+  tile.first_row = (grid.whole + shared) * kRows;
+  tile.rows = int(min(int64_t(kRows), args.rows - tile.first_row));
+  tile.x = args.x + int64_t(tile.first_row) * args.channels;
+  tile.gate = args.gate == nullptr ? nullptr : args.gate + int64_t(tile.first_row) * args.channels;
+  tile.values = args.values + int64_t(tile.first_row) * (args.width / 2);
+  return tile;
+}
 
 // Eight channels of a block, the lower or the upper.
 __device__ __forceinline__ uint4 load_half(const uint16_t* from, int half) {
@@ -113,11 +154,11 @@ __device__ __forceinline__ uint32_t pair_of(float low, float high) {
 
 // Sum over the channels of (x - centre)^power of a row, by one warp; every lane gets it.
 template <class Element, int kPower>
-__device__ __forceinline__ float warp_sum(const PruneArgs& args, int64_t row, float centre) {
+__device__ __forceinline__ float warp_sum(const PruneArgs& args, const Tile& tile, int row, float centre) {
   float sum = 0.0f;
   for (int channel = int(threadIdx.x % 32) * kBlock; channel < args.channels; channel += 32 * kBlock) {
     Block x;
-    load_block(x, args.x + row * args.channels + channel);
+    load_block(x, tile.x + unsigned(row * args.channels + channel));
 #pragma unroll
     for (int i = 0; i < kBlock / 2; ++i) {
       const float low = low_of<Element>(x[i]) - centre, high = high_of<Element>(x[i]) - centre;
@@ -129,18 +170,18 @@ __device__ __forceinline__ float warp_sum(const PruneArgs& args, int64_t row, fl
   return sum;
 }
 
-// Statistics of the thread block's rows, two a warp.
-template <class Element>
+// Statistics of the thread block's rows, which its warps share.
+template <class Element, int kWarps>
 __device__ __forceinline__ void row_statistics(BlockStatistics& statistics, const PruneArgs& args,
-                                               const Lane& lane, int64_t first_row) {
+                                               const Tile& tile, const Lane& lane) {
   for (int row = lane.warp; row < kRows; row += kWarps) {
     RowStatistics of_row = {0.0f, 0.0f, 0};
-    if (first_row + row < args.rows) {
+    if (row < tile.rows) {
       const float count = float(args.channels);
-      if (!args.rms) of_row.mean = warp_sum<Element, 1>(args, first_row + row, 0.0f) / count;
-      const float variance = warp_sum<Element, 2>(args, first_row + row, of_row.mean) / count;
+      if (!args.rms) of_row.mean = warp_sum<Element, 1>(args, tile, row, 0.0f) / count;
+      const float variance = warp_sum<Element, 2>(args, tile, row, of_row.mean) / count;
       of_row.scale = __fdiv_rn(1.0f, __fsqrt_rn(variance + args.epsilon));
-      of_row.gain_row = int((first_row + row) / args.rows_per_gain);
+      of_row.gain_row = int((tile.first_row + row) / args.rows_per_gain);
     }
     if (threadIdx.x % 32 == 0) statistics.row[row] = of_row;
   }
@@ -168,8 +209,8 @@ __device__ __forceinline__ void apply_norm(Block& z, const PruneArgs& args, int 
 }
 
 template <class Element>
-__device__ __forceinline__ void apply_activation(Block& z, const PruneArgs& args, int64_t row, int channel) {
-  if (args.gate == nullptr) {
+__device__ __forceinline__ void apply_activation(Block& z, const Tile& tile, unsigned at) {
+  if (tile.gate == nullptr) {
 #pragma unroll
     for (int i = 0; i < kBlock / 2; ++i) {
       z[i] = pair_of<Element>(gelu_tanh(low_of<Element>(z[i])), gelu_tanh(high_of<Element>(z[i])));
@@ -178,7 +219,7 @@ __device__ __forceinline__ void apply_activation(Block& z, const PruneArgs& args
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const uint4 gate = load_half(args.gate + row * args.channels + channel, half);
+    const uint4 gate = load_half(tile.gate + at, half);
     const uint32_t gates[] = {gate.x, gate.y, gate.z, gate.w};
 #pragma unroll
     for (int i = 0; i < kBlock / 4; ++i) {
@@ -191,13 +232,13 @@ __device__ __forceinline__ void apply_activation(Block& z, const PruneArgs& args
 
 // z of one block: rows beyond M and channels beyond K are zero.
 template <class Element, Variant kVariant>
-__device__ __forceinline__ void load_z(Block& z, const PruneArgs& args, int64_t row, int channel,
-                                       const BlockStatistics* statistics) {
-  if (row >= args.rows || channel >= args.channels) return clear_block(z);
-  load_block(z, args.x + row * args.channels + channel);
-  if constexpr (kVariant == Variant::kNorm)
-    apply_norm<Element>(z, args, channel, statistics->row[row % kRows]);
-  if constexpr (kVariant == Variant::kAct) apply_activation<Element>(z, args, row, channel);
+__device__ __forceinline__ void load_z(Block& z, const PruneArgs& args, const Tile& tile, int row,
+                                       int channel, const BlockStatistics* statistics) {
+  if (row >= tile.rows || channel >= args.channels) return clear_block(z);
+  const unsigned at = unsigned(row * args.channels + channel);
+  load_block(z, tile.x + at);
+  if constexpr (kVariant == Variant::kNorm) apply_norm<Element>(z, args, channel, statistics->row[row]);
+  if constexpr (kVariant == Variant::kAct) apply_activation<Element>(z, tile, at);
   if (kVariant == Variant::kGeneral && args.centre != nullptr) {
     Block centre;
     load_block(centre, args.centre + channel);
@@ -209,34 +250,35 @@ __device__ __forceinline__ void load_z(Block& z, const PruneArgs& args, int64_t 
 // Compresses one block and stores its values; returns its 16 bits of metadata.
 template <class Element, Variant kVariant>
 __device__ __forceinline__ uint32_t prune_block(const Block& z, const Block& saliency, const PruneArgs& args,
-                                                int64_t row, int channel, RowNorm& norm) {
+                                                const Tile& tile, int row, int channel, RowNorm& norm) {
   const bool scored = kVariant == Variant::kGeneral && args.saliency != nullptr;
   const CompressedBlock block =
       scored ? compress_block<Element>(z, saliency, &norm) : compress_block<Element>(z, nullptr, &norm);
   const uint4 values = {block.values[0], block.values[1], block.values[2], block.values[3]};
-  *reinterpret_cast<uint4*>(args.values + row * (args.width / 2) + channel / 2) = values;
+  *reinterpret_cast<uint4*>(tile.values + unsigned(row * (args.width / 2) + channel / 2)) = values;
   return block.metadata;
 }
 
-// A warp's part of T for 16 rows: [n tile of 8 ranks][mma accumulator].
-template <int kRankCap>
+// A warp's part of T for 16 rows and its ranks: [n tile of 8 ranks][mma accumulator].
+template <class W>
 struct PartialT {
-  float sum[kRankCap / 8][4] = {};
+  float sum[W::kRanks / 8 + (W::kRanks == 0)][4] = {};
 };
 
-template <>
-struct PartialT<0> {};
-
-// T += z A^T over one step. Every lane of the warp takes part; channels beyond K are zero on both sides. No
-// branch leaves the loop early, so that the loads of A, which come from L2, may run ahead of the products.
-template <class Element, int kRankCap>
-__device__ __forceinline__ void accumulate_t(PartialT<kRankCap>& t, const Block (&z)[2],
-                                             const PruneArgs& args, const Lane& lane, int channel) {
+// T += z A^T over one step. Every lane of the warp takes part; channels beyond K are zero on both sides. The
+// loads of A come from L2 and must run ahead of the products, hence no branch; but of all of them at a time
+// only where there is nothing else to do with the registers.
+template <class Element, class W>
+__device__ __forceinline__ void accumulate_t(PartialT<W>& t, const Block (&z)[2], const PruneArgs& args,
+                                             const Lane& lane, int channel) {
+  const int first_rank = lane.warp % W::kTeam * W::kRanks;
 #pragma unroll
-  for (int n = 0; n < kRankCap / 8; ++n) {
+  for (int n = 0; n < W::kRanks / 8; ++n) {
     Block down;
-    if (8 * n < args.rank && channel < args.channels) {
-      load_block(down, args.lora_down + int64_t(8 * n + lane.row) * args.channels + channel);
+    const int rank = first_rank + 8 * n;
+    if (!W::kPlain && n == W::kRanks / 16 && rank >= args.rank) break;
+    if (rank < args.rank && channel < args.channels) {
+      load_block(down, args.lora_down + unsigned((rank + lane.row) * args.channels + channel));
     } else {
       clear_block(down);
     }
@@ -248,24 +290,17 @@ __device__ __forceinline__ void accumulate_t(PartialT<kRankCap>& t, const Block 
 }
 
 // What the warps of a thread block exchange.
-template <int kRankCap>
+template <class W>
 struct Exchange {
-  RowNorm norm[kWarps][kRows];
+  static constexpr int kSums = W::kCount / 2 * kRows * W::kRanks;
+  RowNorm norm[W::kCount][kRows];
   float scale[kRows];
-  float t[kWarps / 2]
-         [kRows * kRankCap];  // partial sums by accumulator; at the end t[1] is T [kRows][kRankCap]
+  float t[kSums > 0 ? kSums : 1];  // by accumulator, of half the warps; at the end T [kRows][kCap]
 };
 
-template <>
-struct Exchange<0> {
-  RowNorm norm[kWarps][kRows];
-  float scale[kRows];
-};
-
-// Sums the norms over lanes and warps in a fixed order; leaves the row scales in shared and global memory.
-template <int kRankCap>
-__device__ __forceinline__ void reduce_scale(Exchange<kRankCap>& shared, RowNorm (&norm)[2],
-                                             const PruneArgs& args, const Lane& lane, int64_t first_row) {
+// Sums the norms over lanes and warps in a fixed order; the first kRows threads get those of a row each.
+template <class W>
+__device__ __forceinline__ RowNorm reduce_norm(Exchange<W>& shared, RowNorm (&norm)[2], const Lane& lane) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     RowNorm& sum = norm[i];
@@ -277,64 +312,72 @@ __device__ __forceinline__ void reduce_scale(Exchange<kRankCap>& shared, RowNorm
     if (lane.quad == 0) shared.norm[lane.warp][i * 8 + lane.row] = sum;
   }
   __syncthreads();
-  if (threadIdx.x < kRows) {
-    RowNorm sum;
-    for (int warp = 0; warp < kWarps; ++warp) {
-      sum.all += shared.norm[warp][threadIdx.x].all;
-      sum.kept += shared.norm[warp][threadIdx.x].kept;
-    }
-    const float scale = args.norm_scale ? norm_scale(sum) : 1.0f;
-    shared.scale[threadIdx.x] = scale;
-    args.scale[first_row + threadIdx.x] = scale;
+  RowNorm sum;
+  for (int warp = 0; threadIdx.x < kRows && warp < W::kCount; ++warp) {
+    sum.all += shared.norm[warp][threadIdx.x].all;
+    sum.kept += shared.norm[warp][threadIdx.x].kept;
   }
-  __syncthreads();
+  return sum;
 }
 
-// Sums T over the warps as a tree, in a fixed order; leaves it in shared.t[1] as [kRows][kRankCap].
-template <int kRankCap>
-__device__ __forceinline__ void reduce_t(Exchange<kRankCap>& shared, PartialT<kRankCap>& t,
-                                         const Lane& lane) {
-  constexpr int kSums = kRankCap / 8 * 4;
-  const int thread = threadIdx.x % 32;
+// Sums T over the teams as a tree, in a fixed order; leaves it in shared.t.
+template <class W>
+__device__ __forceinline__ void reduce_t(Exchange<W>& shared, PartialT<W>& t, const Lane& lane) {
+  constexpr int kSums = W::kRanks / 8 * 4;
   float* sums = &t.sum[0][0];
 #pragma unroll
-  for (int half = kWarps / 2; half > 0; half /= 2) {
+  for (int half = W::kCount / 2; half >= W::kTeam; half /= 2) {
+    float* slot = shared.t + lane.warp % half * kSums * 32 + threadIdx.x % 32;
     if (lane.warp >= half && lane.warp < 2 * half) {
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) shared.t[lane.warp - half][i * 32 + thread] = sums[i];
+      for (int i = 0; i < kSums; ++i) slot[i * 32] = sums[i];
     }
     __syncthreads();
     if (lane.warp < half) {
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) sums[i] += shared.t[lane.warp][i * 32 + thread];
+      for (int i = 0; i < kSums; ++i) sums[i] += slot[i * 32];
     }
     __syncthreads();
   }
-  if (lane.warp == 0) {
+  if (lane.warp < W::kTeam) {
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       const int n = i / 4, sub = i % 4;
-      const int row = lane.row + 8 * (sub / 2);
-      shared.t[1][row * kRankCap + n * 8 + lane.quad * 2 + sub % 2] = sums[i];
+      const int row = lane.row + 8 * (sub / 2),
+                rank = lane.warp * W::kRanks + n * 8 + lane.quad * 2 + sub % 2;
+      shared.t[row * W::kCap + rank] = sums[i];
     }
   }
   __syncthreads();
 }
 
+// The end of a tile: T [kRows, stride] and the row scales, both in shared memory.
+struct TileSums {
+  const float* t;
+  int stride;
+  const float* scale;
+};
+
+// Stores the row's scale, from its norms.
+__device__ __forceinline__ void store_scale(float* shared_scale, const PruneArgs& args, int64_t first_row,
+                                            const RowNorm& norm) {
+  const float scale = args.norm_scale ? norm_scale(norm) : 1.0f;
+  shared_scale[threadIdx.x] = scale;
+  args.scale[first_row + threadIdx.x] = scale;
+}
+
 // Eight values of U [rows, rank]; zeros behind the last rank.
-template <class Element, int kRankCap>
-__device__ __forceinline__ uint4 low_rank_block(const Exchange<kRankCap>& shared, const PruneArgs& args,
-                                                int row, int block) {
+template <class Element>
+__device__ __forceinline__ uint4 low_rank_block(const TileSums& sums, const PruneArgs& args, int row,
+                                                int block) {
   uint32_t pairs[kKeptPerBlock / 2] = {};
-  if constexpr (kRankCap > 0) {
-    if (block * kKeptPerBlock < args.rank) {
-      const float* t = shared.t[1] + row * kRankCap + block * kKeptPerBlock;
-      const float scale = shared.scale[row];
+  if (block * kKeptPerBlock < args.rank) {
+    const float* t = sums.t + row * sums.stride + block * kKeptPerBlock;
+    const float scale = sums.scale[row];
 #pragma unroll
-      for (int i = 0; i < kKeptPerBlock / 2; ++i) {
-        pairs[i] = uint32_t(low_rank_value<Element>(t[2 * i], scale)) |
-                   uint32_t(low_rank_value<Element>(t[2 * i + 1], scale)) << 16;
-      }
+    for (int i = 0; i < kKeptPerBlock / 2; ++i) {
+      pairs[i] = uint32_t(low_rank_value<Element>(t[2 * i], scale)) |
+                 uint32_t(low_rank_value<Element>(t[2 * i + 1], scale)) << 16;
     }
   }
   return {pairs[0], pairs[1], pairs[2], pairs[3]};
@@ -342,14 +385,14 @@ __device__ __forceinline__ uint4 low_rank_block(const Exchange<kRankCap>& shared
 
 // Writes the columns K .. K' of the compressed operand: U, then zeros, all under the nibble of an empty
 // group.
-template <class Element, class Metadata, int kRankCap>
-__device__ __forceinline__ void write_extension(const Exchange<kRankCap>& shared, const PruneArgs& args,
+template <class Element, class Metadata, int kThreads>
+__device__ __forceinline__ void write_extension(const TileSums& sums, const PruneArgs& args,
                                                 int64_t first_row) {
   const int first_block = args.channels / kBlock, blocks = args.width / kBlock - first_block;
   for (int i = threadIdx.x; i < kRows * blocks; i += kThreads) {
     const int row = i / blocks, block = i % blocks;
     uint16_t* to = args.values + (first_row + row) * (args.width / 2) + (first_block + block) * kKeptPerBlock;
-    *reinterpret_cast<uint4*>(to) = low_rank_block<Element>(shared, args, row, block);
+    *reinterpret_cast<uint4*>(to) = low_rank_block<Element>(sums, args, row, block);
     if ((row & 8) == 0) {
       args.metadata[Metadata::word(first_row + row, first_block + block, args.rows_padded)] =
           kEmptyMetadataPair;
@@ -357,40 +400,86 @@ __device__ __forceinline__ void write_extension(const Exchange<kRankCap>& shared
   }
 }
 
+// Where the sums of a part are.
+struct Part {
+  RowNorm* norm;  // [kRows]
+  float* t;       // [kRows, rank]
+};
+
+__device__ __forceinline__ Part part_of(const PruneArgs& args, int part) {
+  float* const at = args.parts + int64_t(part) * kRows * (2 + args.rank);
+  return {reinterpret_cast<RowNorm*>(at), at + 2 * kRows};
+}
+
+// Prunes a step of two rows, m and m + 8, and stores what is kept. A team of two takes one each, whose norm
+// is norm[0].
+template <class Element, class Metadata, int kTeam, Variant kVariant>
+__device__ __forceinline__ void prune_step(const Block (&z)[2], const PruneArgs& args, const Tile& tile,
+                                           const Lane& lane, int channel, RowNorm (&norm)[2]) {
+  Block saliency;
+  if (kVariant == Variant::kGeneral && args.saliency != nullptr)
+    load_block(saliency, args.saliency + channel);
+  const int64_t word = Metadata::word(tile.first_row + lane.row, channel / kBlock, args.rows_padded);
+  if constexpr (kTeam == 1) {
+    const uint32_t low =
+        prune_block<Element, kVariant>(z[0], saliency, args, tile, lane.row, channel, norm[0]);
+    const uint32_t high =
+        prune_block<Element, kVariant>(z[1], saliency, args, tile, lane.row + 8, channel, norm[1]);
+    args.metadata[word] = low | high << 16;
+  } else {
+    static_assert(kTeam == 2, "a row for each warp");
+    const int odd = lane.warp % 2;
+    Block own;
+#pragma unroll
+    for (int i = 0; i < kBlock / 2; ++i) own[i] = odd ? z[1][i] : z[0][i];
+    reinterpret_cast<uint16_t*>(args.metadata + word)[odd] = uint16_t(
+        prune_block<Element, kVariant>(own, saliency, args, tile, lane.row + 8 * odd, channel, norm[0]));
+  }
+}
+
 template <class Element, class Metadata, int kRankCap, Variant kVariant>
 __device__ __forceinline__ void prune_rows(const PruneArgs& args) {
-  auto& shared = block_shared<Exchange<kRankCap>>();
+  using W = Warps<kRankCap, kVariant>;
+  auto& shared = block_shared<Exchange<W>>();
   const Lane lane;
-  const int64_t first_row = int64_t(blockIdx.x) * kRows;
+  const Tile tile = tile_of(args, int(blockIdx.x));
   const BlockStatistics* statistics = nullptr;  // kNorm only
   if constexpr (kVariant == Variant::kNorm) {
-    row_statistics<Element>(block_shared<BlockStatistics>(), args, lane, first_row);
+    row_statistics<Element, W::kCount>(block_shared<BlockStatistics>(), args, tile, lane);
     statistics = &block_shared<BlockStatistics>();
   }
   RowNorm norm[2];
-  PartialT<kRankCap> t;
+  PartialT<W> t;
 
-  for (int step = lane.warp * kStep; step < args.channels; step += kWarps * kStep) {
+#pragma unroll 1
+  for (int step = tile.begin + lane.warp / W::kTeam * kStep; step < tile.end; step += W::kTeams * kStep) {
     const int channel = step + lane.quad * kBlock;
-    Block z[2], saliency;
+    Block z[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      load_z<Element, kVariant>(z[i], args, first_row + i * 8 + lane.row, channel, statistics);
+      load_z<Element, kVariant>(z[i], args, tile, lane.row + i * 8, channel, statistics);
     }
     if (channel < args.channels) {
-      if (kVariant == Variant::kGeneral && args.saliency != nullptr)
-        load_block(saliency, args.saliency + channel);
-      const int64_t row = first_row + lane.row;
-      const uint32_t low = prune_block<Element, kVariant>(z[0], saliency, args, row, channel, norm[0]);
-      const uint32_t high = prune_block<Element, kVariant>(z[1], saliency, args, row + 8, channel, norm[1]);
-      args.metadata[Metadata::word(row, channel / kBlock, args.rows_padded)] = low | high << 16;
+      prune_step<Element, Metadata, W::kTeam, kVariant>(z, args, tile, lane, channel, norm);
     }
-    if constexpr (kRankCap > 0) accumulate_t<Element, kRankCap>(t, z, args, lane, channel);
+    if constexpr (kRankCap > 0) accumulate_t<Element, W>(t, z, args, lane, channel);
   }
+  if (W::kTeam == 2 && lane.warp % 2 != 0) norm[1] = norm[0], norm[0] = RowNorm();
 
-  reduce_scale(shared, norm, args, lane, first_row);
+  const RowNorm row_norm = reduce_norm(shared, norm, lane);
   if constexpr (kRankCap > 0) reduce_t(shared, t, lane);
-  write_extension<Element, Metadata>(shared, args, first_row);
+  if (tile.part < 0) {
+    if (threadIdx.x < kRows) store_scale(shared.scale, args, tile.first_row, row_norm);
+    __syncthreads();
+    const TileSums sums = {shared.t, kRankCap, shared.scale};
+    write_extension<Element, Metadata, W::kThreads>(sums, args, tile.first_row);
+  } else {
+    const Part part = part_of(args, tile.part);
+    if (threadIdx.x < kRows) part.norm[threadIdx.x] = row_norm;
+    for (int i = threadIdx.x; i < kRows * args.rank; i += W::kThreads) {
+      part.t[i] = shared.t[i / args.rank * kRankCap + i % args.rank];
+    }
+  }
 }
 
 // wgmma.sp's layout is written on sm_90 alone; other GPUs get empty kernels for it, which nothing launches.
@@ -404,26 +493,78 @@ constexpr bool written_here() {
 }
 
 template <class Element, class Metadata, int kRankCap, Variant kVariant>
-__global__ void __launch_bounds__(kThreads, (blocks_per_sm<kRankCap, kVariant>()))
+__global__ void __launch_bounds__(Warps<kRankCap, kVariant>::kThreads,
+                                  (Warps<kRankCap, kVariant>::kBlocksPerSm))
     prune_kernel(const PruneArgs args) {
   if constexpr (written_here<Metadata>()) {
     prune_rows<Element, Metadata, kRankCap, kVariant>(args);
   }
 }
 
+// Adds up what the parts of a shared tile have left, and ends the tile; a thread block a tile.
+constexpr int kFinishThreads = 256;
+
+template <class Element, class Metadata>
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const PruneArgs args) {
+  if constexpr (written_here<Metadata>()) {
+    struct Shared {
+      float scale[kRows], t[kRows * kMaxRank];
+    };
+    auto& shared = block_shared<Shared>();
+    const int first_part = int(blockIdx.x) * args.grid.parts;
+    const int64_t first_row = (args.grid.whole + int64_t(blockIdx.x)) * kRows;
+    if (threadIdx.x < kRows) {
+      RowNorm sum;
+      for (int i = 0; i < args.grid.parts; ++i) {
+        const RowNorm& norm = part_of(args, first_part + i).norm[threadIdx.x];
+        sum.all += norm.all, sum.kept += norm.kept;
+      }
+      store_scale(shared.scale, args, first_row, sum);
+    }
+    for (int i = threadIdx.x; i < kRows * args.rank; i += kFinishThreads) {
+      float sum = 0.0f;
+      for (int j = 0; j < args.grid.parts; ++j) sum += part_of(args, first_part + j).t[i];
+      shared.t[i] = sum;
+    }
+    __syncthreads();
+    const TileSums sums = {shared.t, args.rank, shared.scale};
+    write_extension<Element, Metadata, kFinishThreads>(sums, args, first_row);
+  }
+}
+
+template <class Element, class Metadata, int kRankCap, Variant kVariant>
+cudaError_t launch_prune_kernel(PruneArgs args, cudaStream_t stream) {
+  using W = Warps<kRankCap, kVariant>;
+  int device = 0, sm_count = 0;
+  if (const cudaError_t error = current_attribute(cudaDevAttrMultiProcessorCount, &device, &sm_count);
+      error != cudaSuccess) {
+    return error;
+  }
+  constexpr int kTurn = W::kTeams * kStep;  // channels that the warps take at once
+  args.grid = prune_grid(args.rows_padded / kRows, int64_t(sm_count) * W::kBlocksPerSm,
+                         (args.channels + kTurn - 1) / kTurn);
+  args.part_channels = args.grid.turns * kTurn;
+  args.inverse_parts = ((1 << 16) + args.grid.parts - 1) / args.grid.parts;
+  const cudaError_t error = launch_kernel(prune_kernel<Element, Metadata, kRankCap, kVariant>,
+                                          unsigned(args.grid.blocks()), W::kThreads, 0, stream, args);
+  if (error != cudaSuccess || args.grid.shared == 0) return error;
+  return launch_kernel(finish_kernel<Element, Metadata>, unsigned(args.grid.shared), kFinishThreads, 0,
+                       stream, args);
+}
+
 template <class Element, class Metadata, Variant kVariant>
 cudaError_t launch_for_rank(const PruneArgs& args, cudaStream_t stream) {
-  void (*kernel)(PruneArgs) = prune_kernel<Element, Metadata, kMaxRank, kVariant>;
+  auto* launch = launch_prune_kernel<Element, Metadata, kMaxRank, kVariant>;
   if (args.rank == 0) {
-    kernel = prune_kernel<Element, Metadata, 0, kVariant>;
+    launch = launch_prune_kernel<Element, Metadata, 0, kVariant>;
   } else if (args.rank <= 16) {
-    kernel = prune_kernel<Element, Metadata, 16, kVariant>;
+    launch = launch_prune_kernel<Element, Metadata, 16, kVariant>;
   } else if (args.rank <= 32) {
-    kernel = prune_kernel<Element, Metadata, 32, kVariant>;
+    launch = launch_prune_kernel<Element, Metadata, 32, kVariant>;
   } else if (args.rank <= 64) {
-    kernel = prune_kernel<Element, Metadata, 64, kVariant>;
+    launch = launch_prune_kernel<Element, Metadata, 64, kVariant>;
   }
-  return launch_kernel(kernel, unsigned(args.rows_padded / kRows), kThreads, 0, stream, args);
+  return launch(args, stream);
 }
 
 template <class Element, class Metadata>
@@ -465,6 +606,7 @@ cudaError_t launch_prune(const SparseLinearParams& params, const CompressedOpera
   args.values = static_cast<uint16_t*>(out.values);
   args.metadata = out.metadata;
   args.scale = out.scale;
+  args.parts = out.parts;
   args.rows = params.rows;
   args.rows_padded = padded_rows(params.rows);
   args.channels = params.channels;

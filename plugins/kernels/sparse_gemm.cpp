@@ -4,13 +4,10 @@
 
 #include <algorithm>
 
+#include "launch.h"
+
 namespace lynx {
 namespace {
-
-cudaError_t current_attribute(cudaDeviceAttr attribute, int* device, int* value) {
-  const cudaError_t error = cudaGetDevice(device);
-  return error == cudaSuccess ? cudaDeviceGetAttribute(value, attribute, *device) : error;
-}
 
 template <class Element, Operand kOperand>
 SparseGemmLaunch* sm80_launch(int tile) {

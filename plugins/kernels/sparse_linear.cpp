@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "sparse_linear.h"
 
+#include "prune_grid.h"
 #include "sparse24.h"
 #include "sparse_gemm.h"
 
@@ -13,7 +14,7 @@ static_assert(kWidthMultiple % kAtomWidthSm90 == 0,
 constexpr int64_t kSegment = 256;  // bytes; every part of the workspace starts at a multiple of it
 
 struct Segments {
-  int64_t values, metadata, scale, gemm, reordered, total;  // offsets in bytes, and the end
+  int64_t values, metadata, scale, parts, gemm, reordered, total;  // offsets in bytes, and the end
 };
 
 Segments segments(const SparseLinearParams& p, Kernels kernels) {
@@ -22,7 +23,8 @@ Segments segments(const SparseLinearParams& p, Kernels kernels) {
   at.values = 0;
   at.metadata = round_up(padded * (width / 2) * 2, kSegment);
   at.scale = at.metadata + round_up(Sm80Metadata::bytes(padded, width), kSegment);
-  at.gemm = at.scale + round_up(padded * int64_t(sizeof(float)), kSegment);
+  at.parts = at.scale + round_up(padded * int64_t(sizeof(float)), kSegment);
+  at.gemm = at.parts + round_up(prune_parts_bytes(padded, p.rank), kSegment);
   at.reordered = at.gemm + round_up(gemm_workspace_bytes(kernels, p.rows, p.out_channels), kSegment);
   at.total = at.reordered + (p.order == nullptr ? 0 : round_up(p.rows * p.channels * 2, kSegment));
   return at;
@@ -47,8 +49,8 @@ bool producer_fits(const SparseLinearParams& p) {
 }
 
 cudaError_t check(const SparseLinearParams& p) {
-  const bool sizes_ok = sizes_fit(p, kBlock) && p.rank >= 0 && p.rank <= kMaxRank &&
-                        p.rank % kRankMultiple == 0 &&
+  const bool sizes_ok = sizes_fit(p, kBlock) && p.channels <= kMaxChannels && p.rank >= 0 &&
+                        p.rank <= kMaxRank && p.rank % kRankMultiple == 0 &&
                         (p.order == nullptr || p.channels <= kMaxOrderedChannels) && producer_fits(p);
   const bool present = p.x && p.weight && p.bias && p.y && p.workspace && (p.rank == 0 || p.lora_down);
   if (!sizes_ok || !present) return cudaErrorInvalidValue;
@@ -91,6 +93,7 @@ CompressedOperand compressed_operand(const SparseLinearParams& params, Kernels k
   operand.values = base + at.values;
   operand.metadata = reinterpret_cast<uint32_t*>(base + at.metadata);
   operand.scale = reinterpret_cast<float*>(base + at.scale);
+  operand.parts = reinterpret_cast<float*>(base + at.parts);
   operand.gemm = base + at.gemm;
   operand.gemm_bytes = size_t(at.reordered - at.gemm);
   operand.reordered = base + at.reordered;

@@ -23,6 +23,7 @@ enum class Producer {
   kGated,  // silu(x) * gate
 };
 
+constexpr int kMaxChannels = 1 << 23;       // K; 32 bits hold an offset within a tile of 128 rows
 constexpr int kMaxOrderedChannels = 24576;  // K with an order: a row goes through 48 KiB of shared memory
 
 // One call of the op. All tensors are dense, row-major, 16-byte aligned device memory; `T` is the element
@@ -30,7 +31,7 @@ constexpr int kMaxOrderedChannels = 24576;  // K with an order: a row goes throu
 struct SparseLinearParams {
   DType dtype;
   int64_t rows;      // M, tokens; any
-  int channels;      // K, a multiple of 16
+  int channels;      // K, a multiple of 16, up to kMaxChannels
   int out_channels;  // N, a multiple of 8
   int rank;          // r, a multiple of 16 up to 128, or 0
   bool norm_scale;   // s = norm scale instead of 1
@@ -61,6 +62,7 @@ struct CompressedOperand {
   void* values;        // T [Mp, K' / 2]: kept values, then U = T / s, then zeros
   uint32_t* metadata;  // layout of `kernels`, Mp rows by K' channels
   float* scale;        // s [Mp]
+  float* parts;        // sums of the pruning pass between its two kernels, prune_parts_bytes
   void* gemm;          // workspace of the GEMM
   size_t gemm_bytes;
   void* reordered;  // T [M, K]: x[:, order]; there only with an order

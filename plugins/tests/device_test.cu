@@ -662,6 +662,10 @@ std::vector<Case> all_cases() {
       }
     }
   }
+  for (const int rank : {0, 32, 64, 112}) {  // few tiles: several thread blocks prune each
+    add([=](Case& c) { c.rows = 33, c.channels = 3600, c.rank = rank, c.centre = rank == 32; });
+  }
+  add([](Case& c) { c.rows = 4608, c.channels = 4304, c.out_channels = 512, c.rank = 64; });
   add([](Case& c) { c.rows = 4608, c.channels = 3072, c.out_channels = 9216, c.rank = 64; });
   add([](Case& c) { c.rows = 512, c.channels = 15360, c.out_channels = 3072, c.rank = 128, c.order = true; });
   add([](Case& c) {

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "emulation/emulation.h"
+#include "kernels/prune_grid.h"
 #include "kernels/sparse24.h"
 #include "kernels/sparse_linear.h"
 #include "kernels/tile_config.h"
@@ -53,6 +54,7 @@ struct Case {
   Producer producer = Producer::kNone;
   bool rms = false;
   int gain_rows = 1;
+  int sm_count = 132;  // few: the tiles take several waves, and those behind the last full one may be shared
 
   int64_t rows_padded() const { return (rows + 63) / 64 * 64; }
   int64_t width() const { return (channels + 2 * rank + 63) / 64 * 64; }
@@ -71,7 +73,7 @@ struct Case {
            (producer == Producer::kNorm
                 ? (rms ? ", RMSNorm, gains " : ", LayerNorm, gains ") + std::to_string(gain_rows)
                 : kProducer[int(producer)]) +
-           kSpecial[int(special)];
+           kSpecial[int(special)] + (sm_count == 132 ? "" : ", " + std::to_string(sm_count) + " SMs");
   }
 };
 
@@ -404,6 +406,7 @@ const void* address(const std::unique_ptr<Guarded>& buffer) { return buffer ? bu
 // Runs launch_prune under a schedule, its outputs filled with `fill` before; returns what went wrong.
 std::string prune(const Case& c, const Inputs& in, Schedule schedule, int fill, Found& found) {
   emulation::schedule = schedule;
+  emulation::sm_count = c.sm_count;
   const auto x = input("x", in.x), lora_down = input("lora_down", in.lora_down);
   const auto order = input("order", in.order, c.order), centre = input("centre", in.centre, c.centre);
   const auto saliency = input("saliency", in.saliency, c.saliency);
@@ -413,8 +416,9 @@ std::string prune(const Case& c, const Inputs& in, Schedule schedule, int fill, 
   const size_t elements = size_t(c.rows_padded() * c.width());
   Guarded values("values", elements), metadata("metadata", elements / 8);
   Guarded scale("scale", size_t(c.rows_padded()) * sizeof(float));
+  Guarded parts("parts", size_t(lynx::prune_parts_bytes(c.rows_padded(), c.rank)));
   Guarded reordered("reordered", c.order ? in.x.size() * 2 : 0);
-  for (Guarded* out : {&values, &metadata, &scale, &reordered}) out->fill(fill);
+  for (Guarded* out : {&values, &metadata, &scale, &parts, &reordered}) out->fill(fill);
 
   lynx::SparseLinearParams params = {};
   params.dtype = c.dtype, params.rows = c.rows, params.channels = c.channels, params.rank = c.rank;
@@ -426,10 +430,11 @@ std::string prune(const Case& c, const Inputs& in, Schedule schedule, int fill, 
   params.gain = address(gain), params.shift = address(shift), params.gate = address(gate);
   lynx::CompressedOperand operand = {};
   operand.values = values.data(), operand.metadata = static_cast<uint32_t*>(metadata.data());
-  operand.scale = static_cast<float*>(scale.data()), operand.reordered = reordered.data();
+  operand.scale = static_cast<float*>(scale.data()), operand.parts = static_cast<float*>(parts.data());
+  operand.reordered = reordered.data();
   operand.kernels = c.kernels;
   if (lynx::launch_prune(params, operand, nullptr) != cudaSuccess) return emulation::error;
-  for (const Guarded* out : {&values, &metadata, &scale, &reordered}) {
+  for (const Guarded* out : {&values, &metadata, &scale, &parts, &reordered}) {
     if (!out->intact()) return "bytes around an output were written";
   }
   found = {contents<uint16_t>(reordered), contents<uint16_t>(values), contents<uint16_t>(metadata),
@@ -562,6 +567,7 @@ void run_workspace() {
   refused(cudaErrorInvalidValue, [](Params& p) { p.rank = 144; });
   refused(cudaErrorInvalidValue, [](Params& p) { p.channels = 200; });
   refused(cudaErrorInvalidValue, [](Params& p) { p.channels = lynx::kMaxOrderedChannels + 16; });
+  refused(cudaErrorInvalidValue, [](Params& p) { p.order = nullptr, p.channels = lynx::kMaxChannels + 64; });
   refused(cudaErrorInvalidValue, [](Params& p) { p.out_channels = 12; });
   refused(cudaErrorInvalidValue, [](Params& p) { p.rows = 0; });
   refused(cudaErrorInvalidValue, [](Params& p) { p.y = nullptr; });
@@ -620,6 +626,20 @@ std::vector<Case> base_cases() {
     }
   }
   add([](Case& c) { c.rows = 3, c.channels = lynx::kMaxOrderedChannels, c.rank = 16, c.order = true; });
+  // Six of eight tiles in a wave, two behind it that three thread blocks share each; then all tiles shared.
+  for (const auto& [rank, sm_count] : {std::pair(0, 2), {32, 2}, {48, 3}, {112, 6}}) {
+    for (const bool general : {false, true}) {
+      add([=, rank = rank, sm_count = sm_count](Case& c) {
+        c.rows = 100, c.channels = general ? 4112 : 4304, c.rank = rank, c.sm_count = sm_count;
+        c.order = c.centre = c.saliency = general;
+      });
+    }
+    for (const Producer producer : {Producer::kNorm, Producer::kGelu, Producer::kGated}) {
+      add([=, rank = rank](Case& c) {
+        c.rows = 18, c.channels = 3088, c.rank = rank, c.producer = producer, c.gain_rows = 2;
+      });
+    }
+  }
   for (const Producer producer : {Producer::kNorm, Producer::kGelu, Producer::kGated}) {
     for (const int rank : {0, 16, 32, 48, 128}) {
       add([=](Case& c) { c.producer = producer, c.rank = rank, c.rows = 30, c.gain_rows = rank ? 3 : 1; });
@@ -651,6 +671,7 @@ std::vector<Case> quick_cases() {
   add([](Case& c) { c.rank = 128, c.rows = 5, c.norm_scale = false, c.centre = true; });
   add([](Case& c) { c.rows = 9, c.order = true, c.special = Special::kNan; });
   add([](Case& c) { c.rows = 20, c.special = Special::kZeroRows; });
+  add([](Case& c) { c.rows = 100, c.channels = 4112, c.rank = 32, c.sm_count = 2; });
   add([](Case& c) { c.rows = 20, c.saliency = true, c.special = Special::kTies; });
   add([](Case& c) { c.rows = 18, c.producer = Producer::kNorm, c.gain_rows = 2; });
   add([](Case& c) { c.rows = 18, c.producer = Producer::kGated, c.rank = 0; });

@@ -42,7 +42,8 @@ OPERANDS = 2  # activation and weight: two GEMMs of each kind
 LAYOUTS = ("80", "90")
 VARIANTS = ("plain", "general", "norm", "act")  # Variant of prune.cu
 RANKS = (0, 16, 32, 64, 128)
-PRUNE_THREADS = 256
+RANKS_OF_A_WARP = 64  # at most
+FINISH_THREADS = 256
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,16 @@ MMA_TILES = (Tile(128, 128, 64, 3, 128), Tile(64, 128, 64, 4, 128))
 WGMMA_TILES = (Tile(128, 256, 64, 5, 384), Tile(256, 192, 64, 4, 384), Tile(128, 128, 64, 8, 384))
 
 
+def prune_threads(rank: int) -> int:
+    """Threads of a block of the pruning kernel."""
+    return 512 if rank > RANKS_OF_A_WARP else 256
+
+
 def blocks_per_sm(rank: int, variant: str) -> int:
     """Thread blocks of the pruning kernel that share an SM, as prune.cu claims."""
-    if rank == 128 and variant != "plain":
-        return 1
-    return 3 if rank in (16, 32) and variant in ("plain", "general") else 2
+    if rank >= RANKS_OF_A_WARP:
+        return 1024 // prune_threads(rank) // 2
+    return 3 if variant in ("plain", "general") else 2
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Kernel:
 class Role:
     """Which of our kernels a symbol is."""
 
-    family: str  # prune, reorder, mma.sp, wgmma.sp
+    family: str  # prune, finish, reorder, mma.sp, wgmma.sp
     element: str = ""
     layout: str = ""
     rank: int = 0
@@ -103,14 +109,16 @@ class Role:
     def title(self) -> str:
         if self.family == "prune":
             return f"prune {self.element} layout {self.layout} rank {self.rank} {self.variant}"
+        if self.family == "finish":
+            return f"finish {self.element} layout {self.layout}"
         if self.tile is None:
             return self.family
         return f"{self.family} {self.element} {self.tile.m}x{self.tile.n}x{self.tile.k}"
 
 
-PRUNE_SYMBOL = re.compile(
-    r"prune_kernelINS_4(Bf16|Fp16)ENS_12Sm(80MetadataE|90MetadataILi64EEE)Li(\d+)ELNS0_7VariantE(\d)E"
-)
+METADATA = r"INS_4(Bf16|Fp16)ENS_12Sm(80MetadataE|90MetadataILi64EEE)"
+PRUNE_SYMBOL = re.compile("prune_kernel" + METADATA + r"Li(\d+)ELNS0_7VariantE(\d)E")
+FINISH_SYMBOL = re.compile("finish_kernel" + METADATA)
 MMA_SYMBOL = re.compile(r"SparseMmaMultistageINS1_9GemmShapeILi(\d+)ELi(\d+)ELi(\d+)E")
 WGMMA_SYMBOL = re.compile(r"MainloopSm90TmaGmmaWarpSpecializedSparseILi(\d+)E")  # stages, which tell the tile
 
@@ -120,6 +128,8 @@ def role_of(symbol: str) -> Role | None:
     if match := PRUNE_SYMBOL.search(symbol):
         element, layout, rank, variant = match.groups()
         return Role("prune", element.lower(), layout[:2], int(rank), VARIANTS[int(variant)])
+    if match := FINISH_SYMBOL.search(symbol):
+        return Role("finish", match[1].lower(), match[2][:2])
     if "reorder_kernel" in symbol:
         return Role("reorder")
     element = "bf16" if "bfloat16_t" in symbol else "fp16"
@@ -171,6 +181,7 @@ def _roles_due(arch: str, elements: list[str]) -> Counter[str]:
         due[Role("reorder").title] = 1
         for element in ELEMENTS:
             for layout in LAYOUTS:
+                due[Role("finish", element, layout).title] = 1
                 for rank in RANKS:
                     due.update(Role("prune", element, layout, rank, variant).title for variant in VARIANTS)
     if arch != "90":
@@ -191,7 +202,7 @@ def _check_instructions(kernel: Kernel, role: Role) -> Iterator[str]:
         yield "dense tensor-core instructions beside the sparse ones"
     # wgmma.sp's layout is written on sm_90 alone; elsewhere its kernels are empty.
     if role.family == "prune" and (role.layout == "80" or kernel.arch == "90"):
-        due = role.rank // 8 * 4  # of 16x8x16 over a step of 64 channels
+        due = min(role.rank, RANKS_OF_A_WARP) // 8 * 4  # of 16x8x16 over a step of 64 channels
         if kernel.count(r"HMMA\.16816\.F32" + suffix) < due:
             yield f"fewer than {due} HMMA of {role.element} with float32 accumulation"
 
@@ -213,7 +224,9 @@ def _check_resources(kernel: Kernel, role: Role) -> Iterator[str]:
 def _launch(role: Role) -> tuple[int, int, int]:
     """Threads, bytes of dynamic shared memory, and thread blocks that must fit an SM."""
     if role.family == "prune":
-        return PRUNE_THREADS, 0, blocks_per_sm(role.rank, role.variant)
+        return prune_threads(role.rank), 0, blocks_per_sm(role.rank, role.variant)
+    if role.family == "finish":
+        return FINISH_THREADS, 0, 1
     if role.tile is None:  # reorder, with up to 48 KiB of dynamic shared memory
         return 256, 48 * KIB, 1
     return role.tile.threads, role.tile.shared_bytes, 1

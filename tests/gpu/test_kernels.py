@@ -48,7 +48,7 @@ def _operands(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [0, 16, 32, 64, 128])
 @pytest.mark.parametrize(
-    ("rows", "channels", "out_channels"), [(1, 64, 8), (129, 208, 200), (512, 3072, 9216)]
+    ("rows", "channels", "out_channels"), [(1, 64, 8), (129, 208, 200), (130, 12288, 264), (512, 3072, 9216)]
 )
 def test_equals_the_definition(
     library: ctypes.CDLL, dtype: torch.dtype, rank: int, rows: int, channels: int, out_channels: int
@@ -142,7 +142,7 @@ def test_gelu_in_the_epilogue(library: ctypes.CDLL, dtype: torch.dtype, gelu_fro
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [0, 16, 32, 64, 128])
 @pytest.mark.parametrize("kind", ["layer norm", "rms norm", "gelu", "gated"])
-@pytest.mark.parametrize(("rows", "channels"), [(1, 64), (130, 208), (4608, 3072)])
+@pytest.mark.parametrize(("rows", "channels"), [(1, 64), (130, 208), (130, 3840), (4608, 3072)])
 def test_fused_producer(
     library: ctypes.CDLL, dtype: torch.dtype, rank: int, kind: str, rows: int, channels: int
 ) -> None:

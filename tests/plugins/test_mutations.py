@@ -64,7 +64,7 @@ FAULTS = [
     Fault("atom of another tile", "prune.cu", "<Sm90Metadata<kAtomWidthSm90>>", "<Sm90Metadata<128>>"),
     Fault("rows m and m + 8 exchanged", "prune.cu", "= low | high << 16;", "= high | low << 16;"),
     Fault(
-        "one row too many", "prune.cu", "if (row >= args.rows || channel", "if (row > args.rows || channel"
+        "one row too many", "prune.cu", "if (row >= tile.rows || channel", "if (row > tile.rows || channel"
     ),
     Fault(
         "tail rows left as they are",
@@ -72,15 +72,15 @@ FAULTS = [
         "channel >= args.channels) return clear_block(z);",
         "channel >= args.channels) return;",
     ),
-    Fault("A read beyond its ranks", "prune.cu", "if (8 * n < args.rank && channel", "if (channel"),
-    Fault("T under another rank", "prune.cu", "int64_t(8 * n + lane.row)", "int64_t(8 * n + lane.quad)"),
+    Fault("A read beyond its ranks", "prune.cu", "if (rank < args.rank && channel", "if (channel"),
+    Fault("T under another rank", "prune.cu", "unsigned((rank + lane.row)", "unsigned((rank + lane.quad)"),
     Fault(
         "fragments of mma in another order",
         "prune.cu",
         "z[0][q], z[1][q], z[0][q + 1], z[1][q + 1]",
         "z[0][q], z[0][q + 1], z[1][q], z[1][q + 1]",
     ),
-    Fault("scale of another row", "prune.cu", "= shared.scale[row];", "= shared.scale[row & 7];"),
+    Fault("scale of another row", "prune.cu", "= sums.scale[row];", "= sums.scale[row & 7];"),
     Fault(
         "extension's metadata of half the rows",
         "prune.cu",
@@ -96,10 +96,39 @@ FAULTS = [
     Fault(
         "no barrier between the sums of T",
         "prune.cu",
-        "sums[i] += shared.t[lane.warp][i * 32 + thread];\n    }\n    __syncthreads();",
-        "sums[i] += shared.t[lane.warp][i * 32 + thread];\n    }",
+        "sums[i] += slot[i * 32];\n    }\n    __syncthreads();",
+        "sums[i] += slot[i * 32];\n    }",
     ),
-    Fault("gain of another token", "prune.cu", "int((first_row + row) / args", "int(first_row / args"),
+    Fault(
+        "gain of another token", "prune.cu", "int((tile.first_row + row) / args", "int(tile.first_row / args"
+    ),
+    Fault("rows of a team exchanged", "prune.cu", "lane.row + 8 * odd", "lane.row + 8 - 8 * odd"),
+    Fault(
+        "ranks of a team's other warp", "prune.cu", "first_rank = lane.warp %", "first_rank = 0 * lane.warp %"
+    ),
+    Fault(
+        "part of another shared tile", "prune.cu", "(grid.whole + shared) *", "(grid.whole + shared / 2) *"
+    ),
+    Fault("channels beyond a part", "prune.cu", "tile.begin + args.part_channels,", "args.channels,"),
+    Fault(
+        "sums of a part left out",
+        "prune.cu",
+        "int j = 0; j < args.grid.parts",
+        "int j = 1; j < args.grid.parts",
+    ),
+    Fault(
+        "norms of a part left out",
+        "prune.cu",
+        "int i = 0; i < args.grid.parts",
+        "int i = 1; i < args.grid.parts",
+    ),
+    Fault("sums of parts overlap", "prune.cu", "kRows * (2 + args.rank)", "kRows * (1 + args.rank)"),
+    Fault(
+        "no barrier before a shared tile ends",
+        "prune.cu",
+        "shared.t[i] = sum;\n    }\n    __syncthreads();",
+        "shared.t[i] = sum;\n    }",
+    ),
     Fault(
         "one row too many reordered",
         "reorder.cu",

@@ -18,14 +18,24 @@ from .native import LIBRARY, PLUGINS, require_gxx
 ELEMENT_SYMBOLS = {"bf16": ("4Bf16", "10bfloat16_t", ".BF16"), "fp16": ("4Fp16", "6half_t", "")}
 
 
+METADATA = {"80": "12Sm80MetadataE", "90": "12Sm90MetadataILi64EEE"}
+
+
+def finish_kernel(arch: str, element: str, layout: str) -> Kernel:
+    name = ELEMENT_SYMBOLS[element][0]
+    return Kernel(
+        arch, f"_ZN4lynx12_GLOBAL__N_113finish_kernelINS_{name}ENS_{METADATA[layout]}EEv", 40, 0, 8256
+    )
+
+
 def prune_kernel(arch: str, element: str, layout: str, rank: int, variant: int) -> Kernel:
     name, _, suffix = ELEMENT_SYMBOLS[element]
-    metadata = {"80": "12Sm80MetadataE", "90": "12Sm90MetadataILi64EEE"}[layout]
     symbol = (
-        f"_ZN4lynx12_GLOBAL__N_112prune_kernelINS_{name}ENS_{metadata}Li{rank}ELNS0_7VariantE{variant}EEEv"
+        f"_ZN4lynx12_GLOBAL__N_112prune_kernelINS_{name}ENS_{METADATA[layout]}"
+        f"Li{rank}ELNS0_7VariantE{variant}EEEv"
     )
     written = layout == "80" or arch == "90"
-    opcodes = Counter({f"HMMA.16816.F32{suffix}": rank // 2 if written else 0})
+    opcodes = Counter({f"HMMA.16816.F32{suffix}": min(rank, 64) // 2 if written else 0})
     return Kernel(arch, symbol, 80, 0, 1088 + 512 * rank // 2, opcodes)
 
 
@@ -45,6 +55,7 @@ def kernels() -> list[Kernel]:
     for arch in ("80", "90"):
         out.append(Kernel(arch, "reorder_kernel", 43, 0, 0))
         for element in evidence.ELEMENTS:
+            out += [finish_kernel(arch, element, layout) for layout in evidence.LAYOUTS]
             out += [
                 prune_kernel(arch, element, layout, rank, variant)
                 for layout in evidence.LAYOUTS
@@ -62,7 +73,7 @@ def test_library_in_order_passes(kernels: list[Kernel]) -> None:
     assert evidence.check(kernels) == []
 
 
-PRUNE = "prune bf16 layout 80 rank 128 plain"
+PRUNE = "prune bf16 layout 80 rank 64 plain"
 MMA, WGMMA = "mma.sp fp16 128x128x64", "wgmma.sp bf16 256x192x64"
 
 
@@ -72,8 +83,8 @@ MMA, WGMMA = "mma.sp fp16 128x128x64", "wgmma.sp bf16 256x192x64"
         (PRUNE, {"stack": 4}, "4 bytes of stack"),
         (PRUNE, {"registers": 136}, "2 thread blocks take 69632 registers"),
         (PRUNE, {"shared": 82 * 1024}, "2 thread blocks take 169984 bytes"),
-        (PRUNE, {"opcodes": Counter()}, "fewer than 64 HMMA of bf16"),
-        (PRUNE, {"opcodes": Counter({"HMMA.16816.F32": 64})}, "fewer than 64 HMMA of bf16"),
+        (PRUNE, {"opcodes": Counter()}, "fewer than 32 HMMA of bf16"),
+        (PRUNE, {"opcodes": Counter({"HMMA.16816.F32": 64})}, "fewer than 32 HMMA of bf16"),
         (PRUNE, {"opcodes": Counter({"HMMA.16816.F32.BF16": 64, "STL.64": 1})}, "accesses to local memory"),
         (PRUNE, {"symbol": "_Z3foov"}, "unknown kernel _Z3foov"),
         (MMA, {"opcodes": Counter({"HMMA.16816.F32": 64})}, "no HMMA.SP of fp16"),
@@ -158,12 +169,17 @@ def test_claims_are_those_of_the_sources(tmp_path: Path) -> None:
         f"kTileConfigs == {len(evidence.MMA_TILES)} && kTileConfigsSm90 == {len(evidence.WGMMA_TILES)}",
     ]  # fmt: skip
     prune = [
-        f"blocks_per_sm<{rank}, Variant({i})>() == {evidence.blocks_per_sm(rank, variant)}"
+        f"Warps<{rank}, Variant({i})>::{claim}"
         for rank in evidence.RANKS
         for i, variant in enumerate(evidence.VARIANTS)
+        for claim in (
+            f"kBlocksPerSm == {evidence.blocks_per_sm(rank, variant)}",
+            f"kThreads == {evidence.prune_threads(rank)}",
+            f"kRanks == {min(rank, evidence.RANKS_OF_A_WARP)}",
+        )
     ]
     prune += [f"Variant::k{name.title()} == Variant({i})" for i, name in enumerate(evidence.VARIANTS)]
-    prune.append(f"kThreads == {evidence.PRUNE_THREADS}")
+    prune.append(f"kFinishThreads == {evidence.FINISH_THREADS}")
     asserts = "\n".join(f"static_assert({claim});" for claim in [*tiles, *prune])
     source = tmp_path / "claims.cpp"
     source.write_text(

@@ -30,7 +30,7 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrComputeCapabilityMajor   ? emulation::compute_capability / 10
            : attribute == cudaDevAttrComputeCapabilityMinor ? emulation::compute_capability % 10
-                                                            : 132;  // SMs
+                                                            : emulation::sm_count;
   return cudaSuccess;
 }
 
@@ -38,6 +38,7 @@ namespace emulation {
 
 Schedule schedule = Schedule::kForward;
 int compute_capability = 80;
+int sm_count = 132;
 std::string error;
 
 namespace {

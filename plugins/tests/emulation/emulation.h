@@ -20,8 +20,9 @@ namespace emulation {
 enum class Schedule { kForward, kReverse };
 extern Schedule schedule;
 
-// Of the device that the host code finds: 80, or 90 for wgmma.sp.
+// Of the device that the host code finds: 80, or 90 for wgmma.sp, and how many SMs it has.
 extern int compute_capability;
+extern int sm_count;
 
 // What is wrong with the last launch; empty after a good one.
 extern std::string error;
