@@ -4,10 +4,10 @@
 Both operands are measured: pruned activations (pruning pass and GEMM) and sparse weights (a GEMM alone). Where a model
 makes x by a norm or an activation right before the linear, the fused form is measured against that kernel and cuBLAS.
 
-Everything is timed with CUDA events over buffers that together exceed the L2 cache; dense and sparse take turns of a
-few milliseconds, so that each ratio compares neighbours in time, at one clock. A GPU at its power limit gives each
-kernel the clock that its own power allows when it runs for longer: the steady ratios are of turns of a quarter second,
-of which the second half counts. Before it is timed, every sparse result is compared with the
+Everything is a CUDA graph, timed with CUDA events over buffers that together exceed the L2 cache; dense and sparse
+take turns of a few milliseconds, so that each ratio compares neighbours in time, at one clock. A GPU at its power
+limit gives each kernel the clock that its own power allows when it runs for longer: the steady ratios are of turns of
+a quarter second, of which the second half counts. Before it is timed, every sparse result is compared with the
 definition (``sparsity.sparse_linear``) in float64. Without a GPU it predicts from a roofline instead, and says so.
 """
 
@@ -281,8 +281,10 @@ class _Problem:
         cusparselt = self._cusparselt()
         if cusparselt is not None:
             works["cusparselt"] = cusparselt
-        times = take_turns(works, rounds, len(self.x))
-        steady = _take_long_turns({name: works[name] for name in ("dense", "whole", "weight")}, len(self.x))
+        copies = len(self.x)
+        graphs = {name: captured(_over(range(copies), work)) for name, work in works.items()}
+        times = take_turns(graphs, rounds, copies)
+        steady = _take_long_turns({name: graphs[name] for name in ("dense", "whole", "weight")}, copies)
 
         def timing(name: str) -> Timing | None:
             return _timing(times[name]) if name in times else None
@@ -365,48 +367,66 @@ class _Problem:
         return sparse_linear(x, weight, lora_down, bias, rank=self.rank, norm_scale=True)
 
 
+def _over(copies: range, work: Callable[[int], object]) -> Callable[[], None]:
+    """``work`` on each copy of the operands."""
+
+    def run() -> None:
+        for i in copies:
+            work(i)
+
+    return run
+
+
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
-def take_turns(
-    works: Mapping[str, Callable[[int], object]], rounds: int, copies: int
-) -> dict[str, list[float]]:
-    """Microseconds of each work in each round; a round runs all works one after the other on the same copies."""
+def captured(work: Callable[[], object]) -> Callable[[], None]:
+    """``work`` as a CUDA graph to replay, so that Python's launches take no part."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work()  # what is done once only: cuBLAS's workspace, say
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def take_turns(works: Mapping[str, Callable[[], object]], rounds: int, calls: int) -> dict[str, list[float]]:
+    """Microseconds of one of the ``calls`` in each work, in each round; a round runs all works in turn."""
     for work in works.values():
-        for i in range(copies):
-            work(i)
+        work()
     torch.cuda.synchronize()
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in works}
+        list(works.values())[-1]()  # untimed: the GPU must not wait for the launch of the first
         for name, work in works.items():
             events[name][0].record()
-            for i in range(copies):
-                work(i)
+            work()
             events[name][1].record()
         torch.cuda.synchronize()
         for name, (start, stop) in events.items():
-            times[name].append(1000 * start.elapsed_time(stop) / copies)
+            times[name].append(1000 * start.elapsed_time(stop) / calls)
     return times
 
 
-def _take_long_turns(works: Mapping[str, Callable[[int], object]], copies: int) -> dict[str, float]:
-    """Microseconds of each work when it runs for STEADY_SECONDS without a break; the median of three turns."""
+def _take_long_turns(works: Mapping[str, Callable[[], object]], calls: int) -> dict[str, float]:
+    """Microseconds of a call when its work runs for STEADY_SECONDS without a break; the median of three turns."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(3):
         for name, work in works.items():
             first, middle, last = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-            once = take_turns({name: work}, 1, copies)[name][0]
-            count = max(1, round(STEADY_SECONDS * 1e6 / once / copies / 2))
+            once = take_turns({name: work}, 1, calls)[name][0]
+            count = max(1, round(STEADY_SECONDS * 1e6 / once / calls / 2))
             for event in (first, middle):
                 event.record()
                 for _ in range(count):
-                    for i in range(copies):
-                        work(i)
+                    work()
             last.record()
             torch.cuda.synchronize()
-            times[name].append(1000 * middle.elapsed_time(last) / count / copies)
+            times[name].append(1000 * middle.elapsed_time(last) / count / calls)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lynx_compile.bench import Ratio, Timing, file_name, quantiles, sparse_weight_of, take_turns
+from lynx_compile.bench import Ratio, Timing, captured, file_name, quantiles, sparse_weight_of, take_turns
 from lynx_compile.errors import InputError, StageError
 from lynx_compile.files import save_text
 from lynx_compile.kernels import LIBRARY, load_library
@@ -170,8 +170,11 @@ def _measure(
             )
         dense = _merge(_block(kind, pruned=False), groups, None)
         sparse = _merge(_block(kind, pruned=False), groups, kernels)
-        replays = {"dense": _captured(dense, inputs), "sparse": _captured(sparse, inputs)}
-        replays["linears"] = _captured_linears(dense)
+        replays = {
+            "dense": captured(lambda: dense(**inputs)),
+            "sparse": captured(lambda: sparse(**inputs)),
+            "linears": _captured_linears(dense),
+        }
         times = take_turns(replays, rounds, 1)
     ratios = [d / s for d, s in zip(times["dense"], times["sparse"], strict=True)]
     return BlockResult(
@@ -243,11 +246,7 @@ def _residual(inputs: dict[str, Any]) -> torch.Tensor:
     return torch.cat((inputs["encoder_hidden_states"], inputs["hidden_states"]), 1).double()
 
 
-def _captured(block: nn.Module, inputs: dict[str, Any]) -> Callable[[int], object]:
-    return _graph(lambda: block(**inputs))
-
-
-def _captured_linears(block: nn.Module) -> Callable[[int], object]:
+def _captured_linears(block: nn.Module) -> Callable[[], None]:
     """The block's large products alone, on inputs of the right shapes."""
     found = [module.merged for module in block.modules() if isinstance(module, _Member) and module.index == 0]
     products = [
@@ -258,16 +257,4 @@ def _captured_linears(block: nn.Module) -> Callable[[int], object]:
         for merged, x in products:
             torch.addmm(merged.bias, x.reshape(-1, x.shape[-1]), merged.weight.T)
 
-    return _graph(run)
-
-
-def _graph(work: Callable[[], object]) -> Callable[[int], object]:
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return lambda _: graph.replay()
+    return captured(run)
