@@ -49,6 +49,7 @@ CHECKED_ROWS = 64
 TOLERANCE = {"pruned activations": 2**-7, "sparse weight": 2**-7, "fused producer": 2**-4}
 STEADY_SECONDS = 0.25
 BUFFER_BYTES = 2**28  # more than any L2
+CUSPARSELT_ALGORITHMS = 32  # more than there are; torch 2.11 cannot say how many
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ class Result:
     producer. ``cusparselt``: its GEMM with a 2:4 weight, None where torch has none or it refuses. ``tile`` and
     ``weight_tile``: the fastest configurations. ``error``: the largest relative one, against float64; None where
     predicted. ``steady_ratio`` and ``steady_weight_ratio``: ``ratio`` and ``weight_ratio`` in long turns.
+    ``cusparselt_ratio`` and ``steady_cusparselt_ratio``: the same of ``cusparselt``.
     """
 
     shape: Shape
@@ -136,6 +138,8 @@ class Result:
     weight_ratio: Ratio
     steady_ratio: float | None
     steady_weight_ratio: float | None
+    cusparselt_ratio: Ratio | None
+    steady_cusparselt_ratio: float | None
     fused_ratio: Ratio | None
     fused_weight_ratio: Ratio | None
     tile: int | None
@@ -170,6 +174,10 @@ class Bench:
             "activations, steady": [r.steady_ratio for r in of_models if r.steady_ratio is not None],
             "weights, steady": [
                 r.steady_weight_ratio for r in of_models if r.steady_weight_ratio is not None
+            ],
+            "cuSPARSELt": [r.cusparselt_ratio.median for r in of_models if r.cusparselt_ratio is not None],
+            "cuSPARSELt, steady": [
+                r.steady_cusparselt_ratio for r in of_models if r.steady_cusparselt_ratio is not None
             ],
         }
         return {name: statistics.geometric_mean(values) for name, values in ratios.items() if values}
@@ -284,7 +292,8 @@ class _Problem:
         copies = len(self.x)
         graphs = {name: captured(_over(range(copies), work)) for name, work in works.items()}
         times = take_turns(graphs, rounds, copies)
-        steady = _take_long_turns({name: graphs[name] for name in ("dense", "whole", "weight")}, copies)
+        alone = ("dense", "whole", "weight", "cusparselt")
+        steady = take_long_turns({name: graphs[name] for name in alone if name in graphs}, copies)
 
         def timing(name: str) -> Timing | None:
             return _timing(times[name]) if name in times else None
@@ -308,6 +317,8 @@ class _Problem:
             weight_ratio=ratio("weight"),
             steady_ratio=steady["dense"] / steady["whole"],
             steady_weight_ratio=steady["dense"] / steady["weight"],
+            cusparselt_ratio=ratio("cusparselt") if cusparselt else None,
+            steady_cusparselt_ratio=steady["dense"] / steady["cusparselt"] if cusparselt else None,
             fused_ratio=ratio("fused", "fused_dense") if self.shape.producer else None,
             fused_weight_ratio=ratio("fused_weight", "fused_dense") if self.shape.producer else None,
             tile=fastest("tile"),
@@ -319,20 +330,36 @@ class _Problem:
         torch.addmm(self.bias, x, self.weight[i].T, out=self.y[i])
 
     def _cusparselt(self) -> Callable[[int], object] | None:
-        """cuSPARSELt through torch: 2:4 weight, compressed by cuSPARSELt itself. None where it is not there."""
+        """cuSPARSELt through torch: 2:4 weight, compressed by cuSPARSELt itself, the fastest of its algorithms.
+
+        None where it is not there, or none of them takes this shape.
+        """
         try:
             pruned = [w.unflatten(1, (-1, 4)).clone() for w in self.weight]
             for w in pruned:
                 w[..., 2:] = 0
             compressed = [torch._cslt_compress(w.flatten(1)) for w in pruned]
-
-            def run(i: int) -> torch.Tensor:
-                return torch._cslt_sparse_mm(compressed[i], self.x[i].T, self.bias, transpose_result=True)
-
-            run(0)
+            del pruned
         except (RuntimeError, AttributeError, NotImplementedError):
             return None
-        return run
+
+        def product(algorithm: int) -> Callable[[int], object]:
+            return lambda i: torch._cslt_sparse_mm(
+                compressed[i], self.x[i].T, self.bias, transpose_result=True, alg_id=algorithm
+            )
+
+        graphs = {}
+        for algorithm in range(CUSPARSELT_ALGORITHMS):
+            work = product(algorithm)
+            try:
+                work(0)
+                graphs[algorithm] = captured(_over(range(len(self.x)), work))
+            except RuntimeError:
+                continue  # there is no such algorithm, or it does not take this shape
+        if not graphs:
+            return None
+        times = take_turns({str(algorithm): graph for algorithm, graph in graphs.items()}, 3, len(self.x))
+        return product(min(graphs, key=lambda algorithm: statistics.median(times[str(algorithm)])))
 
     def _check(self) -> float:
         """Relative error of some rows of every op against float64; the largest.
@@ -412,7 +439,7 @@ def take_turns(works: Mapping[str, Callable[[], object]], rounds: int, calls: in
     return times
 
 
-def _take_long_turns(works: Mapping[str, Callable[[], object]], calls: int) -> dict[str, float]:
+def take_long_turns(works: Mapping[str, Callable[[], object]], calls: int) -> dict[str, float]:
     """Microseconds of a call when its work runs for STEADY_SECONDS without a break; the median of three turns."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(3):
@@ -467,6 +494,8 @@ def _predict(shape: Shape, rank: int) -> Result:
         weight_ratio=ratio(times.weight),
         steady_ratio=None,
         steady_weight_ratio=None,
+        cusparselt_ratio=None,
+        steady_cusparselt_ratio=None,
         fused_ratio=None,
         fused_weight_ratio=None,
         tile=None,

@@ -20,7 +20,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lynx_compile.bench import Ratio, Timing, captured, file_name, quantiles, sparse_weight_of, take_turns
+from lynx_compile.bench import (
+    Ratio,
+    Timing,
+    captured,
+    file_name,
+    quantiles,
+    sparse_weight_of,
+    take_long_turns,
+    take_turns,
+)
 from lynx_compile.errors import InputError, StageError
 from lynx_compile.files import save_text
 from lynx_compile.kernels import LIBRARY, load_library
@@ -35,13 +44,15 @@ TOLERANCE = 2**-5  # relative error of a block: every kernel rounds to bf16, att
 class BlockResult:
     """One block: microseconds dense and sparse, their ratio, and the share of dense time that its linears take.
 
-    ``error``: relative, of the sparse block against the dense one with the same 2:4 weights.
+    ``steady_ratio``: ``ratio`` in turns of a quarter second. ``error``: relative, of the sparse block against the dense
+    one with the same 2:4 weights.
     """
 
     block: str
     dense: Timing
     sparse: Timing
     ratio: Ratio
+    steady_ratio: float
     linear_share: float
     error: float
 
@@ -176,12 +187,14 @@ def _measure(
             "linears": _captured_linears(dense),
         }
         times = take_turns(replays, rounds, 1)
+        steady = take_long_turns({name: replays[name] for name in ("dense", "sparse")}, 1)
     ratios = [d / s for d, s in zip(times["dense"], times["sparse"], strict=True)]
     return BlockResult(
         block=name,
         dense=Timing(*quantiles(times["dense"])),
         sparse=Timing(*quantiles(times["sparse"])),
         ratio=Ratio(*quantiles(ratios)),
+        steady_ratio=steady["dense"] / steady["sparse"],
         linear_share=statistics.median(
             part / whole for part, whole in zip(times["linears"], times["dense"], strict=True)
         ),

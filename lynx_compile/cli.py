@@ -150,7 +150,7 @@ def _bench_blocks(folder: Path, rounds: int, library: Path) -> None:
         out.print(
             f"FLUX.1-dev, {r.block} block: dense {r.dense.median:.0f} us (its linears {r.linear_share:.0%}), "
             f"sparse {r.sparse.median:.0f} us, {r.ratio.median:.2f}x ({r.ratio.low:.2f}-{r.ratio.high:.2f}), "
-            f"error {r.error:.1e}"
+            f"{r.steady_ratio:.2f}x steady, error {r.error:.1e}"
         )
     out.print(f"wrote {escape(str(bench_blocks.save(measured, folder)))}")
 
