@@ -166,21 +166,18 @@ class Bench:
     def geometric_means(self) -> dict[str, float]:
         """Of the ratios of the models' linears (the square shapes are left out)."""
         of_models = [result for result in self.results if result.shape.model != "square"]
-        ratios = {
-            "activations": [result.ratio.median for result in of_models],
-            "weights": [result.weight_ratio.median for result in of_models],
-            "best of both, or dense": [result.best for result in of_models],
-            "GEMM alone": [result.gemm_ratio.median for result in of_models],
-            "activations, steady": [r.steady_ratio for r in of_models if r.steady_ratio is not None],
-            "weights, steady": [
-                r.steady_weight_ratio for r in of_models if r.steady_weight_ratio is not None
-            ],
-            "cuSPARSELt": [r.cusparselt_ratio.median for r in of_models if r.cusparselt_ratio is not None],
-            "cuSPARSELt, steady": [
-                r.steady_cusparselt_ratio for r in of_models if r.steady_cusparselt_ratio is not None
-            ],
+        ratios: dict[str, list[float | None]] = {
+            "activations": [r.ratio.median for r in of_models],
+            "weights": [r.weight_ratio.median for r in of_models],
+            "best of both, or dense": [r.best for r in of_models],
+            "GEMM alone": [r.gemm_ratio.median for r in of_models],
+            "activations, steady": [r.steady_ratio for r in of_models],
+            "weights, steady": [r.steady_weight_ratio for r in of_models],
+            "cuSPARSELt": [r.cusparselt_ratio.median if r.cusparselt_ratio else None for r in of_models],
+            "cuSPARSELt, steady": [r.steady_cusparselt_ratio for r in of_models],
         }
-        return {name: statistics.geometric_mean(values) for name, values in ratios.items() if values}
+        known = {name: [value for value in values if value is not None] for name, values in ratios.items()}
+        return {name: statistics.geometric_mean(values) for name, values in known.items() if values}
 
 
 def bench(
@@ -286,11 +283,11 @@ class _Problem:
         for tile in self.tiles:
             works[f"tile {tile}"] = lambda i, tile=tile: self.pruned[i].gemm(self.x[i], tile)  # type: ignore[misc]
             works[f"weight tile {tile}"] = lambda i, tile=tile: self.sparse_weight[i](self.x[i], tile)  # type: ignore[misc]
+        copies = len(self.x)
+        graphs = {name: self._captured(work) for name, work in works.items()}
         cusparselt = self._cusparselt()
         if cusparselt is not None:
-            works["cusparselt"] = cusparselt
-        copies = len(self.x)
-        graphs = {name: captured(_over(range(copies), work)) for name, work in works.items()}
+            graphs["cusparselt"] = cusparselt
         times = take_turns(graphs, rounds, copies)
         alone = ("dense", "whole", "weight", "cusparselt")
         steady = take_long_turns({name: graphs[name] for name in alone if name in graphs}, copies)
@@ -329,7 +326,16 @@ class _Problem:
     def _dense(self, i: int, x: torch.Tensor) -> None:
         torch.addmm(self.bias, x, self.weight[i].T, out=self.y[i])
 
-    def _cusparselt(self) -> Callable[[int], object] | None:
+    def _captured(self, work: Callable[[int], object]) -> Callable[[], None]:
+        """``work`` on every copy of the operands, as one graph."""
+
+        def run() -> None:
+            for i in range(len(self.x)):
+                work(i)
+
+        return captured(run)
+
+    def _cusparselt(self) -> Callable[[], None] | None:
         """cuSPARSELt through torch: 2:4 weight, compressed by cuSPARSELt itself, the fastest of its algorithms.
 
         None where it is not there, or none of them takes this shape.
@@ -350,16 +356,14 @@ class _Problem:
 
         graphs = {}
         for algorithm in range(CUSPARSELT_ALGORITHMS):
-            work = product(algorithm)
             try:
-                work(0)
-                graphs[algorithm] = captured(_over(range(len(self.x)), work))
+                graphs[f"{algorithm}"] = self._captured(product(algorithm))
             except RuntimeError:
                 continue  # there is no such algorithm, or it does not take this shape
         if not graphs:
             return None
-        times = take_turns({str(algorithm): graph for algorithm, graph in graphs.items()}, 3, len(self.x))
-        return product(min(graphs, key=lambda algorithm: statistics.median(times[str(algorithm)])))
+        times = take_turns(graphs, 3, len(self.x))
+        return graphs[min(graphs, key=lambda algorithm: statistics.median(times[algorithm]))]
 
     def _check(self) -> float:
         """Relative error of some rows of every op against float64; the largest.
@@ -394,16 +398,6 @@ class _Problem:
         return sparse_linear(x, weight, lora_down, bias, rank=self.rank, norm_scale=True)
 
 
-def _over(copies: range, work: Callable[[int], object]) -> Callable[[], None]:
-    """``work`` on each copy of the operands."""
-
-    def run() -> None:
-        for i in copies:
-            work(i)
-
-    return run
-
-
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
@@ -417,7 +411,12 @@ def captured(work: Callable[[], object]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    return graph.replay
+
+    def replay() -> None:
+        _ = work  # lives on with its tensors, of which the graph knows the addresses alone
+        graph.replay()
+
+    return replay
 
 
 def take_turns(works: Mapping[str, Callable[[], object]], rounds: int, calls: int) -> dict[str, list[float]]:
