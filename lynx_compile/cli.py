@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -66,6 +68,35 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
+@contextmanager
+def _interruptible(left: str) -> Iterator[None]:
+    """Ctrl-C inside ends the command with exit code 130 and a word on what it ``left``.
+
+    The signal itself is remembered, since not every KeyboardInterrupt comes out as one: torch's C++ turns one
+    that strikes it into a ValueError, and diffusers that into a damaged checkpoint.
+    """
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.default_int_handler(number, frame)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # not where the caller has it ignored, as a shell's & does
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except BaseException as error:
+        if not (interrupted or isinstance(error, KeyboardInterrupt)):
+            raise
+        err.print(f"[bold red]interrupted:[/] {left}")
+        raise typer.Exit(130) from None
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
+
+
 @app.command()
 def compile_(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
@@ -82,22 +113,15 @@ def compile_(
 
     Other commands: inspect, compare, bench; each has a --help.
     """
-    from lynx_compile.recipe import load_recipe
+    with _interruptible("no output was changed; the same command goes on from the last whole stage."):
+        from lynx_compile.recipe import load_recipe
 
-    values = load_recipe(recipe)
-    _check_output(output, recipe)
-    _configure_logging(verbose)
-    try:
-        from lynx_compile import (
-            pipeline,
-        )  # torch and diffusers take seconds to import; a bad recipe need not wait
+        values = load_recipe(recipe)
+        _check_output(output, recipe)
+        _configure_logging(verbose)
+        from lynx_compile import pipeline  # torch takes seconds to import; a bad recipe need not wait
 
         manifest = pipeline.compile(values, output, fresh=fresh, display=_stage)
-    except KeyboardInterrupt:
-        err.print(
-            "[bold red]interrupted:[/] no output was changed; the same command goes on from the last whole stage."
-        )
-        raise typer.Exit(130) from None
     out.print(manifest.summary())
 
 
@@ -116,21 +140,18 @@ def bench_(
     """Measure the sparse linears of FLUX.1-dev, Qwen-Image and Z-Image against cuBLAS on this GPU."""
     if rank not in range(0, 129, 16):
         raise InputError(f"--rank is {rank}.", "Give a multiple of 16 from 0 to 128.")
-    from lynx_compile import bench, kernels
+    with _interruptible("nothing was written."):
+        from lynx_compile import bench, kernels
 
-    if blocks:
-        _bench_blocks(folder, rounds, plugin or kernels.LIBRARY)
-        return
-    try:
+        if blocks:
+            _bench_blocks(folder, rounds, plugin or kernels.LIBRARY)
+            return
         measured = bench.bench(
             rank=rank,
             rounds=rounds,
             library=plugin or kernels.LIBRARY,
             progress=lambda shape: err.print(f"[dim]{escape(f'{shape.model}: {shape.linear}')}"),
         )
-    except KeyboardInterrupt:
-        err.print("[bold red]interrupted:[/] nothing was written.")
-        raise typer.Exit(130) from None
     if not measured.measured:
         out.print("There is no GPU here, so nothing was measured: what follows is a roofline prediction.")
     Console(highlight=False, width=max(out.width, 190)).print(
@@ -271,13 +292,10 @@ def compare_(
 ) -> None:
     """Compare an engine's model with the dense one: linears, output, images. Exit code 1: a limit is missed."""
     _configure_logging(verbose=False)
-    from lynx_compile import compare
+    with _interruptible("nothing was written."):
+        from lynx_compile import compare
 
-    try:
         found = compare.compare(engine, run_metric=metric, display=_stage)
-    except KeyboardInterrupt:
-        err.print("[bold red]interrupted:[/] nothing was written.")
-        raise typer.Exit(130) from None
     _show_comparison(found)
     out.print(f"wrote {escape(str(engine.with_suffix('.compare.json')))} and {escape(engine.stem)}.html")
     for sentence in found.missed:

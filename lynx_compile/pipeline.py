@@ -17,7 +17,7 @@ from lynx_compile.engine.build import BuiltEngine, build
 from lynx_compile.engine.manifest import Manifest, describe
 from lynx_compile.errors import InputError
 from lynx_compile.export import DenseOnnx, export
-from lynx_compile.files import file_digest
+from lynx_compile.files import file_digest, uninterrupted
 from lynx_compile.recipe import Recipe
 from lynx_compile.resume import Display, Stages, silent
 from lynx_compile.rewrite import LynxOnnx, rewrite
@@ -87,9 +87,10 @@ def compile(recipe: Recipe, output: Path, *, fresh: bool = False, display: Displ
             stages.key("rewrite"), recipe.engine, backend.name, backend.version, plugin.sha256,
         )  # fmt: skip
         manifest = describe(recipe, dit, lynx, built, stages.costs)
-        stages.publish(output.parent, "rewrite", "build")
-        manifest.write(output.with_suffix(".json"))
-        Compiled(recipe, dense.path, stages.key("export"), built.sha256).write(output)
+        with uninterrupted():  # an engine never stands beside another run's manifest
+            stages.publish(output.parent, "rewrite", "build")
+            manifest.write(output.with_suffix(".json"))
+            Compiled(recipe, dense.path, stages.key("export"), built.sha256).write(output)
         report.write(output)
         log.info("done: %s", manifest.summary())
         return manifest

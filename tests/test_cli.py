@@ -10,14 +10,16 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import onnx
 import pytest
 from safetensors.torch import load_file
 
-from lynx_compile import cli
+from lynx_compile import cli, pipeline
 from lynx_compile.engine.manifest import Manifest
+from lynx_compile.errors import InputError
 from lynx_compile.functions import DOMAIN, GELU_OP, NORM_OP, OP, WEIGHT_OP
 
 pytestmark = pytest.mark.slow
@@ -141,6 +143,26 @@ def test_ctrl_c_leaves_nothing_half_done(project: Path, tmp_path: Path, moment: 
     assert "interrupted" in errors and "Traceback" not in errors
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("tiny.[ejos]*")} == before
     assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("could not determine the shape"), InputError("Damaged.", "Fetch.")]
+)
+def test_ctrl_c_that_a_library_takes_for_a_failure_is_still_ctrl_c(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    """As torch does with one that strikes its C++, and diffusers with what torch makes of it."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise error
+
+    monkeypatch.setattr(pipeline, "compile", interrupted)
+    assert _main(monkeypatch, project, "tiny.yaml", "-o", "out/tiny.engine") == 130
+    shown = capsys.readouterr().err
+    assert "interrupted: no output was changed" in shown and str(error) not in shown
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def process_start(process: subprocess.Popen[str]) -> float:

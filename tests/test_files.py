@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lynx_compile.errors import LynxError
-from lynx_compile.files import atomic_path, save_text
+from lynx_compile.files import atomic_path, save_text, uninterrupted
 from lynx_compile.tensors import TensorSpec, save_tensors, write_tensors
 
 
@@ -25,6 +26,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 
 def _fail(_: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_ctrl_c_does_nothing_where_files_take_their_places() -> None:
+    with uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize(
