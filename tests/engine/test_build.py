@@ -9,7 +9,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -251,13 +250,19 @@ except LynxError as error:
 
 
 def test_ctrl_c_stops_the_build(write_onnx: WriteOnnx, tmp_path: Path, output: Path, script: Script) -> None:
-    lynx = write_onnx(tmp_path / "onnx", widths=(64,) * 401)  # several seconds of TensorRT's time
+    lynx = write_onnx(tmp_path / "onnx", widths=(64,) * 401)  # 3258 steps
     code = """
-first = iter([True])
-show = lambda *step: next(first, False) and print('building', flush=True)
+import time
+steps = []
+def show(*step):
+    if not steps:
+        print('building', flush=True)
+    steps.append(step)
+    time.sleep(0.005)
 try:
     build(lynx, recipe.Engine(backend='tensorrt_rtx'), output, progress=show)
 except KeyboardInterrupt:
+    print(*{phase for phase, _, _ in steps}, sep='\\n')
     sys.exit(130)
 """
     with subprocess.Popen(
@@ -267,10 +272,9 @@ except KeyboardInterrupt:
         assert child.stdout.readline() == "building\n"
         assert len(list(output.parent.iterdir())) == 2, "the build writes into a temporary file"
         child.send_signal(signal.SIGINT)
-        start = time.monotonic()
-        _, errors = child.communicate(timeout=120)
+        phases, errors = child.communicate(timeout=120)
     assert child.returncode == 130, errors
-    assert time.monotonic() - start < 30
+    assert "Cloning network graph" in phases and "Building engine from subgraph" not in phases
     assert_untouched(output)
 
 
