@@ -383,31 +383,33 @@ __device__ __forceinline__ uint4 low_rank_block(const TileSums& sums, const Prun
   return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
-// Writes the columns K .. K' of the compressed operand: U, then zeros, all under the nibble of an empty
-// group.
+// Writes the columns K .. K' of `rows` rows of the compressed operand, from `first_row` of a tile: U, then
+// zeros, all under the nibble of an empty group.
 template <class Element, class Metadata, int kThreads>
 __device__ __forceinline__ void write_extension(const TileSums& sums, const PruneArgs& args,
-                                                int64_t first_row) {
+                                                int64_t first_row, int rows = kRows) {
   const int first_block = args.channels / kBlock, blocks = args.width / kBlock - first_block;
-  for (int i = threadIdx.x; i < kRows * blocks; i += kThreads) {
+  for (int i = threadIdx.x; i < rows * blocks; i += kThreads) {
     const int row = i / blocks, block = i % blocks;
     uint16_t* to = args.values + (first_row + row) * (args.width / 2) + (first_block + block) * kKeptPerBlock;
     *reinterpret_cast<uint4*>(to) = low_rank_block<Element>(sums, args, row, block);
-    if ((row & 8) == 0) {
+    if (((first_row + row) & 8) == 0) {
       args.metadata[Metadata::word(first_row + row, first_block + block, args.rows_padded)] =
           kEmptyMetadataPair;
     }
   }
 }
 
-// Where the sums of a part are.
+// Where the sums of a part are: part_stride floats from one to the next.
 struct Part {
   RowNorm* norm;  // [kRows]
   float* t;       // [kRows, rank]
 };
 
+__device__ __forceinline__ int part_stride(const PruneArgs& args) { return kRows * (2 + args.rank); }
+
 __device__ __forceinline__ Part part_of(const PruneArgs& args, int part) {
-  float* const at = args.parts + int64_t(part) * kRows * (2 + args.rank);
+  float* const at = args.parts + int64_t(part) * part_stride(args);
   return {reinterpret_cast<RowNorm*>(at), at + 2 * kRows};
 }
 
@@ -501,34 +503,46 @@ __global__ void __launch_bounds__(Warps<kRankCap, kVariant>::kThreads,
   }
 }
 
-// Adds up what the parts of a shared tile have left, and ends the tile; a thread block a tile.
+// Adds up what the parts of a shared tile have left, and ends the tile. It is all latency: a thread has a sum
+// or two, and all its loads in flight at a time.
+constexpr int kFinishRows = 4;  // of a thread block
 constexpr int kFinishThreads = 256;
+
+// The sum of `parts` numbers `stride` apart, in order.
+__device__ __forceinline__ float sum_of_parts(const float* from, int stride, int parts) {
+  float part[kMostSharing], sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kMostSharing; ++i) part[i] = i < parts ? from[i * stride] : 0.0f;
+#pragma unroll
+  for (int i = 0; i < kMostSharing; ++i) sum += part[i];
+  return sum;
+}
 
 template <class Element, class Metadata>
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const PruneArgs args) {
   if constexpr (written_here<Metadata>()) {
     struct Shared {
-      float scale[kRows], t[kRows * kMaxRank];
+      float scale[kFinishRows], t[kFinishRows * kMaxRank];
     };
     auto& shared = block_shared<Shared>();
-    const int first_part = int(blockIdx.x) * args.grid.parts;
-    const int64_t first_row = (args.grid.whole + int64_t(blockIdx.x)) * kRows;
-    if (threadIdx.x < kRows) {
+    constexpr int kBlocksPerTile = kRows / kFinishRows;
+    const int tile = int(blockIdx.x) / kBlocksPerTile, row = int(blockIdx.x) % kBlocksPerTile * kFinishRows;
+    const int64_t first_row = int64_t(args.grid.whole + tile) * kRows + row;
+    const Part part = part_of(args, tile * args.grid.parts);
+    const int stride = part_stride(args);
+    if (threadIdx.x < kFinishRows) {
+      const RowNorm& norm = part.norm[row + threadIdx.x];
       RowNorm sum;
-      for (int i = 0; i < args.grid.parts; ++i) {
-        const RowNorm& norm = part_of(args, first_part + i).norm[threadIdx.x];
-        sum.all += norm.all, sum.kept += norm.kept;
-      }
+      sum.all = sum_of_parts(&norm.all, stride, args.grid.parts);
+      sum.kept = sum_of_parts(&norm.kept, stride, args.grid.parts);
       store_scale(shared.scale, args, first_row, sum);
     }
-    for (int i = threadIdx.x; i < kRows * args.rank; i += kFinishThreads) {
-      float sum = 0.0f;
-      for (int j = 0; j < args.grid.parts; ++j) sum += part_of(args, first_part + j).t[i];
-      shared.t[i] = sum;
+    for (int i = threadIdx.x; i < kFinishRows * args.rank; i += kFinishThreads) {
+      shared.t[i] = sum_of_parts(part.t + row * args.rank + i, stride, args.grid.parts);
     }
     __syncthreads();
     const TileSums sums = {shared.t, args.rank, shared.scale};
-    write_extension<Element, Metadata, kFinishThreads>(sums, args, first_row);
+    write_extension<Element, Metadata, kFinishThreads>(sums, args, first_row, kFinishRows);
   }
 }
 
@@ -548,8 +562,8 @@ cudaError_t launch_prune_kernel(PruneArgs args, cudaStream_t stream) {
   const cudaError_t error = launch_kernel(prune_kernel<Element, Metadata, kRankCap, kVariant>,
                                           unsigned(args.grid.blocks()), W::kThreads, 0, stream, args);
   if (error != cudaSuccess || args.grid.shared == 0) return error;
-  return launch_kernel(finish_kernel<Element, Metadata>, unsigned(args.grid.shared), kFinishThreads, 0,
-                       stream, args);
+  return launch_kernel(finish_kernel<Element, Metadata>, unsigned(args.grid.shared * (kRows / kFinishRows)),
+                       kFinishThreads, 0, stream, args);
 }
 
 template <class Element, class Metadata, Variant kVariant>

@@ -11,8 +11,8 @@ constexpr int kMostSharing = 16;  // thread blocks that share a tile
 constexpr int kMostParts = 512;   // thread blocks that leave a part of a tile's sums in the workspace
 
 // Sharing spares the last tiles this many turns at least, or it does not pay: another kernel has to add up
-// the sums. Measured on an H100: 5 of 6 turns gain nothing, 7 of 8 gain a tenth of the pass.
-constexpr int kTurnsToSpare = 6;
+// the sums. Measured on an H100: 2 of 3 turns gain 1 us, 5 of 6 gain 5 us of 37.
+constexpr int kTurnsToSpare = 2;
 
 // Tiles 0 .. whole - 1 take a thread block each; each of the `shared` tiles behind them takes `parts`, which
 // divide its turns: the steps in which the warps of a thread block get through the channels.
@@ -37,9 +37,10 @@ constexpr PruneGrid prune_grid(int64_t tiles, int64_t places, int turns) {
 // FLUX.1 on an H100, 64 ranks: of 4608 tokens by 15360 channels, 264 tiles are a wave, and 10 thread blocks
 // share each of the 24 behind it.
 static_assert(prune_grid(288, 264, 30).whole == 264 && prune_grid(288, 264, 30).parts == 10);
-static_assert(prune_grid(288, 264, 6).shared == 0);         // 3072 channels: not worth it
-static_assert(prune_grid(256, 264, 30).shared == 0);        // 4096 tokens: one wave
-static_assert(prune_grid(32, 264, 24).blocks() == 8 * 32);  // 512 tokens by 12288 channels
+static_assert(prune_grid(288, 264, 6).blocks() == 264 + 24 * 6);  // 3072 channels: one turn each
+static_assert(prune_grid(288, 264, 2).shared == 0);               // 1024 channels: one turn
+static_assert(prune_grid(256, 264, 30).shared == 0);              // 4096 tokens: one wave
+static_assert(prune_grid(32, 264, 24).blocks() == 8 * 32);        // 512 tokens by 12288 channels
 
 // Bytes for the parts' sums of any grid of `rows` (padded).
 constexpr int64_t prune_parts_bytes(int64_t rows, int rank) {

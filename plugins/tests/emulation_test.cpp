@@ -630,7 +630,7 @@ std::vector<Case> base_cases() {
   for (const auto& [rank, sm_count] : {std::pair(0, 2), {32, 2}, {48, 3}, {112, 6}}) {
     for (const bool general : {false, true}) {
       add([=, rank = rank, sm_count = sm_count](Case& c) {
-        c.rows = 100, c.channels = general ? 4112 : 4304, c.rank = rank, c.sm_count = sm_count;
+        c.rows = 124, c.channels = general ? 4112 : 4304, c.rank = rank, c.sm_count = sm_count;
         c.order = c.centre = c.saliency = general;
       });
     }
@@ -671,7 +671,7 @@ std::vector<Case> quick_cases() {
   add([](Case& c) { c.rank = 128, c.rows = 5, c.norm_scale = false, c.centre = true; });
   add([](Case& c) { c.rows = 9, c.order = true, c.special = Special::kNan; });
   add([](Case& c) { c.rows = 20, c.special = Special::kZeroRows; });
-  add([](Case& c) { c.rows = 100, c.channels = 4112, c.rank = 32, c.sm_count = 2; });
+  add([](Case& c) { c.rows = 124, c.channels = 4112, c.rank = 32, c.sm_count = 2; });
   add([](Case& c) { c.rows = 20, c.saliency = true, c.special = Special::kTies; });
   add([](Case& c) { c.rows = 18, c.producer = Producer::kNorm, c.gain_rows = 2; });
   add([](Case& c) { c.rows = 18, c.producer = Producer::kGated, c.rank = 0; });

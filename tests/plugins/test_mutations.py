@@ -84,8 +84,8 @@ FAULTS = [
     Fault(
         "extension's metadata of half the rows",
         "prune.cu",
-        "if ((row & 8) == 0) {",
-        "if ((row & 12) == 0) {",
+        "if (((first_row + row) & 8) == 0) {",
+        "if (((first_row + row) & 12) == 0) {",
     ),
     Fault(
         "no barrier after the norms",
@@ -110,24 +110,18 @@ FAULTS = [
         "part of another shared tile", "prune.cu", "(grid.whole + shared) *", "(grid.whole + shared / 2) *"
     ),
     Fault("channels beyond a part", "prune.cu", "tile.begin + args.part_channels,", "args.channels,"),
+    Fault("sums of a part left out", "prune.cu", "[i] = i < parts", "[i] = i > 0 && i < parts"),
     Fault(
-        "sums of a part left out",
-        "prune.cu",
-        "int j = 0; j < args.grid.parts",
-        "int j = 1; j < args.grid.parts",
+        "norms of other rows of a part", "prune.cu", "part.norm[row + threadIdx.x]", "part.norm[threadIdx.x]"
     ),
-    Fault(
-        "norms of a part left out",
-        "prune.cu",
-        "int i = 0; i < args.grid.parts",
-        "int i = 1; i < args.grid.parts",
-    ),
+    Fault("norm of all values for the kept", "prune.cu", "sum_of_parts(&norm.kept", "sum_of_parts(&norm.all"),
+    Fault("T of other rows of a part", "prune.cu", "part.t + row * args.rank + i", "part.t + i"),
     Fault("sums of parts overlap", "prune.cu", "kRows * (2 + args.rank)", "kRows * (1 + args.rank)"),
     Fault(
         "no barrier before a shared tile ends",
         "prune.cu",
-        "shared.t[i] = sum;\n    }\n    __syncthreads();",
-        "shared.t[i] = sum;\n    }",
+        "stride, args.grid.parts);\n    }\n    __syncthreads();",
+        "stride, args.grid.parts);\n    }",
     ),
     Fault(
         "one row too many reordered",
