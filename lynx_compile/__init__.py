@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lynx_compile.engine.module import FluxEngine
-    from lynx_compile.engine.weights import Progress
+    from lynx_compile.files.progress import Progress
 
 __version__ = "0.1.0"
 

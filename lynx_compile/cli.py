@@ -35,10 +35,10 @@ from lynx_compile import __version__
 from lynx_compile.errors import InputError, LynxError
 
 if TYPE_CHECKING:
-    from lynx_compile.bench import Bench
-    from lynx_compile.comparison import Comparison
     from lynx_compile.engine.manifest import Stage
-    from lynx_compile.inspection import Inspection
+    from lynx_compile.tools.bench import Bench
+    from lynx_compile.tools.comparison import Comparison
+    from lynx_compile.tools.inspection import Inspection
 
 SHOWN_LINEARS = 20
 
@@ -141,7 +141,8 @@ def bench_(
     if rank not in range(0, 129, 16):
         raise InputError(f"--rank is {rank}.", "Give a multiple of 16 from 0 to 128.")
     with _interruptible("nothing was written."):
-        from lynx_compile import bench, kernels
+        from lynx_compile.tools import bench
+        from lynx_compile.torch_ops import bindings as kernels
 
         if blocks:
             _bench_blocks(folder, rounds, plugin or kernels.LIBRARY)
@@ -164,7 +165,7 @@ def bench_(
 
 
 def _bench_blocks(folder: Path, rounds: int, library: Path) -> None:
-    from lynx_compile import bench_blocks
+    from lynx_compile.tools import bench_blocks
 
     measured = bench_blocks.bench_blocks(rounds=rounds, library=library)
     for r in measured.results:
@@ -206,7 +207,7 @@ def inspect_(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what an engine was built from and holds: layers, plugin, inputs, weights, sizes."""
-    from lynx_compile.inspection import inspect
+    from lynx_compile.tools.inspection import inspect
 
     found = inspect(engine)
     if as_json:
@@ -293,7 +294,7 @@ def compare_(
     """Compare an engine's model with the dense one: linears, output, images. Exit code 1: a limit is missed."""
     _configure_logging(verbose=False)
     with _interruptible("nothing was written."):
-        from lynx_compile import compare
+        from lynx_compile.tools import compare
 
         found = compare.compare(engine, run_metric=metric, display=_stage)
     _show_comparison(found)

@@ -8,20 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lynx_compile import __version__, models, report
-from lynx_compile.calibrate import Statistics, calibrate
-from lynx_compile.compensate import compensate
-from lynx_compile.compiled import Compiled
+from lynx_compile import __version__, models
 from lynx_compile.engine import trt
-from lynx_compile.engine.build import BuiltEngine, build
-from lynx_compile.engine.manifest import Manifest, describe
+from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError
-from lynx_compile.export import DenseOnnx, export
-from lynx_compile.files import file_digest, uninterrupted
+from lynx_compile.files.atomic import file_digest, uninterrupted
+from lynx_compile.files.resume import Display, Stages, silent
+from lynx_compile.passes.build import BuiltEngine, build
+from lynx_compile.passes.calibrate import Statistics, calibrate
+from lynx_compile.passes.compensate import compensate
+from lynx_compile.passes.describe import describe
+from lynx_compile.passes.export import DenseOnnx, export
+from lynx_compile.passes.rewrite import LynxOnnx, rewrite
+from lynx_compile.passes.select import candidates, select
 from lynx_compile.recipe import Recipe
-from lynx_compile.resume import Display, Stages, silent
-from lynx_compile.rewrite import LynxOnnx, rewrite
-from lynx_compile.select import candidates, select
+from lynx_compile.tools import report
+from lynx_compile.tools.compiled import Compiled
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ def compile(recipe: Recipe, output: Path, *, fresh: bool = False, display: Displ
         log.info("lynx-compile %s, output %s, recipe %s", __version__, output, recipe.model_dump_json())
         stages = Stages(cache, fresh, display or silent)
         backend = trt.backend(recipe.engine.backend)
-        plugin = trt.plugin_library(recipe.engine)
+        plugin = trt.plugin_library(recipe.engine.plugin)
         dit = models.load(recipe)
         plan = select(dit.groups, recipe.sparsity)
         statistics = stages.run(

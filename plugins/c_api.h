@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arguments of the C functions in c_api.cpp, mirrored in lynx_compile/kernels.py.
+// The arguments of the C functions in c_api.cpp, mirrored in lynx_compile/torch_ops/bindings.py.
 #pragma once
 
 #include <stdint.h>

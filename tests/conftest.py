@@ -15,8 +15,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from safetensors.torch import save_file
 
-from lynx_compile import bench, models
+from lynx_compile import models
 from lynx_compile.models import flux
+from lynx_compile.tools import bench
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # A shell starts background jobs with Ctrl-C ignored, and their children would inherit that.

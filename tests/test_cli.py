@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from lynx_compile import cli, pipeline
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError
-from lynx_compile.functions import DOMAIN, GELU_OP, NORM_OP, OP, WEIGHT_OP
+from lynx_compile.ops.functions import DOMAIN, GELU_OP, NORM_OP, OP, WEIGHT_OP
 
 pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, "-c", "from lynx_compile.cli import main; main()"]

@@ -12,9 +12,9 @@ import pytest
 from lynx_compile import pipeline
 from lynx_compile.engine import trt
 from lynx_compile.errors import InputError, StageError
-from lynx_compile.functions import DOMAIN
+from lynx_compile.ops.functions import DOMAIN
+from lynx_compile.passes.rewrite import LynxOnnx
 from lynx_compile.recipe import load_recipe
-from lynx_compile.rewrite import LynxOnnx
 from tests.conftest import write_costs
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from lynx_compile.errors import InputError
 from lynx_compile.models import Linear, LinearGroup
+from lynx_compile.passes.select import candidates, select
 from lynx_compile.recipe import Sparsity, load_recipe
-from lynx_compile.select import candidates, select
 from tests.conftest import RECIPE, tiny_groups
 
 ENGINES = Path(__file__).parents[1] / "engines"

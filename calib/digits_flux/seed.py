@@ -14,7 +14,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from calib.digits_flux import digits, sampler
-from lynx_compile.tensors import save_tensors
+from lynx_compile.files.tensors import save_tensors
 
 
 def main() -> None:

@@ -23,14 +23,15 @@ import torch
 import typer
 
 from calib.digits_flux import classifier, digits, evaluate, sampler
-from lynx_compile import models, weight_refit
-from lynx_compile.calibrate import LayerStatistics, Statistics, calibrate
-from lynx_compile.compensate import compensate, load_weights
-from lynx_compile.export import DenseOnnx, export
+from lynx_compile import models
 from lynx_compile.models import LinearGroup
+from lynx_compile.passes.calibrate import LayerStatistics, Statistics, calibrate
+from lynx_compile.passes.compensate import compensate, load_weights
+from lynx_compile.passes.export import DenseOnnx, export
+from lynx_compile.passes.rewrite import rewrite
+from lynx_compile.passes.select import SparsityPlan, select
 from lynx_compile.recipe import Recipe, Sparsity, load_recipe
-from lynx_compile.rewrite import rewrite
-from lynx_compile.select import SparsityPlan, select
+from lynx_compile.solve import weight_refit
 
 RECIPE = digits.HERE.parents[1] / "engines" / "digits-flux.yaml"
 FOLDER = digits.HERE / "study"

@@ -13,8 +13,8 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from lynx_compile.engine.runtime import Engine
-from lynx_compile.engine.weights import Progress
 from lynx_compile.errors import InputError
+from lynx_compile.files.progress import Progress
 
 DTYPES = {
     "bf16": torch.bfloat16,

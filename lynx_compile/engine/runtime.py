@@ -24,12 +24,12 @@ import numpy as np
 
 from lynx_compile.engine import trt
 from lynx_compile.engine.arrays import DTYPES, DeviceArray, View, size_of, view
-from lynx_compile.engine.build import DTYPES as DTYPE_NAMES
 from lynx_compile.engine.cuda import ALIGNMENT, Gpu, Handle, Memory
 from lynx_compile.engine.manifest import Manifest, Tensor
-from lynx_compile.engine.weights import PIECE, Progress, open_weights, said, upload
+from lynx_compile.engine.weights import PIECE, open_weights, said, upload
 from lynx_compile.errors import EngineError, InputError
-from lynx_compile.files import file_digest
+from lynx_compile.files.atomic import file_digest
+from lynx_compile.files.progress import Progress
 
 ELF = re.compile(rb"\x7fELF[\x01\x02][\x01\x02]\x01.{2}\x00{7}.{2}(..)", re.DOTALL)  # group 1: the machine
 ELF_CUDA = b"\xbe\x00"  # device code; any other machine is a host's
@@ -502,10 +502,10 @@ def _check_engine(cuda_engine: Any, backend: trt.Backend, manifest: Manifest, pa
     found = {True: set[Tensor](), False: set[Tensor]()}
     for index in range(cuda_engine.num_io_tensors):
         name = cuda_engine.get_tensor_name(index)
-        dtype = cuda_engine.get_tensor_dtype(name).name
+        dtype = trt.dtype_name(cuda_engine.get_tensor_dtype(name))
         shape = tuple(cuda_engine.get_tensor_shape(name))
         is_input = cuda_engine.get_tensor_mode(name) == module.TensorIOMode.INPUT
-        found[is_input].add(Tensor(name=name, dtype=DTYPE_NAMES.get(dtype, dtype.lower()), shape=shape))
+        found[is_input].add(Tensor(name=name, dtype=dtype, shape=shape))
     due = {True: {*manifest.inputs, *manifest.weights.tensors}, False: {*manifest.outputs}}
     for is_input, what in ((True, "input"), (False, "output")):
         for tensor in sorted(found[is_input] ^ due[is_input], key=lambda tensor: tensor.name):

@@ -20,9 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from lynx_compile import recipe
 from lynx_compile.errors import EngineError, InputError
-from lynx_compile.files import file_digest
+from lynx_compile.files.atomic import file_digest
 
 PLUGIN_NAMES = (
     "LynxSparseLinear",
@@ -41,6 +40,7 @@ OLDEST = {
     "tensorrt_rtx": (1, 7),
 }  # the first with every function used here; tested: 11.4, 1.7
 
+DTYPE_NAMES = {"HALF": "fp16", "FLOAT": "fp32"}  # TensorRT's names where they are not ours
 _REBUILD = "Build the library again from this version of lynx-compile."
 
 log = logging.getLogger("lynx_compile.tensorrt")
@@ -88,20 +88,25 @@ def backend(choice: str = "auto") -> Backend:
     return _backend(choice)
 
 
-def plugin_library(engine: recipe.Engine) -> PluginLibrary:
-    """The recipe's plugin library, else the installed one.
+def plugin_library(chosen: str | None = None) -> PluginLibrary:
+    """The plugin library that the recipe names, else the installed one.
 
     Raises:
         InputError: the file does not exist. EngineError: the installed one does not.
     """
-    if engine.plugin is None:
+    if chosen is None:
         return PluginLibrary(path := _shipped("liblynx_plugin.so"), file_digest(path))
-    path = Path(engine.plugin)
+    path = Path(chosen)
     if not path.is_file():
         raise InputError(
             f"The plugin library {path} does not exist.", "Check 'engine.plugin', or leave it out."
         )
     return PluginLibrary(path, file_digest(path))
+
+
+def dtype_name(data_type: Any) -> str:
+    """Our name of a TensorRT ``DataType``."""
+    return DTYPE_NAMES.get(data_type.name, data_type.name.lower())
 
 
 def metadata_layout(backend: Backend) -> Literal[80, 90]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,9 @@ from lynx_compile.engine.arrays import DTYPES, MOST_DIMENSIONS, size_of
 from lynx_compile.engine.cuda import ALIGNMENT, Gpu, Memory
 from lynx_compile.engine.manifest import Manifest, Tensor
 from lynx_compile.errors import InputError
-from lynx_compile.files import strict_json
+from lynx_compile.files.atomic import strict_json
+from lynx_compile.files.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 LARGEST_HEADER = 16 << 20  # FLUX.1-dev's is 0.1 MB
 PIECE = 32 << 20  # bytes that are read, digested and copied at once
 

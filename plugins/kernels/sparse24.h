@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // 2:4 sparsity of activations: which channels are kept, how they are compressed, where their metadata lies.
 //
-// The C++ statement of lynx_compile/sparsity.py. Everything here compiles for host and device and needs no
+// The C++ statement of lynx_compile/ops/sparse_linear.py. Everything here compiles for host and device and needs no
 // CUDA header on the host, so that tests on any machine check what the kernels run.
 //
 // Terms: a *group* is 4 channels, of which 2 are kept; a *block* is 16 channels: 8 kept values and 16 bits of

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// sparse24.h behind C functions, so that tests/plugins can hold it against lynx_compile/sparsity.py with
+// sparse24.h behind C functions, so that tests/plugins can hold it against lynx_compile/ops/sparse_linear.py with
 // ctypes.
 #include <cstdint>
 

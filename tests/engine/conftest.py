@@ -25,13 +25,14 @@ from safetensors.torch import save_file
 from lynx_compile.engine import cuda as cuda_module
 from lynx_compile.engine import trt
 from lynx_compile.engine import weights as weights_module
-from lynx_compile.engine.build import BuiltEngine
-from lynx_compile.engine.manifest import Tensor, describe
-from lynx_compile.export import OPSET
-from lynx_compile.files import file_digest
-from lynx_compile.functions import lynx_function
-from lynx_compile.rewrite import DenseLinear, LynxOnnx, SparseNode
-from lynx_compile.sparsity import padded_width
+from lynx_compile.engine.manifest import Tensor
+from lynx_compile.files.atomic import file_digest
+from lynx_compile.ops.functions import lynx_function
+from lynx_compile.ops.sparse_linear import padded_width
+from lynx_compile.passes.build import BuiltEngine
+from lynx_compile.passes.describe import describe
+from lynx_compile.passes.export import OPSET
+from lynx_compile.passes.rewrite import DenseLinear, LynxOnnx, SparseNode
 from tests.engine.fakes import FakeCuda, FakeTensorRT, ICudaEngine
 
 INPUTS = ("x", "weight", "lora_down", "bias", "order", "centre", "saliency")
@@ -166,8 +167,9 @@ import json, sys
 from pathlib import Path
 from types import SimpleNamespace
 from lynx_compile import recipe
-from lynx_compile.engine import build as build_module, trt
-from lynx_compile.engine.build import build
+from lynx_compile.engine import trt
+from lynx_compile.passes import build as build_module
+from lynx_compile.passes.build import build
 from lynx_compile.errors import LynxError
 
 lynx = SimpleNamespace(

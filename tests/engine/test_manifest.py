@@ -15,11 +15,12 @@ import pytest
 
 from lynx_compile import __version__
 from lynx_compile.engine import manifest as manifest_module
-from lynx_compile.engine.build import build
-from lynx_compile.engine.manifest import Manifest, describe
+from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError
+from lynx_compile.passes.build import build
+from lynx_compile.passes.describe import describe
+from lynx_compile.passes.rewrite import LynxOnnx
 from lynx_compile.recipe import Engine, Recipe
-from lynx_compile.rewrite import LynxOnnx
 
 WriteOnnx = Callable[..., LynxOnnx]
 

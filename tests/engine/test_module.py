@@ -26,12 +26,12 @@ from lynx_compile.engine import cuda as cuda_module
 from lynx_compile.engine import trt
 from lynx_compile.engine.module import FluxEngine
 from lynx_compile.errors import EngineError, InputError
-from lynx_compile.export import export
 from lynx_compile.models import DiT
 from lynx_compile.models import load as load_model
+from lynx_compile.passes.export import export
+from lynx_compile.passes.rewrite import LynxOnnx
 from lynx_compile.pipeline import compile
 from lynx_compile.recipe import load_recipe
-from lynx_compile.rewrite import LynxOnnx
 from tests.conftest import TINY
 from tests.engine.conftest import Stage, set_stage
 from tests.engine.fakes import FakeCuda, FakeTensorRT

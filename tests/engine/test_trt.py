@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from lynx_compile import functions, recipe
 from lynx_compile.engine import trt
 from lynx_compile.errors import EngineError, InputError
-from lynx_compile.rewrite import LynxOnnx
+from lynx_compile.ops import functions
+from lynx_compile.passes.rewrite import LynxOnnx
 
 Script = Callable[[str, LynxOnnx, Path], list[str]]
 
@@ -124,25 +124,25 @@ def test_messages(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_installed_library() -> None:
-    library = trt.plugin_library(recipe.Engine())
+    library = trt.plugin_library()
     assert library.path == trt.LIBRARIES / "liblynx_plugin.so"
     assert library.sha256 == hashlib.sha256(library.path.read_bytes()).hexdigest()
 
 
 def test_missing_library_of_the_recipe(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere.so does not exist. Check 'engine.plugin'"):
-        trt.plugin_library(recipe.Engine(plugin=str(tmp_path / "nowhere.so")))
+        trt.plugin_library(str(tmp_path / "nowhere.so"))
 
 
 def test_missing_installed_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(trt, "LIBRARIES", tmp_path)
     with pytest.raises(EngineError, match=r"liblynx_plugin.so is missing. Reinstall lynx-compile"):
-        trt.plugin_library(recipe.Engine())
+        trt.plugin_library()
 
 
 def test_another_library_is_refused_once_one_is_loaded() -> None:
     backend = trt.backend("tensorrt_rtx")
-    library = trt.plugin_library(recipe.Engine())
+    library = trt.plugin_library()
     trt.load_plugin(backend, library)
     trt.load_plugin(backend, library)
     with pytest.raises(EngineError, match="already loaded another LynxSparseLinear plugin"):
@@ -164,7 +164,7 @@ def test_another_library_is_refused_once_one_is_loaded() -> None:
 )
 def test_a_library_that_lacks_what_the_model_needs_is_refused(needed: dict, message: str) -> None:  # type: ignore[type-arg]
     """A plugin or a field of it; also when the library is loaded already."""
-    backend, library = trt.backend("tensorrt_rtx"), trt.plugin_library(recipe.Engine())
+    backend, library = trt.backend("tensorrt_rtx"), trt.plugin_library()
     trt.load_plugin(backend, library, {"LynxSparseLinear": ("rank", "norm_scale")})
     with pytest.raises(EngineError, match=message):
         trt.load_plugin(backend, library, needed)
@@ -189,7 +189,7 @@ def test_metadata_layout_is_that_of_the_gpu_built_for(
 
 LOAD = """
 try:
-    trt.load_plugin(trt.backend("tensorrt_rtx"), trt.plugin_library(recipe.Engine(plugin=str(output))))
+    trt.load_plugin(trt.backend("tensorrt_rtx"), trt.plugin_library(str(output)))
 except LynxError as error:
     print(error)
 """
@@ -224,7 +224,7 @@ registry = module.get_plugin_registry()
 print([name for name in trt.PLUGIN_NAMES if trt._creator(registry, name)])
 activation = ("activation", "activation_from")
 needed = dict.fromkeys(trt.PLUGIN_NAMES, activation) | {"LynxNormSparseLinear": (*activation, "rms", "epsilon")}
-trt.load_plugin(backend, trt.plugin_library(recipe.Engine()), needed)
+trt.load_plugin(backend, trt.plugin_library(), needed)
 for name in trt.PLUGIN_NAMES:
     print(registry.get_creator(name, "1", "lynx").name)
 """

@@ -8,16 +8,16 @@ import ctypes
 import pytest
 import torch
 
-from lynx_compile import bench
 from lynx_compile.errors import InputError
-from lynx_compile.kernels import (
+from lynx_compile.ops.sparse_linear import Gated, Gelu, Norm, expand_low_rank, keep_mask, sparse_linear
+from lynx_compile.ops.sparse_weight_linear import pack_weight
+from lynx_compile.tools import bench
+from lynx_compile.torch_ops.bindings import (
     LIBRARY,
     SparseLinear,
     SparseWeightLinear,
     load_library,
 )
-from lynx_compile.sparsity import Gated, Gelu, Norm, expand_low_rank, keep_mask, sparse_linear
-from lynx_compile.weight_sparsity import pack_weight
 
 pytestmark = [
     pytest.mark.skipif(

@@ -15,8 +15,8 @@ import onnx.helper as oh
 import pytest
 from onnx import TensorProto
 
-from lynx_compile.sparsity import padded_width
-from lynx_compile.weight_sparsity import STEP
+from lynx_compile.ops.sparse_linear import padded_width
+from lynx_compile.ops.sparse_weight_linear import STEP
 
 from .native import LIBRARY
 

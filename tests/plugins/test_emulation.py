@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 
-from lynx_compile.kernels import DTYPES, _Call, load_library
-from lynx_compile.sparsity import expand_low_rank, sparse_linear
+from lynx_compile.ops.sparse_linear import expand_low_rank, sparse_linear
+from lynx_compile.torch_ops.bindings import DTYPES, _Call, load_library
 
 from .native import PLUGINS, compile_cpp
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""plugins/kernels/sparse24.h means what lynx_compile/sparsity.py means, bit by bit, and what CUTLASS does."""
+"""plugins/kernels/sparse24.h means what lynx_compile/ops/sparse_linear.py means, bit by bit, and what CUTLASS does."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from lynx_compile.sparsity import keep_mask, norm_scale_of, padded_width, scale_of_norms
-from lynx_compile.weight_sparsity import MetadataLayout, pack_weight
+from lynx_compile.ops.sparse_linear import keep_mask, norm_scale_of, padded_width, scale_of_norms
+from lynx_compile.ops.sparse_weight_linear import MetadataLayout, pack_weight
 
 from .native import PLUGINS, WARNINGS, compile_cpp, header_folder, run_native
 

@@ -7,7 +7,7 @@ namespace lynx {
 namespace {
 
 struct ElementType {
-  const char* name;         // in manifests: lynx_compile/engine/build.py, DTYPES
+  const char* name;         // in manifests: lynx_compile/passes/build.py, DTYPES
   const char* safetensors;  // null: none there
   int32_t tensorrt;         // nvinfer1::DataType
   size_t bytes;

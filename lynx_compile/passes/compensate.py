@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that make up for what pruning drops: closed-form least squares on the calibration moments.
+
+With z~ the pruned token and S = s * z~ (``sparsity``), the sparse op computes S W'^T + x A^T B^T + b'. For the
+moments C of x and S, ``joint`` minimises the expected squared error against x W^T + b over W', A, B and b' at
+once (all means taken off)::
+
+    C_perp = Cxx - Cxs Css^-1 Csx            the part of x that S does not tell
+    D      = A^T B^T, the best rank-r fit of W^T in the metric C_perp^(1/2)
+    W'^T   = W^T + Css^-1 [ (Csx - Css) W^T - Csx D ]
+    b'     = b + what the means leave
+
+Rank 0 leaves the refit alone. ``paper`` is RT-Lynx (arXiv 2605.26632, section 3): W and b stay, and only the
+low-rank branch is fitted, here to its optimum instead of by training. ``none`` prunes and repairs nothing.
+
+Where the weights are the 2:4 operand, ``joint`` is ``weight_refit.prune``, and ``none`` is Wanda's mask alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lynx_compile.errors import StageError
+from lynx_compile.files.progress import Progress
+from lynx_compile.files.tensors import save_tensors
+from lynx_compile.models import DiT, LinearGroup
+from lynx_compile.ops.sparse_linear import expand_low_rank
+from lynx_compile.passes.calibrate import LayerStatistics, Statistics
+from lynx_compile.passes.select import SparseGroup, SparsityPlan
+from lynx_compile.recipe import Operand, Sparsity
+from lynx_compile.solve.linalg import cholesky
+from lynx_compile.solve.weight_refit import prune, wanda_mask
+
+
+@dataclass(frozen=True)
+class SparseLinearWeights:
+    """What one node needs, for a whole group of linears: N is the sum of theirs.
+
+    ``weight``: [N, padded_width(K, rank)], W' and the expanded B; with operand ``weight`` [N, K], at most 2 of
+    every 4 not zero, and rank 0. ``lora_down``: A [max(rank, 1), K]. ``bias``: [N]. All float32.
+    ``out_channels``: N of each linear, in the order of ``linears``.
+    ``error``: expected relative error of the output on the calibration tokens, by the moments.
+    """
+
+    linears: tuple[str, ...]
+    out_channels: tuple[int, ...]
+    weight: torch.Tensor
+    lora_down: torch.Tensor
+    bias: torch.Tensor
+    rank: int
+    norm_scale: bool
+    error: float
+    operand: Operand = "activation"
+
+    @property
+    def in_channels(self) -> int:
+        return self.lora_down.shape[1]
+
+
+def compensate(
+    dit: DiT, plan: SparsityPlan, statistics: Statistics, sparsity: Sparsity, folder: Path, progress: Progress
+) -> tuple[Path, ...]:
+    """Solve every group of the plan and write its ``SparseLinearWeights``, one safetensors file each.
+
+    Raises:
+        StageError: the moments cannot be factorised.
+    """
+    paths = []
+    for done, group in enumerate(plan.groups):
+        weight, bias = _dense(dit, group)
+        solved = solve(group, weight, bias, statistics.load(group.name), sparsity)
+        paths.append(folder / f"{group.name}.{group.operand}.safetensors")
+        _save(paths[-1], solved)
+        progress("linears compensated", done + 1, len(plan.groups))
+    return tuple(paths)
+
+
+def load_weights(path: Path) -> SparseLinearWeights:
+    """Read what ``compensate`` wrote."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["lynx"])
+            tensors = {name: file.get_tensor(name) for name in ("weight", "lora_down", "bias")}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise StageError(
+            "compensate", f"{path} cannot be read ({error}).", "Run again with --fresh."
+        ) from None
+    return SparseLinearWeights(
+        linears=tuple(facts["linears"]),
+        out_channels=tuple(facts["out_channels"]),
+        rank=facts["rank"],
+        norm_scale=facts["norm_scale"],
+        error=facts["error"],
+        operand=facts["operand"],
+        **tensors,
+    )
+
+
+def solve(
+    group: SparseGroup, weight: torch.Tensor, bias: torch.Tensor, moments: LayerStatistics, sparsity: Sparsity
+) -> SparseLinearWeights:
+    """The compensated weights of one group. weight: [N, K], bias: [N], float32."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight, bias = weight.to(device), bias.to(device)
+    moments = LayerStatistics(
+        moments.tokens,
+        *(m.to(device) for m in (moments.x_mean, moments.s_mean, moments.xx, moments.xs, moments.ss)),
+    )
+    solver = _solve_weights if group.operand == "weight" else _solve_activations
+    return solver(group, weight, bias, moments, sparsity)
+
+
+def _solve_activations(
+    group: SparseGroup, weight: torch.Tensor, bias: torch.Tensor, moments: LayerStatistics, sparsity: Sparsity
+) -> SparseLinearWeights:
+    rank = min(sparsity.rank_for(group.in_channels), group.in_channels, len(weight)) // 16 * 16
+    if sparsity.method == "joint":
+        refit, lora_down, lora_up, offset = _joint(weight, moments, rank, sparsity.ridge, group.name)
+    elif sparsity.method == "paper":
+        refit, offset = weight, torch.zeros_like(bias)
+        lora_down, lora_up = _paper(weight, moments, rank, sparsity.ridge, group.name)
+    else:
+        refit, offset = weight, torch.zeros_like(bias)
+        lora_down, lora_up = weight.new_zeros(0, group.in_channels), weight.new_zeros(len(weight), 0)
+    error = _expected_error(weight, refit, lora_down, lora_up, offset, moments)
+    return SparseLinearWeights(
+        linears=tuple(linear.path for linear in group.linears),
+        out_channels=tuple(linear.out_channels for linear in group.linears),
+        weight=expand_low_rank(refit, lora_up).cpu(),
+        lora_down=(lora_down if rank else weight.new_zeros(1, group.in_channels)).cpu(),
+        bias=(bias + offset).cpu(),
+        rank=rank,
+        norm_scale=sparsity.uses_norm_scale,
+        error=error,
+    )
+
+
+def _solve_weights(
+    group: SparseGroup, weight: torch.Tensor, bias: torch.Tensor, moments: LayerStatistics, sparsity: Sparsity
+) -> SparseLinearWeights:
+    if sparsity.method == "none":
+        sparse, offset = weight * wanda_mask(weight, moments), torch.zeros_like(bias)
+    else:
+        sparse, offset = prune(weight, moments, sparsity.ridge, group.name)
+    lost = weight - sparse
+    squared = ((lost @ moments.xx) * lost).sum() + (lost @ moments.x_mean - offset).square().sum()
+    return SparseLinearWeights(
+        linears=tuple(linear.path for linear in group.linears),
+        out_channels=tuple(linear.out_channels for linear in group.linears),
+        weight=sparse.cpu(),
+        lora_down=torch.zeros(1, group.in_channels),
+        bias=(bias + offset).cpu(),
+        rank=0,
+        norm_scale=False,
+        error=_relative(squared, weight, moments),
+        operand="weight",
+    )
+
+
+def _joint(
+    weight: torch.Tensor, m: LayerStatistics, rank: int, ridge: float, name: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """W' [N, K], A [r, K], B [N, r] and the change of bias [N]; the ridge pulls W' towards W."""
+    ss_factor = cholesky(m.ss, ridge, name)
+    known = torch.cholesky_solve(m.xs.T, ss_factor)  # Css^-1 Csx
+    unknown = m.xx - m.xs @ known  # C_perp
+    lora_down, lora_up = _low_rank(weight.T, unknown, rank, ridge, name)
+    low = lora_down.T @ lora_up.T  # D [K, N]
+    change = torch.cholesky_solve((m.xs.T - m.ss) @ weight.T - m.xs.T @ low, ss_factor)
+    refit = weight + change.T
+    offset = weight @ m.x_mean - refit @ m.s_mean - lora_up @ (lora_down @ m.x_mean)
+    return refit, lora_down, lora_up, offset
+
+
+def _paper(
+    weight: torch.Tensor, m: LayerStatistics, rank: int, ridge: float, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, K], B [N, r] that minimise |x W^T - S W^T - x A^T B^T|, W untouched and no bias to lean on."""
+    xx = m.xx + torch.outer(m.x_mean, m.x_mean)
+    xs = m.xs + torch.outer(m.x_mean, m.s_mean)
+    target = torch.cholesky_solve((xx - xs) @ weight.T, cholesky(xx, ridge, name))  # best D of full rank
+    return _low_rank(target, xx, rank, ridge, name)
+
+
+def _low_rank(
+    target: torch.Tensor, metric: torch.Tensor, rank: int, ridge: float, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, K], B [N, r] whose A^T B^T is the best rank-r fit of ``target`` [K, N] in ``metric``^(1/2)."""
+    if not rank:
+        return target.new_zeros(0, target.shape[0]), target.new_zeros(target.shape[1], 0)
+    factor = cholesky(metric, ridge, name)  # metric = L L^T, so |metric^(1/2) X| = |L^T X|
+    image = factor.T @ target
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the range finder is random; its result must not be
+        left, _, _ = torch.svd_lowrank(image, q=min(rank + 16, *image.shape), niter=6)
+    left = left[:, :rank]
+    lora_down = torch.linalg.solve_triangular(factor.T, left, upper=True).T
+    lora_up = (left.T @ image).T
+    # Both halves get the same size, so that neither leaves the range of a 16-bit type.
+    balance = (lora_up.norm(dim=0) / lora_down.norm(dim=1).clamp_min(1e-30)).sqrt().clamp_min(1e-30)
+    return lora_down * balance[:, None], lora_up / balance
+
+
+def _expected_error(
+    weight: torch.Tensor,
+    refit: torch.Tensor,
+    lora_down: torch.Tensor,
+    lora_up: torch.Tensor,
+    offset: torch.Tensor,
+    m: LayerStatistics,
+) -> float:
+    """sqrt(E|y_sparse - y_dense|^2 / E|y_dense - mean|^2) from the moments alone."""
+    on_x = weight - lora_up @ lora_down  # y_dense - y_sparse = on_x x - refit S - offset
+    squared = (
+        ((on_x @ m.xx) * on_x).sum() - 2 * ((on_x @ m.xs) * refit).sum() + ((refit @ m.ss) * refit).sum()
+        + (on_x @ m.x_mean - refit @ m.s_mean - offset).square().sum()
+    )  # fmt: skip
+    return _relative(squared, weight, m)
+
+
+def _relative(squared: torch.Tensor, weight: torch.Tensor, m: LayerStatistics) -> float:
+    """The root of an expected squared error over that of y_dense - mean."""
+    total = ((weight @ m.xx) * weight).sum()
+    return float((squared.clamp_min(0) / total.clamp_min(1e-30)).sqrt())
+
+
+def _dense(dit: DiT, group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
+    """The group's weights stacked: [N, K] and [N], float32 on the CPU."""
+    modules: list[Any] = [dit.module.get_submodule(linear.path) for linear in group.linears]
+    weights = [module.weight.detach().float().cpu() for module in modules]
+    biases = [
+        module.bias.detach().float().cpu() if module.bias is not None else torch.zeros(module.out_features)
+        for module in modules
+    ]
+    return torch.cat(weights), torch.cat(biases)
+
+
+def _save(path: Path, solved: SparseLinearWeights) -> None:
+    tensors = {name: getattr(solved, name) for name in ("weight", "lora_down", "bias")}
+    facts = {
+        name: getattr(solved, name)
+        for name in ("linears", "out_channels", "rank", "norm_scale", "error", "operand")
+    }
+    save_tensors(path, tensors, {"lynx": json.dumps(facts)})

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The last pass: what was built, as the manifest that goes beside the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lynx_compile import __version__
+from lynx_compile.engine import trt
+from lynx_compile.engine.manifest import (
+    FORMAT_VERSION,
+    BackendVersion,
+    DenseLinear,
+    EngineFile,
+    Manifest,
+    Plugin,
+    Source,
+    SparseLinears,
+    Stage,
+    Weights,
+)
+from lynx_compile.files.atomic import file_digest
+from lynx_compile.passes.build import BuiltEngine
+from lynx_compile.passes.rewrite import LynxOnnx, SparseNode
+
+if TYPE_CHECKING:
+    from lynx_compile.files.resume import Cost
+    from lynx_compile.models import DiT
+    from lynx_compile.recipe import Recipe
+
+
+def describe(
+    recipe: Recipe, dit: DiT, lynx: LynxOnnx, built: BuiltEngine, costs: Mapping[str, Cost] | None = None
+) -> Manifest:
+    """The manifest of an engine that ``build`` has made; ``costs``: of the stages, in their order."""
+    names = {tensor.name for tensor in built.inputs}
+    assert names.issuperset(lynx.external_inputs), "build checks it"
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        compiler=__version__,
+        engine=EngineFile(file=built.path.name, bytes=built.bytes, sha256=built.sha256),
+        backend=BackendVersion.model_validate({"name": built.backend, "version": built.backend_version}),
+        gpus=built.gpus,
+        plugin=Plugin(
+            names=tuple(lynx.plugins),
+            version=trt.PLUGIN_VERSION,
+            namespace=trt.PLUGIN_NAMESPACE,
+            library=built.plugin.name,
+            sha256=built.plugin_sha256,
+            embedded=built.plugin_embedded,
+        ),
+        plugin_layers=built.plugin_layers,
+        dtype=recipe.model.dtype,
+        inputs=tuple(tensor for tensor in built.inputs if tensor.name not in lynx.external_inputs),
+        outputs=built.outputs,
+        weights=_weights(lynx, built),
+        recipe_sha256=recipe.digest,
+        source=Source(
+            model=dit.model.source,
+            subfolder=dit.model.subfolder,
+            revision=dit.model.revision,
+            family=dit.family,
+            config=dict(dit.config),
+            sha256=dit.digest,
+        ),
+        costs=Path(recipe.sparsity.costs).name if recipe.sparsity.costs else None,
+        sparse=tuple(_sparse(node) for node in lynx.sparse),
+        dense=tuple(DenseLinear(linear=linear.path, reason=linear.reason) for linear in lynx.dense),
+        stages=tuple(Stage(name=name, **asdict(cost)) for name, cost in (costs or {}).items()),
+    )
+
+
+def _weights(lynx: LynxOnnx, built: BuiltEngine) -> Weights:
+    if not lynx.external_inputs:
+        return Weights(mode="embedded", file=None, sha256=None, tensors=())
+    tensors = tuple(tensor for tensor in built.inputs if tensor.name in lynx.external_inputs)
+    path = lynx.weights_path
+    return Weights(mode="external", file=path.name, sha256=file_digest(path), tensors=tensors)
+
+
+def _sparse(node: SparseNode) -> SparseLinears:
+    return SparseLinears(
+        layer=node.name,
+        operand=node.operand,
+        producer=node.producer,
+        linears=node.linears,
+        in_channels=node.in_channels,
+        out_channels=node.out_channels,
+        rank=node.rank,
+        norm_scale=node.norm_scale,
+        error=node.error,
+        tokens=node.tokens,
+        gain=node.gain,
+    )

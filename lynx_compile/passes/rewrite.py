@@ -1,0 +1,456 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replace the chosen linears of a dense ONNX graph by ``LynxSparseLinear`` and ``LynxSparseWeightLinear`` nodes.
+
+Before::
+
+    x ── MatMul(·, Transpose(Wq)) ── Add(bq) ── q        also Gemm(x, W, b) and MatMul without Add
+    x ── MatMul(·, Transpose(Wk)) ── Add(bk) ── k
+    x ── MatMul(·, Transpose(Wm)) ── Add(bm) ── GELU ── m
+
+After::
+
+    x ── LynxSparseLinear(weight, lora_down, bias, order, centre, saliency) ── Split ── q, k, m
+
+or, where the weights are the 2:4 operand::
+
+    x ── LynxSparseWeightLinear(values, metadata, bias) ── Split ── q, k, m
+
+A GELU (tanh form) that is all that reads a linear becomes the node's ``activation``. In a merged node its linears
+come last, and ``activation_from`` is the first of their output channels. It stays in the graph where that is no
+multiple of 64, on which the kernels' epilogues cannot start.
+
+What makes x then becomes part of the node, so that x is never written: a LayerNorm with its modulation, a GELU that is
+in no epilogue, a SiLU with its gate, if this node is all that reads x::
+
+    h ── LayerNormalization ── Mul(gain) ── Add(shift) ── LynxSparseLinear(...)
+    h ── LynxNormSparseLinear(..., gain, shift)
+
+A node with sparse weights has no pass over x to take it into; there TensorRT's own fusions do it.
+
+Requires the node metadata that ``export`` leaves. Ensures that every linear of the plan is either rewritten or
+listed with the reason why not, that the file passes ONNX's full check, and that it runs in ONNX Runtime: it
+carries the op's meaning as a model-local function.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import torch
+from onnx.external_data_helper import uses_external_data
+
+from lynx_compile.errors import StageError
+from lynx_compile.files.atomic import atomic_path
+from lynx_compile.files.tensors import TensorSpec, refer, write_tensors
+from lynx_compile.ops.functions import (
+    DOMAIN,
+    FUNCTIONS,
+    GATED_OP,
+    GELU_OP,
+    NORM_OP,
+    OP,
+    OP_VERSION,
+    WEIGHT_OP,
+    lynx_functions,
+)
+from lynx_compile.ops.sparse_linear import keep_mask
+from lynx_compile.ops.sparse_weight_linear import STEP, MetadataLayout, pack_weight
+from lynx_compile.passes.compensate import SparseLinearWeights, load_weights
+from lynx_compile.passes.export import DenseOnnx
+from lynx_compile.passes.match import DenseGraph, Match, Producer, find_producer, import_graph, match
+from lynx_compile.passes.select import SparseGroup, SparsityPlan
+from lynx_compile.recipe import Operand
+
+OPS: dict[Operand, str] = {"activation": OP, "weight": WEIGHT_OP}
+PRODUCER_OPS: dict[Producer, str] = {"layer norm": NORM_OP, "gelu": GELU_OP, "gated": GATED_OP}
+ACTIVATION_MULTIPLE = 64  # kGeluMultiple of plugins/kernels/tile_config.h
+
+
+@dataclass(frozen=True)
+class DenseLinear:
+    """A linear that stays dense, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SparseNode:
+    """One Lynx node and the linears it replaces.
+
+    ``activation``: 1 where the node ends in the GELU of its output channels from ``activation_from`` on.
+    ``producer``: what the node makes its input of, where it does.
+    ``tokens``: rows of its input. ``gain``: how many times as fast as dense, where the recipe's costs tell.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    in_channels: int
+    out_channels: int
+    rank: int
+    norm_scale: bool
+    error: float
+    operand: Operand = "activation"
+    activation: int = 0
+    activation_from: int = 0
+    producer: Producer | None = None
+    tokens: int = 0
+    gain: float | None = None
+
+    @property
+    def op(self) -> str:
+        return PRODUCER_OPS[self.producer] if self.producer else OPS[self.operand]
+
+
+@dataclass(frozen=True)
+class LynxOnnx:
+    """The rewritten file. All large tensors are in ``weights_path``, a safetensors file beside it.
+
+    ``external_inputs``: names of graph inputs, also keys of ``weights_path``, that a runtime binds; () when the
+    weights are constants of the graph.
+    """
+
+    path: Path
+    weights_path: Path
+    external_inputs: tuple[str, ...]
+    sparse: tuple[SparseNode, ...]
+    dense: tuple[DenseLinear, ...]
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        return tuple(node.name for node in self.sparse)
+
+    @property
+    def plugins(self) -> dict[str, tuple[str, ...]]:
+        """The plugins that the file needs, each with those of its fields that not every build of it knows."""
+        fields: dict[str, tuple[str, ...]] = {}
+        for op in FUNCTIONS:
+            if nodes := [node for node in self.sparse if node.op == op]:
+                activation = any(node.activation for node in nodes)
+                fields[op] = ("activation", "activation_from") if activation else ()
+                fields[op] += ("rms", "epsilon") if op == NORM_OP else ()
+        return fields
+
+
+def rewrite(
+    dense: DenseOnnx,
+    plan: SparsityPlan,
+    weights: Sequence[Path],
+    path: Path,
+    *,
+    external: bool = False,
+    metadata_layout: MetadataLayout = 80,
+) -> LynxOnnx:
+    """Write ``path`` (.onnx) and ``path`` with suffix .safetensors from a dense file and compensated weights.
+
+    Args:
+        weights: what ``compensate`` wrote, one file per group.
+        external: make the sparse linears' weights graph inputs instead of constants.
+        metadata_layout: of the 2:4 weights; the target GPU's (``trt.metadata_layout``).
+
+    Raises:
+        StageError: the dense file is unreadable, or the result is not valid ONNX.
+    """
+    try:
+        model = onnx.load(dense.path, load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError has no common base with OSError
+        raise StageError(
+            "rewrite", f"{dense.path} cannot be read ({error}).", "Run again with --fresh."
+        ) from None
+    dtype = _torch_dtype(model)
+    imported = import_graph(model, dtype, dense.path.parent)
+    graph = imported.graph
+    decisions = {decision.linear.path: decision for decision in plan.decisions}
+    refused = {path: decision.reason for path, decision in decisions.items() if decision.operand == "none"}
+    groups = {linear.path: group for group in plan.groups for linear in group.linears}
+    nodes: list[SparseNode] = []
+    tensors: list[TensorSpec] = []
+    identities: dict[int, list[TensorSpec]] = {}
+    for file in weights:
+        solved = load_weights(file)
+        linears = [decisions[linear].linear for linear in solved.linears]
+        matches, reasons = match(imported, linears)
+        refused |= reasons
+        for readers in _readers_of_one_tensor(matches):
+            found = _with_activation({linear: matches[linear] for linear in readers}, solved)
+            node = _describe(found, solved, groups[readers[0]])
+            if node.operand == "weight":
+                specs, shared = _weight_tensors(node, solved, file, dtype, metadata_layout), []
+            else:
+                specs = _tensors(node, solved, file, dtype)
+                shared = identities.setdefault(node.in_channels, _identity(node.in_channels, dtype))
+            attributes = _attributes(node, metadata_layout)
+            _replace(graph, node, attributes, found, solved, [*specs, *shared])
+            nodes.append(node)
+            tensors += specs
+    graph.cleanup(remove_unused_graph_inputs=False)  # of what has read the same tensors as the new nodes
+    nodes = _fuse_producers(nodes, imported)
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    external_inputs = tuple(tensor.name for tensor in tensors) if external else ()
+    constants = [tensor for tensors_ in identities.values() for tensor in tensors_]
+    ops = {node.op for node in nodes}
+    _save(gs.export_onnx(graph), dense.path.parent, [*tensors, *constants], external_inputs, ops, path)
+    left = tuple(DenseLinear(linear, reason) for linear, reason in refused.items())
+    return LynxOnnx(path, path.with_suffix(".safetensors"), external_inputs, tuple(nodes), left)
+
+
+def _readers_of_one_tensor(matches: dict[str, Match]) -> list[tuple[str, ...]]:
+    """The linears, split by the tensor that they read in the graph (as a rule all of a group read one)."""
+    readers: dict[str, list[str]] = defaultdict(list)
+    for linear, found in matches.items():
+        readers[found.x.name].append(linear)
+    return [tuple(linears) for linears in readers.values()]
+
+
+def _with_activation(matches: dict[str, Match], solved: SparseLinearWeights) -> dict[str, Match]:
+    """The linears of a node in its order, those with a GELU last; without their GELUs where no epilogue can start."""
+    ordered = dict(sorted(matches.items(), key=lambda item: bool(item[1].gelu)))
+    channels = dict(zip(solved.linears, solved.out_channels, strict=True))
+    if sum(channels[linear] for linear, found in ordered.items() if not found.gelu) % ACTIVATION_MULTIPLE:
+        return {linear: replace(found, gelu=()) for linear, found in matches.items()}
+    return ordered
+
+
+def _describe(matches: Mapping[str, Match], solved: SparseLinearWeights, group: SparseGroup) -> SparseNode:
+    channels = dict(zip(solved.linears, solved.out_channels, strict=True))
+    plain = [linear for linear, found in matches.items() if not found.gelu]
+    activation = len(plain) < len(matches)
+    return SparseNode(
+        name=f"{next(linear for linear in solved.linears if linear in matches)}.{OPS[solved.operand]}",
+        linears=tuple(matches),
+        in_channels=solved.in_channels,
+        out_channels=sum(channels[linear] for linear in matches),
+        rank=solved.rank,
+        norm_scale=solved.norm_scale,
+        error=solved.error,
+        operand=solved.operand,
+        activation=int(activation),
+        activation_from=sum(channels[linear] for linear in plain) if activation else 0,
+        tokens=group.tokens,
+        gain=group.gain,
+    )
+
+
+def _tensors(
+    node: SparseNode, solved: SparseLinearWeights, file: Path, dtype: torch.dtype
+) -> list[TensorSpec]:
+    """Weight, lora_down and bias of a node; read from ``file`` only when they are written."""
+    rows = _rows(node, solved)
+
+    def reader(name: str) -> Callable[[], torch.Tensor]:
+        def read() -> torch.Tensor:
+            tensor: torch.Tensor = getattr(load_weights(file), name)
+            return (tensor if name == "lora_down" else tensor[rows]).to(dtype)
+
+        return read
+
+    shapes = {
+        "weight": (node.out_channels, solved.weight.shape[1]),
+        "lora_down": tuple(solved.lora_down.shape),
+        "bias": (node.out_channels,),
+    }
+    return [TensorSpec(f"{node.name}.{name}", dtype, shape, reader(name)) for name, shape in shapes.items()]
+
+
+def _weight_tensors(
+    node: SparseNode, solved: SparseLinearWeights, file: Path, dtype: torch.dtype, layout: MetadataLayout
+) -> list[TensorSpec]:
+    """Values, metadata and bias of a node with 2:4 weights; packed from ``file`` only when they are written."""
+    rows = _rows(node, solved)
+    padded, channels = -(-node.out_channels // STEP) * STEP, node.in_channels
+
+    def packed(part: int) -> torch.Tensor:
+        weight = load_weights(file).weight[rows]
+        return pack_weight(weight.to(dtype), keep_mask(weight), layout)[part]
+
+    def bias() -> torch.Tensor:
+        return load_weights(file).bias[rows].to(dtype)
+
+    return [
+        TensorSpec(f"{node.name}.values", dtype, (padded, channels // 2), partial(packed, 0)),
+        TensorSpec(
+            f"{node.name}.metadata",
+            torch.int32,
+            (channels // STEP, padded // STEP, 2 * STEP),
+            partial(packed, 1),
+        ),
+        TensorSpec(f"{node.name}.bias", dtype, (node.out_channels,), bias),
+    ]
+
+
+def _rows(node: SparseNode, solved: SparseLinearWeights) -> list[int]:
+    """The rows of ``solved`` in the order of the node's linears."""
+    ends = np.cumsum(solved.out_channels).tolist()
+    rows_of = {
+        linear: range(end - size, end)
+        for linear, size, end in zip(solved.linears, solved.out_channels, ends, strict=True)
+    }
+    return [row for linear in node.linears for row in rows_of[linear]]
+
+
+def _identity(channels: int, dtype: torch.dtype) -> list[TensorSpec]:
+    """Order, centre and saliency that change nothing, shared by all nodes with so many channels."""
+    values = {
+        "order": torch.arange(channels, dtype=torch.int32),
+        "centre": torch.zeros(channels, dtype=dtype),
+        "saliency": torch.ones(channels, dtype=dtype),
+    }
+    return [
+        TensorSpec(f"lynx.{name}.{channels}", value.dtype, (channels,), partial(torch.clone, value))
+        for name, value in values.items()
+    ]
+
+
+def _attributes(node: SparseNode, metadata_layout: MetadataLayout) -> dict[str, int | str]:
+    if node.operand == "weight":
+        own = {"metadata_layout": metadata_layout, "out_channels": node.out_channels}
+    else:
+        own = {"rank": node.rank, "norm_scale": int(node.norm_scale)}
+        own |= {"has_order": 0, "has_centre": 0, "has_saliency": 0}
+    return {
+        **own,
+        "activation": node.activation,
+        "activation_from": node.activation_from,
+        # With these two, TensorRT takes the plugin and not the function of the same name (which would run dense).
+        "plugin_namespace": DOMAIN,
+        "plugin_version": OP_VERSION,
+    }
+
+
+def _replace(
+    graph: gs.Graph,
+    node: SparseNode,
+    attributes: dict[str, int | str],
+    matches: Mapping[str, Match],
+    solved: SparseLinearWeights,
+    tensors: list[TensorSpec],
+) -> None:
+    """Put the node where its linears were. Its weights are named here and given values in ``_save``."""
+    existing = graph.tensors()
+    inputs = [existing.get(t.name) or gs.Variable(t.name, _onnx_dtype(t.dtype), t.shape) for t in tensors]
+    outputs = [matches[linear].y for linear in node.linears]
+    x, merged = matches[node.linears[0]].x, outputs[0]
+    for linear in node.linears:
+        for old in (*matches[linear].nodes, *matches[linear].gelu):
+            old.outputs.clear()
+    if len(outputs) > 1:
+        channels = dict(zip(solved.linears, solved.out_channels, strict=True))
+        sizes = np.array([channels[linear] for linear in node.linears], dtype=np.int64)
+        shape = [*outputs[0].shape[:-1], node.out_channels]
+        merged = gs.Variable(f"{node.name}.output", outputs[0].dtype, shape)
+        split = gs.Constant(f"{node.name}.split", sizes)
+        graph.nodes.append(
+            gs.Node("Split", f"{node.name}.Split", {"axis": -1}, inputs=[merged, split], outputs=outputs)
+        )
+    graph.nodes.append(
+        gs.Node(node.op, node.name, attributes, inputs=[x, *inputs], outputs=[merged], domain=DOMAIN)
+    )
+
+
+def _fuse_producers(nodes: Sequence[SparseNode], dense: DenseGraph) -> list[SparseNode]:
+    """Let the nodes that prune their x make it themselves, where they can."""
+    in_graph = {node.name: node for node in dense.graph.nodes}
+    return [
+        _fuse_producer(in_graph[node.name], node, dense) if node.operand == "activation" else node
+        for node in nodes
+    ]
+
+
+def _fuse_producer(in_graph: gs.Node, node: SparseNode, dense: DenseGraph) -> SparseNode:
+    produced = find_producer(in_graph.inputs[0], dense)
+    if produced is None:
+        return node
+    node = replace(node, producer=produced.producer)
+    in_graph.op = node.op
+    in_graph.inputs[0] = produced.x
+    in_graph.inputs.extend(produced.others)
+    if produced.producer == "layer norm":
+        in_graph.attrs |= {"rms": 0, "epsilon": produced.epsilon}
+    return node
+
+
+def _save(
+    model: onnx.ModelProto,
+    folder: Path,
+    tensors: list[TensorSpec],
+    external_inputs: tuple[str, ...],
+    ops: Iterable[str],
+    path: Path,
+) -> None:
+    """Write all tensors into one safetensors file, refer to them from the model by offset, check and write it."""
+    weights = path.with_suffix(".safetensors")
+    large = [initializer for initializer in model.graph.initializer if uses_external_data(initializer)]
+    offsets = write_tensors(weights, [*tensors, *(_kept(initializer, folder) for initializer in large)])
+    for initializer in large:
+        refer(initializer, weights.name, *offsets[initializer.name])
+    for tensor in tensors:
+        dtype = _onnx_dtype(tensor.dtype)
+        if tensor.name in external_inputs:
+            model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, dtype, tensor.shape))
+        else:
+            initializer = onnx.TensorProto(name=tensor.name, data_type=dtype, dims=tensor.shape)
+            refer(initializer, weights.name, *offsets[tensor.name])
+            model.graph.initializer.append(initializer)
+    _drop_value_info(model, {tensor.name for tensor in tensors})
+    model.functions.extend(lynx_functions(ops))
+    if DOMAIN not in {entry.domain for entry in model.opset_import}:
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, int(OP_VERSION)))
+    model.producer_name = "lynx-compile"
+    with atomic_path(path) as temporary:
+        onnx.save(model, temporary)
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise StageError(
+            "rewrite", f"the rewritten ONNX is invalid ({error}).", "Report the model."
+        ) from None
+
+
+def _kept(initializer: onnx.TensorProto, folder: Path) -> TensorSpec:
+    """A weight that stays as it is: its bytes are copied from the dense file's external data."""
+    entries = {entry.key: entry.value for entry in initializer.external_data}
+    dtype, shape = _TORCH[initializer.data_type], tuple(initializer.dims)
+    offset, count = int(entries.get("offset", 0)), int(np.prod(shape, dtype=np.int64))
+    source = folder / entries["location"]
+
+    def read() -> torch.Tensor:
+        with source.open("rb") as file:
+            file.seek(offset)
+            data = bytearray(file.read(count * dtype.itemsize))
+        return torch.frombuffer(data, dtype=dtype).reshape(shape)
+
+    return TensorSpec(initializer.name, dtype, shape, read)
+
+
+def _drop_value_info(model: onnx.ModelProto, names: set[str]) -> None:
+    """Initializers and inputs carry their own type; a second statement of it is an error to some readers."""
+    kept = [info for info in model.graph.value_info if info.name not in names]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(kept)
+
+
+_TORCH: dict[int, torch.dtype] = {
+    onnx.TensorProto.FLOAT: torch.float32,
+    onnx.TensorProto.DOUBLE: torch.float64,
+    onnx.TensorProto.FLOAT16: torch.float16,
+    onnx.TensorProto.BFLOAT16: torch.bfloat16,
+    onnx.TensorProto.INT32: torch.int32,
+    onnx.TensorProto.INT64: torch.int64,
+    onnx.TensorProto.BOOL: torch.bool,
+}
+
+
+def _onnx_dtype(dtype: torch.dtype) -> int:
+    return next(onnx_dtype for onnx_dtype, torch_dtype in _TORCH.items() if torch_dtype == dtype)
+
+
+def _torch_dtype(model: onnx.ModelProto) -> torch.dtype:
+    """The dtype of the model's activations: that of its first input, the latents."""
+    return _TORCH[model.graph.input[0].type.tensor_type.elem_type]

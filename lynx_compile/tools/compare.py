@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lynx-compile compare``: how far the Lynx model is from the dense one, linear by linear, step by step, in images.
+
+Both ONNX files run in ONNX Runtime in float32, driven and compared by polygraphy. Every sparse linear gets the dense
+model's own input, since end to end one flipped choice of channels spreads; the model's output is compared on the
+dense model's trajectory; the images are each model's own. Where there is a GPU, both engines run too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+from polygraphy.comparator import (
+    Comparator,
+    IterationResult,
+    PerceptualMetricsCompareFunc,
+    PsnrCompareFunc,
+    RunResults,
+    SnrCompareFunc,
+)
+from polygraphy.exception import PolygraphyException
+from polygraphy.logger import G_LOGGER
+
+from lynx_compile import models
+from lynx_compile.engine import trt
+from lynx_compile.engine.manifest import Manifest
+from lynx_compile.errors import InputError, LynxError, StageError
+from lynx_compile.files.atomic import atomic_path
+from lynx_compile.files.progress import Progress
+from lynx_compile.files.resume import Display, silent
+from lynx_compile.models import DiT, flux
+from lynx_compile.passes.calibrate import load_conditioning
+from lynx_compile.recipe import Recipe
+from lynx_compile.tools import report
+from lynx_compile.tools.comparison import (
+    Comparison,
+    EngineError,
+    Images,
+    LinearError,
+    StepError,
+    missed,
+)
+from lynx_compile.tools.compiled import Compiled
+from lynx_compile.tools.float32 import float32_copy
+from lynx_compile.tools.linear_graphs import Part, linear_graphs
+
+Values = dict[str, np.ndarray]
+OUTPUT = "velocity"
+BEST_PSNR = 200.0  # of two equal images, whose PSNR is infinite
+SHEET_COLUMNS, SHEET_PIXELS = 8, 192
+DIFFERENCE_GAIN = 4
+
+
+@dataclass(frozen=True)
+class State:
+    """A whole batch on the dense model's trajectory: the model's inputs, and what the dense model makes of them."""
+
+    step: int
+    timestep: float
+    feed: Values
+    velocity: np.ndarray
+
+
+def compare(output: Path, *, run_metric: bool = False, display: Display | None = None) -> Comparison:
+    """Compare the engine ``output`` with the dense model; writes ``OUT.compare.json``, ``.png`` and ``OUT.html``.
+
+    Args:
+        run_metric: call the recipe's ``compare.metric``, which is somebody's code.
+        display: gets what is done, yields a callable that takes (what, done, total).
+
+    Raises:
+        InputError: a file is missing, damaged or of another run. StageError: a model cannot be run.
+    """
+    manifest = Manifest.read(output.with_suffix(".json"))
+    compiled = Compiled.read(output, manifest.engine.sha256)
+    recipe, limits = compiled.recipe, compiled.recipe.compare
+    display = display or silent
+    dit = models.load(recipe)
+    conditioning = load_conditioning(Path(recipe.calibration.source), dit, recipe)
+    not_measured: dict[str, str] = {}
+    with (
+        _quiet(),
+        tempfile.TemporaryDirectory(prefix="compare-", dir=output.with_suffix(".cache")) as scratch,
+    ):
+        folder = Path(scratch)
+        with display("float32") as progress:
+            dense = float32_copy(compiled.dense, folder / "dense.onnx")
+            lynx = float32_copy(output.with_suffix(".onnx"), folder / "lynx.onnx")
+            parts = linear_graphs(dense, lynx, manifest, recipe.calibration.memory_gib, folder)
+            progress("copied", 1, 1)
+        with display("dense") as progress:
+            states, dense_latents = _trajectory(_runner(dense, "dense"), recipe, dit, conditioning, progress)
+        with display("output") as progress:
+            on_output = _output_errors(_runner(lynx, "lynx"), states, progress)
+        with display("linears") as progress:
+            linears = _linear_errors(parts, manifest, _spread(states, limits.states), progress)
+        with display("images") as progress:
+            _, lynx_latents = _trajectory(_runner(lynx, "lynx"), recipe, dit, conditioning, progress)
+            images, metric, reasons = _images(
+                recipe, dense_latents, lynx_latents, conditioning, output, run_metric
+            )
+            not_measured |= reasons
+        with display("engines") as progress:
+            engines, reason = _engines(output, compiled, manifest, states, folder, progress)
+            not_measured |= {"engines": reason} if reason else {}
+    comparison = Comparison(
+        format_version=1,
+        engine_sha256=manifest.engine.sha256,
+        samples=limits.samples,
+        steps=recipe.calibration.steps,
+        seed=limits.seed,
+        states=min(limits.states, len(states)),
+        linears=linears,
+        output=on_output,
+        images=images,
+        metric=metric,
+        engines=engines,
+        limits=limits,
+        not_measured=not_measured,
+        missed=missed(limits, linears, on_output, images, metric),
+    )
+    comparison.write(output.with_suffix(".compare.json"))
+    report.write(output)
+    return comparison
+
+
+def call_metric(name: str, dense: np.ndarray, lynx: np.ndarray, prompts: np.ndarray) -> dict[str, float]:
+    """The numbers of the metric ``module:function``, looked up as ``python -m`` would: in the working directory too.
+
+    Args:
+        dense, lynx: images [n, colours, height, width] float32 in [0, 1], of the same noise.
+        prompts: for each, the row of the calibration source that it was drawn for.
+
+    Raises:
+        InputError: there is no such function, it fails, or returns no mapping of names to finite numbers.
+    """
+    module, function = name.split(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        values = getattr(importlib.import_module(module), function)(dense, lynx, prompts)
+        numbers = {str(key): float(value) for key, value in values.items()}
+    except Exception as error:  # it is somebody's code
+        raise InputError(
+            f"The metric '{name}' failed ({type(error).__name__}: {error}).",
+            "Run where its module can be imported; it takes (dense, lynx, prompts) and returns {name: number}.",
+        ) from error
+    finally:
+        sys.path.pop(0)
+    if bad := [key for key, value in numbers.items() if not math.isfinite(value)]:
+        raise InputError(f"The metric '{name}' returned no finite '{bad[0]}'.", "Correct it.")
+    return numbers
+
+
+def _runner(path: Path, name: str) -> OnnxrtRunner:
+    return OnnxrtRunner(SessionFromOnnx(str(path)), name=name)
+
+
+def _trajectory(
+    runner: Any, recipe: Recipe, dit: DiT, conditioning: Mapping[str, torch.Tensor], progress: Progress
+) -> tuple[list[State], torch.Tensor]:
+    """Denoise the samples with a model: every state on the way, and the latents at the end."""
+    batch, samples, steps = recipe.shapes.batch, recipe.compare.samples, recipe.calibration.steps
+    starts = range(0, samples, batch)  # the last batch is drawn whole: shapes are static
+    noise = torch.Generator().manual_seed(recipe.compare.seed)
+    fixed = {name: dit.inputs[name] for name in ("img_ids", "txt_ids")}
+    if "guidance" in dit.inputs:
+        fixed["guidance"] = torch.full((batch,), recipe.calibration.guidance)
+    states: list[State] = []
+    denoised = []
+    with runner:
+        known = set(runner.get_input_metadata(use_numpy_dtypes=False))
+
+        def transformer(**inputs: torch.Tensor) -> torch.Tensor:
+            feed = {
+                name: value.float().contiguous().numpy() for name, value in inputs.items() if name in known
+            }
+            velocity = runner.infer(feed)[OUTPUT]
+            states.append(State(len(states) % steps, float(inputs["timestep"][0]), feed, velocity))
+            progress("denoising (batches x steps)", len(states), len(starts) * steps)
+            return torch.from_numpy(velocity)
+
+        for start in starts:
+            latents = torch.randn(batch, *dit.inputs["hidden_states"].shape[1:], generator=noise)
+            rows = _prompts(start, batch, conditioning)
+            inputs = {name: value[rows].float() for name, value in conditioning.items()} | fixed
+            denoised.append(flux.denoise(transformer, dit.scheduler, latents, inputs, steps))
+    return states, torch.cat(denoised)[:samples]
+
+
+def _prompts(start: int, count: int, conditioning: Mapping[str, torch.Tensor]) -> list[int]:
+    """Sample i takes prompt i mod prompts, as in calibration."""
+    return [(start + i) % len(conditioning["encoder_hidden_states"]) for i in range(count)]
+
+
+def _output_errors(runner: Any, states: Sequence[State], progress: Progress) -> tuple[StepError, ...]:
+    dense = RunResults(
+        [("dense", [IterationResult({OUTPUT: s.velocity}, runner_name="dense") for s in states])]
+    )
+    stream = Comparator.run([runner], data_loader=_feeds(states, progress), streaming=True)
+    return _by_step(states, [found[OUTPUT] for found in _relative_errors([dense, stream])])
+
+
+def _linear_errors(
+    parts: Sequence[Part], manifest: Manifest, states: Sequence[State], progress: Progress
+) -> tuple[LinearError, ...]:
+    errors: dict[str, list[float]] = defaultdict(list)
+    for number, part in enumerate(parts):
+        runners = [_runner(part.dense, "dense"), _runner(part.lynx, "lynx")]
+        feeds = _feeds(states, progress, number, len(parts))
+        for found in _relative_errors(Comparator.run(runners, data_loader=feeds, streaming=True)):
+            for name, error in found.items():
+                errors[part.linears[name]].append(error)
+    linears = [
+        LinearError(
+            linear=linear,
+            layer=node.layer,
+            error=_mean_square(errors[linear]),
+            worst=max(errors[linear]),
+            expected=node.error,
+        )
+        for node in manifest.sparse
+        for linear in node.linears
+    ]
+    return tuple(sorted(linears, key=lambda linear: -linear.error))
+
+
+def _relative_errors(results: Any) -> list[dict[str, float]]:
+    """{output: |y - y_dense| / |y_dense|} for every state; polygraphy tells it as a signal-to-noise ratio in dB."""
+    try:
+        (pair,) = Comparator.compare_accuracy(results, compare_func=SnrCompareFunc())[0].values()
+    except PolygraphyException as error:
+        raise StageError("compare", f"polygraphy cannot run the models ({error}).", "Report it.") from error
+    errors = [{name: 10 ** (-result.snr / 20) for name, result in state.items()} for state in pair]
+    for state in errors:
+        if bad := [name for name, error in state.items() if not math.isfinite(error)]:
+            raise StageError(
+                "compare",
+                f"'{bad[0]}' is not finite, or zero in the dense model.",
+                "Check the calibration inputs and the checkpoint.",
+            )
+    return errors
+
+
+def _by_step(states: Sequence[State], errors: Sequence[float]) -> tuple[StepError, ...]:
+    steps: dict[int, list[float]] = defaultdict(list)
+    for state, error in zip(states, errors, strict=True):
+        steps[state.step].append(error)
+    timesteps = {state.step: state.timestep for state in states}
+    return tuple(
+        StepError(step=step, timestep=timesteps[step], error=_mean_square(found), worst=max(found))
+        for step, found in sorted(steps.items())
+    )
+
+
+def _mean_square(errors: Sequence[float]) -> float:
+    return math.sqrt(statistics.fmean(error * error for error in errors))
+
+
+def _spread(states: Sequence[State], count: int) -> list[State]:
+    """So many states, evenly from the first to the last."""
+    chosen = np.linspace(0, len(states) - 1, min(count, len(states))).round().astype(int)
+    return [states[i] for i in chosen]
+
+
+def _feeds(states: Sequence[State], progress: Progress, part: int = 0, parts: int = 1) -> Iterator[Values]:
+    for done, state in enumerate(states):
+        yield state.feed
+        progress("states", part * len(states) + done + 1, parts * len(states))
+
+
+def _images(
+    recipe: Recipe,
+    dense_latents: torch.Tensor,
+    lynx_latents: torch.Tensor,
+    conditioning: Mapping[str, torch.Tensor],
+    output: Path,
+    run_metric: bool,
+) -> tuple[Images | None, dict[str, float] | None, dict[str, str]]:
+    """PSNR, LPIPS and the sheet; the recipe's metric; and what could not be measured, with reasons."""
+    reasons = {}
+    if recipe.compare.metric is None:
+        reasons["metric"] = "the recipe names none"
+    elif not run_metric:
+        reasons["metric"] = f"{recipe.compare.metric} is code; allow it with --metric"
+    try:
+        dense, lynx = (models.to_images(recipe, latents).numpy() for latents in (dense_latents, lynx_latents))
+    except InputError as error:
+        return None, None, reasons | {"images": str(error), "LPIPS": "there are no images"}
+    psnr = [_value(pair, "psnr", PsnrCompareFunc()) for pair in zip(dense, lynx, strict=True)]
+    lpips = None
+    if importlib.util.find_spec("lpips") is None:
+        reasons["LPIPS"] = "the Python package lpips is not installed"
+    else:
+        scores = [
+            _value(pair, "lpips", PerceptualMetricsCompareFunc()) for pair in zip(dense, lynx, strict=True)
+        ]
+        lpips = statistics.fmean(s for s in scores if s is not None) if None not in scores else None
+        if lpips is None:
+            reasons["LPIPS"] = "lpips cannot use these images"
+    sheet = output.with_suffix(".compare.png")
+    _write_sheet(dense, lynx, sheet)
+    metric = None
+    if recipe.compare.metric is not None and run_metric:
+        rows = np.array(_prompts(0, len(dense), conditioning))
+        metric = call_metric(recipe.compare.metric, dense, lynx, rows)
+    scores_db = tuple(min(float(score), BEST_PSNR) for score in psnr if score is not None)
+    return Images(psnr=scores_db, lpips=lpips, sheet=sheet.name), metric, reasons
+
+
+def _value(pair: tuple[np.ndarray, np.ndarray], field: str, compare_func: Any) -> float | None:
+    """Polygraphy's figure for one image of each model."""
+    results = RunResults(
+        [
+            (name, [IterationResult({"image": image}, runner_name=name)])
+            for name, image in zip(("dense", "lynx"), pair, strict=True)
+        ]
+    )
+    ((found,),) = Comparator.compare_accuracy(results, compare_func=compare_func)[0].values()
+    value: float | None = getattr(found["image"], field)
+    return value
+
+
+def _write_sheet(dense: np.ndarray, lynx: np.ndarray, path: Path) -> None:
+    """A row of the dense model's images, one of the Lynx model's, one of their differences, made stronger."""
+    from PIL import Image
+
+    columns = min(len(dense), SHEET_COLUMNS)
+    difference = np.clip(DIFFERENCE_GAIN * np.abs(lynx - dense), 0, 1)
+    rows = []
+    for images in (dense, lynx, difference):
+        tiles = [np.pad(image, ((0, 0), (1, 1), (1, 1)), constant_values=0.5) for image in images[:columns]]
+        rows.append(np.concatenate(tiles, axis=2))
+    grid = np.concatenate(rows, axis=1)  # [colours, height, width]
+    grid = grid[0] if len(grid) == 1 else grid[:3].transpose(1, 2, 0)
+    picture = Image.fromarray((grid * 255).round().astype(np.uint8))
+    side = max(dense.shape[2:])
+    if side > SHEET_PIXELS:
+        shrunk = (picture.width * SHEET_PIXELS // side, picture.height * SHEET_PIXELS // side)
+        picture = picture.resize(shrunk, Image.Resampling.LANCZOS)
+    else:
+        factor = max(SHEET_PIXELS // 2 // side, 1)
+        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def _engines(
+    output: Path,
+    compiled: Compiled,
+    manifest: Manifest,
+    states: Sequence[State],
+    folder: Path,
+    progress: Progress,
+) -> tuple[tuple[EngineError, ...], str | None]:
+    """Both engines on this machine's GPU, or the reason why not."""
+    if trt.gpu() is None:
+        return (), "there is no GPU here"
+    from lynx_compile.tools.dense_engine import build_dense_engine, run_engine
+
+    found = []
+    try:
+        dense = build_dense_engine(compiled, manifest, folder / "dense.engine")
+        kinds: tuple[tuple[Literal["dense", "lynx"], Path], ...] = (("dense", dense), ("lynx", output))
+        for kind, path in kinds:
+            velocities, times = run_engine(path, [state.feed for state in states], OUTPUT)
+            given = [
+                RunResults([(name, [IterationResult({OUTPUT: value}, runner_name=name) for value in values])])
+                for name, values in (("onnx", [s.velocity for s in states]), (kind, velocities))
+            ]
+            errors = _by_step(states, [error[OUTPUT] for error in _relative_errors(given)])
+            found.append(EngineError(kind=kind, steps=errors, milliseconds=1000 * statistics.median(times)))
+            progress("engines", len(found), 2)
+    except (LynxError, ImportError) as error:
+        return tuple(found), str(error)
+    return tuple(found), None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """polygraphy prints every comparison, and calls what is above its own default threshold an error."""
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        yield

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two ONNX graphs whose outputs are the sparse linears' results on the dense model's own activations.
+
+    dense:  the dense graph                             ── y of every linear
+    lynx:   the dense graph ── x ── LynxSparse...Linear ── y of every linear
+
+Rewriting has kept the names of the tensors x and y, so that the Lynx nodes fit into the dense graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from lynx_compile.engine.manifest import Manifest, SparseLinears
+from lynx_compile.engine.trt import PLUGIN_NAMESPACE as DOMAIN
+from lynx_compile.errors import InputError
+from lynx_compile.files.atomic import atomic_path
+
+
+@dataclass(frozen=True)
+class Part:
+    """The two files for some of the linears. ``linears``: {name of an output, the same in both: module path}."""
+
+    dense: Path
+    lynx: Path
+    linears: Mapping[str, str]
+
+
+def linear_graphs(
+    dense: Path, lynx: Path, manifest: Manifest, memory_gib: float, folder: Path
+) -> tuple[Part, ...]:
+    """Write the graphs into ``folder``, where ``dense`` and ``lynx`` are, in parts whose outputs fit ``memory_gib``.
+
+    Raises:
+        InputError: the two files do not belong together.
+    """
+    dense_model, lynx_model = (onnx.load(path, load_external_data=False) for path in (dense, lynx))
+    nodes = {node.name: node for node in lynx_model.graph.node}
+    if {node.name for node in nodes.values() if node.domain == DOMAIN} != {s.layer for s in manifest.sparse}:
+        raise InputError(
+            f"{lynx.name}: its Lynx nodes are not the manifest's layers.", "Compile the engine again."
+        )
+    parts = []
+    for number, layers in enumerate(_groups(manifest, memory_gib)):
+        part = Part(
+            dense=folder / f"linears-{number}-dense.onnx",
+            lynx=folder / f"linears-{number}-lynx.onnx",
+            linears={_output(linear): linear for layer in layers for linear in layer.linears},
+        )
+        _save(_with_outputs(dense_model, layers, nodes), part.linears, part.dense)
+        _save(_with_nodes(dense_model, lynx_model, layers, nodes), part.linears, part.lynx)
+        parts.append(part)
+    return tuple(parts)
+
+
+def _groups(manifest: Manifest, memory_gib: float) -> list[list[SparseLinears]]:
+    """The layers in order, split where the outputs of both graphs would take too much memory."""
+    groups: list[list[SparseLinears]] = [[]]
+    used, limit = 0.0, memory_gib * 2**30
+    for layer in manifest.sparse:
+        size = 2 * 4 * layer.tokens * layer.out_channels
+        if groups[-1] and used + size > limit:
+            groups.append([])
+            used = 0.0
+        groups[-1].append(layer)
+        used += size
+    return groups
+
+
+def _output(linear: str) -> str:
+    """A name that no tensor of the model has."""
+    return f"linear:{linear}"
+
+
+def _last(layer: SparseLinears, nodes: Mapping[str, onnx.NodeProto]) -> onnx.NodeProto:
+    """The node that makes the linears' tensors, one each: the layer's own, or the Split behind it."""
+    return nodes.get(f"{layer.layer}.Split", nodes[layer.layer])
+
+
+def _with_outputs(
+    dense: onnx.ModelProto, layers: list[SparseLinears], nodes: Mapping[str, onnx.NodeProto]
+) -> onnx.ModelProto:
+    model = _copy(dense)
+    for layer in layers:
+        for linear, y in zip(layer.linears, _last(layer, nodes).output, strict=True):
+            model.graph.node.append(onnx.helper.make_node("Identity", [y], [_output(linear)]))
+    return model
+
+
+def _with_nodes(
+    dense: onnx.ModelProto,
+    lynx: onnx.ModelProto,
+    layers: list[SparseLinears],
+    nodes: Mapping[str, onnx.NodeProto],
+) -> onnx.ModelProto:
+    model = _copy(dense)
+    constants = {tensor.name: tensor for tensor in lynx.graph.initializer}
+    used: dict[str, onnx.TensorProto] = {}
+    for layer in layers:
+        node, last = nodes[layer.layer], _last(layer, nodes)
+        names = dict(zip(last.output, map(_output, layer.linears), strict=True))
+        for original in (node,) if last is node else (node, last):
+            copy = model.graph.node.add()
+            copy.CopyFrom(original)
+            copy.output[:] = [names.get(name, name) for name in original.output]
+            used |= {name: constants[name] for name in original.input if name in constants}
+    model.graph.initializer.extend(used.values())
+    model.functions.extend(lynx.functions)
+    domains = {entry.domain for entry in model.opset_import}
+    model.opset_import.extend(entry for entry in lynx.opset_import if entry.domain not in domains)
+    return model
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Without its outputs."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.output[:]
+    return copy
+
+
+def _save(model: onnx.ModelProto, outputs: Iterable[str], path: Path) -> None:
+    made = {name for node in model.graph.node for name in node.output}
+    made |= {value.name for value in (*model.graph.input, *model.graph.initializer)}
+    for node in model.graph.node:
+        if missing := [name for name in node.input if name and name not in made]:
+            raise InputError(
+                f"The dense ONNX has no tensor '{missing[0]}', which '{node.name or node.output[0]}' reads.",
+                "Compile the engine again.",
+            )
+    for name in outputs:
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    with atomic_path(path) as temporary:
+        onnx.save(model, temporary)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The closed forms against brute force on the very samples that the moments came from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lynx_compile.models import Linear
+from lynx_compile.ops.sparse_linear import collapse_low_rank, keep_mask, norm_scale_of, sparse_linear
+from lynx_compile.passes.calibrate import LayerStatistics, _Moments
+from lynx_compile.passes.compensate import SparseLinearWeights, load_weights, solve
+from lynx_compile.passes.compensate import _save as save
+from lynx_compile.passes.select import SparseGroup
+from lynx_compile.recipe import Operand, Sparsity
+
+K, N, TOKENS = 32, 48, 4000
+
+
+def _group(operand: Operand = "activation") -> SparseGroup:
+    linears = (Linear("a", K, 16, True, None), Linear("b", K, N - 16, True, None))
+    return SparseGroup("a", linears, TOKENS, operand)
+
+
+def _data(norm_scale: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, LayerStatistics]:
+    torch.manual_seed(1)
+    x = torch.randn(TOKENS, K) @ torch.randn(K, K) * 0.3 + torch.randn(K)
+    weight, bias = torch.randn(N, K), torch.randn(N)
+    keep = keep_mask(x)
+    pruned = x * keep * (norm_scale_of(x, keep) if norm_scale else 1.0)
+    moments = _Moments(K, torch.device("cpu"))
+    for part in range(0, TOKENS, 700):  # uneven batches
+        moments.add(x[part : part + 700], pruned[part : part + 700])
+    return x, pruned, weight, bias, moments.finish()
+
+
+def _output(solved: SparseLinearWeights, x: torch.Tensor) -> torch.Tensor:
+    return sparse_linear(
+        x, solved.weight, solved.lora_down, solved.bias, rank=solved.rank, norm_scale=solved.norm_scale
+    )
+
+
+def _loss(solved: SparseLinearWeights, x: torch.Tensor, y: torch.Tensor) -> float:
+    return float((_output(solved, x) - y).square().mean())
+
+
+def test_moments_are_the_covariances() -> None:
+    x, pruned, *_, moments = _data(norm_scale=False)
+    both = torch.cat((x, pruned), 1).double()
+    cov = torch.cov(both.T, correction=0)
+    assert moments.tokens == TOKENS
+    assert torch.allclose(torch.cat((moments.x_mean, moments.s_mean)).double(), both.mean(0), atol=1e-5)
+    for got, want in ((moments.xx, cov[:K, :K]), (moments.xs, cov[:K, K:]), (moments.ss, cov[K:, K:])):
+        assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_refit_alone_is_the_least_squares_fit() -> None:
+    x, pruned, weight, bias, moments = _data(norm_scale=False)
+    solved = solve(_group(), weight, bias, moments, Sparsity(rank=0, ridge=1e-9))
+    design = torch.cat((pruned, torch.ones(TOKENS, 1)), 1).double()
+    target = (x @ weight.T + bias).double()
+    best = torch.linalg.lstsq(design, target).solution
+    assert torch.allclose(solved.weight[:, :K].double(), best[:K].T, atol=1e-3)
+    assert torch.allclose(solved.bias.double(), best[K], atol=1e-3)
+    assert solved.rank == 0 and solved.lora_down.shape == (1, K)
+
+
+@pytest.mark.parametrize("norm_scale", [False, True])
+def test_joint_is_a_stationary_point_and_beats_gradient_descent(norm_scale: bool) -> None:
+    """No nearby A, B, W', b is better, and 300 steps of Adam from the solution gain next to nothing."""
+    x, _, weight, bias, moments = _data(norm_scale)
+    y = x @ weight.T + bias
+    solved = solve(_group(), weight, bias, moments, Sparsity(rank=16, ridge=1e-9, norm_scale=norm_scale))
+    start = _loss(solved, x, y)
+    keep = keep_mask(x)
+    pruned = x * keep * (norm_scale_of(x, keep) if norm_scale else 1.0)
+    parameters = [
+        t.clone().requires_grad_()
+        for t in (
+            solved.weight[:, :K],
+            solved.lora_down,
+            collapse_low_rank(solved.weight, K, 16),
+            solved.bias,
+        )
+    ]
+    optimiser = torch.optim.Adam(parameters, lr=1e-3)
+    for _ in range(300):
+        refit, down, up, b = parameters
+        loss = (pruned @ refit.T + (x @ down.T) @ up.T + b - y).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert start <= float(loss.detach()) * 1.01
+
+
+def test_paper_keeps_the_weights_and_fits_the_best_low_rank() -> None:
+    x, pruned, weight, bias, moments = _data(norm_scale=True)
+    y = x @ weight.T + bias
+    solved = solve(_group(), weight, bias, moments, Sparsity(method="paper", rank=16, ridge=1e-9))
+    assert solved.norm_scale
+    assert torch.equal(solved.weight[:, :K], weight) and torch.equal(solved.bias, bias)
+    # Reduced-rank regression of the residual on x, solved another way: SVD of the fitted values.
+    residual = y - pruned @ weight.T - bias
+    fitted = x @ torch.linalg.lstsq(x, residual).solution
+    left, values, right = torch.linalg.svd(fitted, full_matrices=False)
+    best = (residual - left[:, :16] * values[:16] @ right[:16]).square().mean()
+    assert _loss(solved, x, y) == pytest.approx(float(best), rel=1e-3)
+
+
+def test_order_of_merit() -> None:
+    x, _, weight, bias, moments = _data(norm_scale=False)
+    y = x @ weight.T + bias
+    naive, refit, joint = (
+        _loss(solve(_group(), weight, bias, moments, sparsity), x, y)
+        for sparsity in (Sparsity(method="none"), Sparsity(rank=0), Sparsity(rank=16))
+    )
+    assert joint < refit < naive
+
+
+@pytest.mark.parametrize("method", ["joint", "paper", "none"])
+def test_the_expected_error_is_the_measured_one(method: str) -> None:
+    sparsity = Sparsity(method=method)  # type: ignore[arg-type]
+    x, _, weight, bias, moments = _data(sparsity.uses_norm_scale)
+    y = x @ weight.T + bias
+    solved = solve(_group(), weight, bias, moments, sparsity)
+    measured = (_loss(solved, x, y) / (y - y.mean(0)).square().mean()).sqrt()
+    assert solved.error == pytest.approx(float(measured), rel=1e-3)
+
+
+def test_weights_survive_the_disk(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    _, _, weight, bias, moments = _data(norm_scale=False)
+    solved = solve(_group(), weight, bias, moments, Sparsity())
+    save(tmp_path / "w.safetensors", solved)
+    loaded = load_weights(tmp_path / "w.safetensors")
+    assert torch.equal(loaded.weight, solved.weight) and loaded.linears == ("a", "b")
+    assert (loaded.rank, loaded.out_channels, loaded.error) == (solved.rank, (16, 32), solved.error)
+    assert loaded.operand == "activation"
+    pruned = solve(_group("weight"), weight, bias, moments, Sparsity())
+    save(tmp_path / "w.safetensors", pruned)
+    assert load_weights(tmp_path / "w.safetensors").operand == "weight"
+
+
+@pytest.mark.parametrize("method", ["joint", "none"])
+def test_weights_expected_error_is_the_measured_one(method: str) -> None:
+    x, _, weight, bias, moments = _data(norm_scale=False)
+    y = x @ weight.T + bias
+    solved = solve(_group("weight"), weight, bias, moments, Sparsity(method=method, operand="weight"))  # type: ignore[arg-type]
+    got = x @ solved.weight.T + solved.bias
+    measured = ((got - y).square().mean() / (y - y.mean(0)).square().mean()).sqrt()
+    assert solved.error == pytest.approx(float(measured), rel=1e-3)
+    assert (solved.operand, solved.rank, solved.norm_scale, solved.in_channels) == ("weight", 0, False, K)
+
+
+def test_pruned_weights_are_repaired_by_joint_and_only_masked_by_none() -> None:
+    _, _, weight, bias, moments = _data(norm_scale=False)
+    joint, none = (
+        solve(_group("weight"), weight, bias, moments, Sparsity(method=method, operand="weight"))
+        for method in ("joint", "none")
+    )
+    assert joint.error < 0.8 * none.error
+    assert torch.equal(none.weight[none.weight != 0], weight[none.weight != 0])
+    assert torch.equal(none.bias, bias) and not torch.equal(joint.bias, bias)
+    for solved in (joint, none):
+        assert solved.weight.ne(0).unflatten(-1, (-1, 4)).sum(-1).eq(2).all()

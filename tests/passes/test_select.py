@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed decides the operand, and what would be slower stays dense, with the reason; globs have the last word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lynx_compile.errors import InputError
+from lynx_compile.models import Linear, LinearGroup
+from lynx_compile.passes.select import Decision, candidates, select
+from lynx_compile.recipe import Sparsity
+from tests.conftest import tiny_groups, write_costs
+
+# Every shape of the tiny model: 128 image tokens, 8 text tokens, both in the single block.
+TEXT = {
+    (8, 64, 192): (0.92, 0.95),
+    (8, 64, 64): (0.8, 0.7),
+    (8, 64, 256): (0.9, 0.99),
+    (8, 256, 64): (0.5, 0.6),
+}
+IMAGE = {
+    (128, 64, 192): (1.4, 1.7),
+    (128, 64, 64): (1.1, 1.6),
+    (128, 64, 256): (1.5, 1.2),
+    (128, 256, 64): (1.3, 1.9),
+}
+SINGLE = {(136, 64, 448): (1.4, 1.8), (136, 320, 64): (0.9, 1.2)}
+
+
+@pytest.fixture
+def costs(tmp_path: Path) -> str:
+    return str(write_costs(tmp_path / "gpu.json", TEXT | IMAGE | SINGLE))
+
+
+def _decisions(sparsity: Sparsity) -> dict[str, Decision]:
+    return {decision.linear.path: decision for decision in select(tiny_groups(), sparsity).decisions}
+
+
+def test_slow_text_linears_stay_dense_and_the_faster_operand_wins(costs: str) -> None:
+    decisions = _decisions(Sparsity(costs=costs))
+    block = "transformer_blocks.0."
+    assert {path.removeprefix(block): (d.operand, d.reason) for path, d in decisions.items()}.items() >= {
+        "attn.to_k": ("weight", "1.70x as fast as dense (128 x 64 -> 192, gpu.json)"),
+        "ff.net.0.proj": ("activation", "1.50x as fast as dense (128 x 64 -> 256, gpu.json)"),
+        "attn.add_k_proj": ("none", "would be 0.95x as fast as dense (8 x 64 -> 192, gpu.json)"),
+        "attn.to_add_out": ("none", "would be 0.80x as fast as dense (8 x 64 -> 64, gpu.json)"),
+        "ff_context.net.2": ("none", "would be 0.60x as fast as dense (8 x 256 -> 64, gpu.json)"),
+        "single_transformer_blocks.0.proj_out".removeprefix(block): (
+            "weight", "1.20x as fast as dense (136 x 320 -> 64, gpu.json)",
+        ),
+    }.items()  # fmt: skip
+    groups = select(tiny_groups(), Sparsity(costs=costs)).groups
+    assert {(group.name, group.operand, group.gain) for group in groups} == {
+        ("transformer_blocks.0.attn.to_q", "weight", 1.7),
+        ("transformer_blocks.0.attn.to_out.0", "weight", 1.6),
+        ("transformer_blocks.0.ff.net.0.proj", "activation", 1.5),
+        ("transformer_blocks.0.ff.net.2", "weight", 1.9),
+        ("single_transformer_blocks.0.proj_mlp", "weight", 1.8),
+        ("single_transformer_blocks.0.proj_out", "weight", 1.2),
+    }
+    measured = candidates(tiny_groups(), Sparsity(costs=costs))
+    assert {group.name for group in measured} == {group.name for group in groups}
+
+
+@pytest.mark.parametrize(
+    "sparsity",
+    [
+        {"operand": "activation"}, {"method": "paper"}, {"method": "none"}, {"rank": 16}, {"norm_scale": True},
+    ],
+)  # fmt: skip
+def test_one_operand_is_judged_by_what_was_measured_only(costs: str, sparsity: dict[str, object]) -> None:
+    decisions = _decisions(Sparsity.model_validate(sparsity | {"costs": costs}))
+    text = decisions["transformer_blocks.0.attn.add_q_proj"]
+    assert (text.operand, text.reason[:13]) == ("none", "would be 0.92")
+    assert decisions["single_transformer_blocks.0.proj_out"].operand == "none"
+    assert {decision.operand for decision in decisions.values()} == {"none", "activation"}
+    without = select(tiny_groups(), Sparsity.model_validate(sparsity))
+    sparse = {(d.operand, d.reason) for d in without.decisions if d.linear.refusal is None}
+    assert sparse == {("activation", "operand activation by the recipe")}
+    assert {group.gain for group in without.groups} == {None}
+
+
+@pytest.mark.parametrize("rank", [0, "auto"])
+def test_no_rank_and_no_scale_leave_the_choice_open(rank: int | str) -> None:
+    assert Sparsity.model_validate({"rank": rank, "norm_scale": False}).operands == ("activation", "weight")
+
+
+def test_globs_fix_the_operand_whatever_it_costs(costs: str) -> None:
+    globs = {
+        "*.ff_context.net.2": "weight",
+        "*.ff.net.2": "none",
+        "*.add_q_proj": "activation",
+        "*.to_out.0": "auto",
+    }
+    sparsity = Sparsity.model_validate({"operand": globs, "costs": costs})
+    decisions = _decisions(sparsity)
+    block = "transformer_blocks.0."
+    assert {path: decisions[block + path].operand for path in (
+        "ff_context.net.2", "ff.net.2", "attn.add_q_proj", "attn.to_out.0", "ff.net.0.proj", "ff_context.net.0.proj",
+    )} == {
+        "ff_context.net.2": "weight", "ff.net.2": "none", "attn.add_q_proj": "activation",
+        "attn.to_out.0": "weight", "ff.net.0.proj": "activation", "ff_context.net.0.proj": "none",
+    }  # fmt: skip
+    assert (
+        decisions[block + "ff_context.net.2"].reason == "operand weight by the recipe ('*.ff_context.net.2')"
+    )
+    slow = next(g for g in select(tiny_groups(), sparsity).groups if g.name == block + "ff_context.net.2")
+    assert slow.gain == 0.6
+
+
+def test_linears_join_the_node_that_a_glob_has_begun(tmp_path: Path) -> None:
+    """Alone the two left would be slower as activations; with the one that a glob has made so, they are not."""
+    table = {(8, 64, 64): (0.9, 0.9), (8, 64, 128): (0.9, 1.1), (8, 64, 192): (1.2, 1.0)}
+    costs = str(write_costs(tmp_path / "gpu.json", table))
+    linears = tuple(Linear(name, 64, 64, True, None) for name in "qkv")
+    groups = (LinearGroup("q", linears, 8),)
+    plan = select(groups, Sparsity(operand={"q": "activation"}, costs=costs))
+    assert [(group.operand, len(group.linears), group.gain) for group in plan.groups] == [
+        ("activation", 3, 1.2)
+    ]
+    assert plan.decisions[1].reason == "1.20x as fast as dense (8 x 64 -> 192, gpu.json)"
+    plan = select(groups, Sparsity(operand={"q": "none"}, costs=costs))
+    assert [(group.operand, len(group.linears), group.gain) for group in plan.groups] == [("weight", 2, 1.1)]
+
+
+def test_without_a_table_the_roofline_decides_and_nothing_counts_as_measured() -> None:
+    plan = select(tiny_groups(), Sparsity())
+    assert {(group.operand, group.gain) for group in plan.groups} == {("weight", None)}
+    reasons = {decision.linear.path: decision.reason for decision in plan.decisions}
+    assert (
+        reasons["transformer_blocks.0.attn.to_q"]
+        == "1.40x as fast as dense (128 x 64 -> 192, roofline of an H100)"
+    )
+    narrow, wide = (Linear(name, 3088, size, True, None) for name, size in (("narrow", 64), ("wide", 8192)))
+    groups = tuple(LinearGroup(linear.path, (linear,), 4096) for linear in (narrow, wide))
+    decisions = select(groups, Sparsity()).decisions  # K = 3088 rules the weight operand out
+    assert [decision.operand for decision in decisions] == ["none", "activation"]
+    assert "would be" in decisions[0].reason and "roofline" in decisions[0].reason
+
+
+def test_where_the_table_says_nothing_the_roofline_decides_for_auto_alone(tmp_path: Path) -> None:
+    far = str(write_costs(tmp_path / "gpu.json", {(4096, 3072, 3072): (0.5, 0.5)}))
+    plan = select(tiny_groups(), Sparsity(costs=far))
+    assert {(group.operand, group.gain) for group in plan.groups} == {("weight", None)}
+    plan = select(tiny_groups(), Sparsity(operand="activation", costs=far))
+    assert {(group.operand, group.gain) for group in plan.groups} == {("activation", None)}
+
+
+def test_nothing_left_names_the_first_reason(tmp_path: Path) -> None:
+    slow = dict.fromkeys(TEXT | IMAGE | SINGLE, (0.9, 0.9))
+    costs = str(write_costs(tmp_path / "gpu.json", slow))
+    with pytest.raises(
+        InputError, match=r"No linear would become sparse \('.*': would be 0.90x as fast as dense"
+    ):
+        select(tiny_groups(), Sparsity(costs=costs))
+
+
+def test_a_missing_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cost table .*none.json does not exist"):
+        select(tiny_groups(), Sparsity(costs=str(tmp_path / "none.json")))

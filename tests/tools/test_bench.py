@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``lynx-compile bench`` does without a GPU, and how the kernels are called. tests/gpu measures for real."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lynx_compile import cli
+from lynx_compile.errors import InputError
+from lynx_compile.passes import speed_table as costs
+from lynx_compile.tools import bench
+from lynx_compile.torch_ops import bindings as kernels
+from tests.plugins.native import compile_cpp
+
+SMALL = bench.Shape("FLUX.1-dev", "to_out", 4096, 3072, 3072)
+
+
+def test_without_a_gpu_it_predicts_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["lynx-compile", "bench", "-o", str(tmp_path), "--rank", "16"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert not caught.value.code
+    shown = capsys.readouterr().out
+    assert "nothing was measured" in shown and "single: to_q,k,v + mlp" in shown
+    saved = json.loads((tmp_path / "roofline-of-an-h100-rank16.json").read_text())
+    assert not saved["measured"] and len(saved["results"]) == len(bench.SHAPES)
+    assert (tmp_path / "roofline-of-an-h100-rank16.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_prediction_grows_with_the_rank_and_counts_every_byte() -> None:
+    plain, ranked = bench._predict(SMALL, 0), bench._predict(SMALL, 64)
+    assert plain.gemm.median < ranked.gemm.median and plain.ratio.median > ranked.ratio.median
+    assert plain.whole.median == pytest.approx(plain.prune.median + plain.gemm.median)
+    assert plain.prune.median == pytest.approx(4096 * 3072 * 3.125 / costs.ROOFLINE_BYTES * 1e6)
+
+
+def test_geometric_mean_leaves_the_square_shapes_out() -> None:
+    square = bench._predict(bench.Shape("square", "x", 64, 64, 64), 0)
+    one = bench._predict(SMALL, 0)
+    both = bench.Bench("gpu", "2", "bf16", True, (one, square))
+    assert both.geometric_means["activations"] == pytest.approx(one.ratio.median)
+    assert both.geometric_means["weights"] == pytest.approx(one.weight_ratio.median)
+    assert square.ratio.median != one.ratio.median
+
+
+def test_the_better_operand_counts_and_dense_where_neither_pays() -> None:
+    one = bench._predict(SMALL, 64)
+    assert one.best == one.weight_ratio.median > one.ratio.median
+    slow = bench.Ratio(0.8, 0.7, 0.9)
+    assert dataclasses.replace(one, ratio=slow, weight_ratio=slow).best == 1
+
+
+@pytest.mark.parametrize("rank", ["8", "144", "-16"])
+def test_wrong_rank_is_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lynx-compile", "bench", f"--rank={rank}"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert "multiple of 16" in capsys.readouterr().err
+
+
+def test_library_that_is_missing_or_another(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        kernels.load_library(tmp_path / "none.so")
+    (tmp_path / "text.so").write_text("no library")
+    with pytest.raises(InputError, match="cannot be used"):
+        kernels.load_library(tmp_path / "text.so")
+    libc = Path(
+        subprocess.run(["g++", "-print-file-name=libm.so.6"], capture_output=True, text=True).stdout.strip()
+    )
+    with pytest.raises(InputError, match="cannot be used"):
+        kernels.load_library(libc)
+
+
+def test_tensors_are_checked_before_their_addresses_are_used() -> None:
+    weight, down, bias = (
+        torch.zeros(32, 64).bfloat16(),
+        torch.zeros(1, 64).bfloat16(),
+        torch.zeros(32).bfloat16(),
+    )
+    library = ctypes.CDLL(None)  # must not be reached
+    with pytest.raises(InputError, match="not a contiguous CUDA tensor"):
+        kernels.SparseLinear(library, weight, down, bias, rows=4)
+    with pytest.raises(InputError, match=r"should be torch.bfloat16 \[32, 128\]"):
+        kernels.SparseLinear(library, weight, down, bias, rows=4, rank=16)
+    with pytest.raises(InputError, match="Use bf16 or fp16"):
+        kernels.SparseLinear(library, weight.float(), down.float(), bias.float(), rows=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "structure"),
+    [("LynxSparseLinear", kernels._Call), ("LynxSparseWeightLinear", kernels._WeightCall)],
+)
+def test_structure_is_that_of_the_c_interface(
+    tmp_path: Path, name: str, structure: type[ctypes.Structure]
+) -> None:
+    """Offsets of every field, by the compiler."""
+    fields = [field for field, *_ in structure._fields_]
+    source = tmp_path / "offsets.cpp"
+    source.write_text(
+        '#include "c_api.h"\n#include <cstddef>\n#include <cstdio>\nint main() {\n'
+        + "".join(f'  std::printf("%zu ", offsetof({name}, {field}));\n' for field in fields)
+        + f'  std::printf("%zu", sizeof({name}));\n}}\n'
+    )
+    program = compile_cpp(source, tmp_path / "offsets")
+    found = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
+    assert [int(value) for value in found] == [
+        *(getattr(structure, field).offset for field in fields),
+        ctypes.sizeof(structure),
+    ]

@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lynx-compile compare``: its figures against torch, its limits, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from lynx_compile import cli, models
+from lynx_compile.engine.manifest import Manifest
+from lynx_compile.errors import InputError
+from lynx_compile.ops.sparse_linear import sparse_linear
+from lynx_compile.ops.sparse_weight_linear import sparse_weight_linear
+from lynx_compile.recipe import Compare, load_recipe
+from lynx_compile.tools import compare
+from lynx_compile.tools.comparison import Comparison, missed
+from lynx_compile.tools.float32 import float32_copy
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def engine(compiled_tiny: Path, tmp_path: Path) -> Path:
+    """A copy; its dense ONNX stays where it was made."""
+    shutil.copytree(compiled_tiny.parent, tmp_path / "out")
+    return tmp_path / "out" / compiled_tiny.name
+
+
+def limit(engine: Path, **values: Any) -> None:
+    """What the recipe's section says, without compiling again."""
+    path = engine.with_suffix(".cache") / "compiled.json"
+    compiled = json.loads(path.read_text())
+    compiled["recipe"]["compare"] |= {"samples": 2, "states": 1} | values
+    path.write_text(json.dumps(compiled))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["lynx-compile", "compare", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+def first_state(tiny: Path) -> dict[str, torch.Tensor]:
+    """What the models get in step 0 from seed 1, built by hand."""
+    prompts = load_file(tiny / "prompts.safetensors")
+    dit = models.load(load_recipe(tiny / "tiny.yaml"))
+    return {
+        "hidden_states": torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(1)),
+        "encoder_hidden_states": prompts["encoder_hidden_states"][:2],
+        "pooled_projections": prompts["pooled_projections"][:2],
+        "timestep": torch.ones(2),
+        "img_ids": dit.inputs["img_ids"],
+        "txt_ids": dit.inputs["txt_ids"],
+        "guidance": torch.full((2,), 3.5),
+    }
+
+
+def relative(y: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((y - expected).norm() / expected.norm())
+
+
+def test_every_linear_is_compared_on_the_dense_models_input(engine: Path, tiny: Path) -> None:
+    limit(engine)
+    found = compare.compare(engine)
+    manifest = Manifest.read(engine.with_suffix(".json"))
+    module: Any = models.load(load_recipe(tiny / "tiny.yaml")).module
+    module = module.half().float()  # the engine's weights
+    calls: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for path, linear in module.named_modules():
+        if isinstance(linear, torch.nn.Linear):
+            linear.register_forward_hook(lambda _, x, y, path=path: calls.update({path: (x[0], y)}))
+    with torch.no_grad():
+        module(**first_state(tiny), return_dict=False)
+    tensors = load_file(engine.with_suffix(".safetensors"))
+    measured = {linear.linear: linear for linear in found.linears}
+    assert len(measured) == len(found.linears) == 17
+    for node in manifest.sparse:
+        assert node.operand == "weight"  # what is faster
+        values, metadata, bias = (tensors[f"{node.layer}.{n}"] for n in ("values", "metadata", "bias"))
+        x = calls[node.linears[0]][0]
+        y = sparse_weight_linear(x, values.float(), metadata, bias.float(), metadata_layout=80)
+        parts = y.split([calls[linear][1].shape[-1] for linear in node.linears], dim=-1)
+        for linear, part in zip(node.linears, parts, strict=True):
+            # The GELU behind a linear is part of its layer.
+            after = (
+                torch.nn.GELU("tanh") if linear.endswith(("net.0.proj", "proj_mlp")) else torch.nn.Identity()
+            )
+            expected = relative(after(part), after(calls[linear][1]))
+            assert measured[linear].error == pytest.approx(expected, rel=0.02), linear
+            assert measured[linear].worst == measured[linear].error  # one state
+            assert measured[linear].expected == node.error
+    assert [x.error for x in found.linears] == sorted((x.error for x in found.linears), reverse=True)
+
+
+def test_output_errors_are_those_of_the_very_files(engine: Path, tiny: Path) -> None:
+    """The 16-bit files themselves in ONNX Runtime, which has fp16 kernels for them."""
+    limit(engine)
+    found = compare.compare(engine)
+    assert [step.step for step in found.output] == [0, 1, 2, 3]
+    assert [step.timestep for step in found.output] == [1.0, 0.75, 0.5, 0.25]
+    state = first_state(tiny)
+    half = ("hidden_states", "encoder_hidden_states", "pooled_projections")
+    feed = {name: (value.half() if name in half else value).numpy() for name, value in state.items()}
+    dense, lynx = (
+        torch.from_numpy(ort.InferenceSession(path).run(None, feed)[0]).float()
+        for path in (engine.with_suffix(".cache") / "dense" / "dense.onnx", engine.with_suffix(".onnx"))
+    )
+    assert found.output[0].error == pytest.approx(relative(lynx, dense), rel=0.1)
+
+
+def test_it_writes_what_it_found(engine: Path) -> None:
+    limit(engine, samples=3)
+    found = compare.compare(engine)
+    assert Comparison.read(engine.with_suffix(".compare.json")) == found
+    assert found.images is not None and len(found.images.psnr) == 3
+    assert found.not_measured == {
+        "metric": "the recipe names none",
+        "LPIPS": "the Python package lpips is not installed",
+        "engines": "there is no GPU here",
+    }
+    with Image.open(engine.with_suffix(".compare.png")) as sheet:
+        assert sheet.width * 3 == sheet.height * 3  # three images in three rows
+        pixels = np.asarray(sheet, dtype=float)
+    third = len(pixels) // 3
+    assert np.abs(pixels[:third] - pixels[third : 2 * third]).mean() < 5 < pixels[:third].mean()
+    assert "data:image/png;base64," in engine.with_suffix(".html").read_text()
+    assert not list(engine.with_suffix(".cache").glob("compare-*"))
+
+
+def test_limits_decide_the_exit_code(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit(engine, max_layer_error=0.9, max_output_error=0.9, min_psnr=10)
+    assert run(monkeypatch, str(engine)) == 0
+    shown = capsys.readouterr()
+    assert "missed" not in shown.err and "single_transformer_blocks.0.proj_out" in shown.out
+    limit(engine, max_layer_error=1e-4, max_output_error=0.9, min_psnr=90, max_lpips=0.1)
+    assert run(monkeypatch, str(engine)) == 1
+    errors = " ".join(capsys.readouterr().err.split())
+    assert "compare.max_layer_error is 0.0001" in errors and "compare.min_psnr is 90" in errors
+    assert "compare.max_lpips is 0.1, but it was not measured" in errors
+    assert "max_output_error" not in errors
+    found = Comparison.read(engine.with_suffix(".compare.json"))
+    assert found is not None and len(found.missed) == 17 + 2
+
+
+METRIC = """
+from pathlib import Path
+def count(dense, lynx, prompts):
+    Path("called").write_text("")
+    assert dense.shape == lynx.shape == (2, 1, 16, 16) and dense.min() >= 0 and dense.max() <= 1
+    return {"images": len(dense), "last": prompts[-1]}
+def fail(dense, lynx, prompts):
+    raise ValueError("no such thing")
+def infinite(dense, lynx, prompts):
+    return {"x": float("inf")}
+"""
+
+
+def test_the_recipes_metric_runs_only_if_it_is_allowed(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_metric.py").write_text(METRIC)
+    monkeypatch.chdir(tmp_path)
+    limit(engine, metric="my_metric:count", min_metric={"images": 3})
+    assert run(monkeypatch, str(engine)) == 1
+    assert not (tmp_path / "called").exists()
+    shown = capsys.readouterr()
+    assert "my_metric:count is code; allow it with --metric" in " ".join(shown.out.split())
+    assert "compare.min_metric.images is 3, but it was not measured" in " ".join(shown.err.split())
+    assert run(monkeypatch, str(engine), "--metric") == 1
+    assert "images is 2, compare.min_metric.images is 3" in " ".join(capsys.readouterr().err.split())
+    found = Comparison.read(engine.with_suffix(".compare.json"))
+    assert found is not None and found.metric == {"images": 2, "last": 1}
+    assert str(tmp_path) not in sys.path
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_metric:fail", r"my_metric:fail' failed \(ValueError: no such thing\)"),
+        ("my_metric:none", "failed \\(AttributeError"),
+        ("no_module:f", "failed \\(ModuleNotFoundError"),
+        ("my_metric:infinite", "no finite 'x'"),
+    ],
+)
+def test_a_wrong_metric_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    (tmp_path / "my_metric.py").write_text(METRIC)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_metric", raising=False)
+    images = np.zeros((2, 1, 16, 16), np.float32)
+    with pytest.raises(InputError, match=message):
+        compare.call_metric(name, images, images, np.arange(2))
+
+
+def lose_cache(engine: Path) -> None:
+    shutil.rmtree(engine.with_suffix(".cache"))
+
+
+def lose_onnx(engine: Path) -> None:
+    engine.with_suffix(".onnx").unlink()
+
+
+def lose_weights(engine: Path) -> None:
+    engine.with_suffix(".safetensors").unlink()
+
+
+def cut_weights(engine: Path) -> None:
+    path = engine.with_suffix(".safetensors")
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def garble_record(engine: Path) -> None:
+    (engine.with_suffix(".cache") / "compiled.json").write_text("{}")
+
+
+def export_again(engine: Path) -> None:
+    path = engine.with_suffix(".cache") / "export.stamp.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"key": "another"}))
+
+
+def other_engine(engine: Path) -> None:
+    path = engine.with_suffix(".json")
+    values = json.loads(path.read_text())
+    values["engine"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(values))
+
+
+def rename_node(engine: Path) -> None:
+    model = onnx.load(engine.with_suffix(".onnx"), load_external_data=False)
+    next(node for node in model.graph.node if node.domain == "lynx").name = "other"
+    onnx.save(model, engine.with_suffix(".onnx"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lose_cache, "compiled.json cannot be read"),
+        (lose_onnx, "tiny.onnx cannot be read"),
+        (lose_weights, "The weights of .*tiny.onnx cannot be read"),
+        (cut_weights, "The weights of .*tiny.onnx cannot be read"),
+        (garble_record, "does not tell how the engine was compiled"),
+        (export_again, "belongs to another run"),
+        (other_engine, "belongs to another run"),
+        (rename_node, "its Lynx nodes are not the manifest's layers"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_spoiled_files_are_one_clear_error(engine: Path, spoil: Callable[[Path], None], message: str) -> None:
+    limit(engine)
+    spoil(engine)
+    with pytest.raises(InputError, match=message):
+        compare.compare(engine)
+    assert not engine.with_suffix(".compare.json").exists()
+
+
+class FakeEngine:
+    """Runs the ONNX file that the engine was built from; takes what the manifest says, in its dtypes."""
+
+    sessions: dict[str, Path]
+
+    def __init__(self, path: Path) -> None:
+        self.manifest = Manifest.read(path.with_suffix(".json"))
+        assert path.read_bytes()[:4] == b"vtrt"
+        self.inputs = self.manifest.inputs
+        self.session = ort.InferenceSession(self.sessions[path.name])
+
+    @classmethod
+    def open(cls, path: Path) -> FakeEngine:
+        return cls(path)
+
+    def __enter__(self) -> FakeEngine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"velocity": self.session.run(None, inputs)[0]}
+
+
+def test_both_engines_run_where_there_is_a_gpu(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense engine is really built; running takes a GPU, so that is ONNX Runtime's work here."""
+    limit(engine)
+    runtime: Any = ModuleType("lynx_compile.engine.runtime")
+    runtime.Engine = FakeEngine
+    dense = engine.with_suffix(".cache") / "dense" / "dense.onnx"
+    FakeEngine.sessions = {"dense.engine": dense, "tiny.engine": engine.with_suffix(".onnx")}
+    monkeypatch.setitem(sys.modules, "lynx_compile.engine.runtime", runtime)
+    monkeypatch.setattr("lynx_compile.engine.trt.gpu", lambda: "sm86")
+    found = compare.compare(engine)
+    assert [run.kind for run in found.engines] == ["dense", "lynx"]
+    on_dense, on_lynx = found.engines
+    assert len(on_dense.steps) == len(on_lynx.steps) == 4
+    assert all(0 < step.error < 0.005 for step in on_dense.steps)  # the rounding of fp16
+    for step, reference in zip(on_lynx.steps, found.output, strict=True):
+        assert step.error == pytest.approx(reference.error, rel=0.3)
+    assert "engines" not in found.not_measured
+    assert "lynx engine" in engine.with_suffix(".html").read_text()
+
+
+def test_float32_copy_of_bf16_with_external_weights(tmp_path: Path) -> None:
+    from tests.engine.conftest import _write_onnx
+
+    embedded, external = (
+        float32_copy(_write_onnx(tmp_path / name, external=name == "b").path, tmp_path / f"{name}32.onnx")
+        for name in ("a", "b")
+    )
+    feed = {"x": np.random.default_rng(0).standard_normal((1, 32, 64), np.float32)}
+    results = [ort.InferenceSession(path).run(None, feed)[0] for path in (embedded, external)]
+    np.testing.assert_array_equal(results[0], results[1])
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    x = torch.from_numpy(feed["x"])
+    for name in ("blocks.0.proj", "blocks.1.proj"):
+        weight, down, bias = (tensors[f"{name}.{key}"].float() for key in ("weight", "lora_down", "bias"))
+        x = sparse_linear(x, weight, down, bias, rank=16, norm_scale=False).relu()
+    np.testing.assert_allclose(results[0], x.numpy(), rtol=1e-3, atol=1e-2)
+
+
+def test_a_vae_decodes_what_has_one(tiny: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=1, scaling_factor=0.5, shift_factor=0.1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    vae.save_pretrained(tmp_path / "model" / "vae")
+    recipe = load_recipe(tmp_path / "tiny.yaml")
+    latents = torch.randn(3, 16, 4)  # 4 x 4 tokens of 2 x 2 latents, each 2 x 2 pixels
+    images = models.to_images(recipe, latents)
+    assert images.shape == (3, 3, 16, 16) and 0 <= images.min() < images.max() <= 1
+    places = torch.zeros(1, 1, 8, 8)
+    for token in range(16):
+        for part in range(4):
+            row, column = 2 * (token // 4) + part // 2, 2 * (token % 4) + part % 2
+            places[0, 0, row, column] = latents[1, token, part]
+    with torch.no_grad():
+        expected = (vae.eval().decode(places / 0.5 + 0.1).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(images[1:2], expected, rtol=1e-4, atol=1e-4)
+    shutil.rmtree(tmp_path / "model" / "vae")
+    torch.testing.assert_close(
+        models.to_images(recipe, torch.zeros(1, 64, 4)), torch.full((1, 1, 16, 16), 0.5)
+    )
+
+
+def test_every_limit_that_was_not_measured_is_missed() -> None:
+    limits = Compare(max_layer_error=0.1, min_psnr=30, min_metric={"a": 1}, max_metric={"b": 2})
+    found = missed(limits, (), (), None, {"a": 1.0, "b": 2.5})
+    assert found == (
+        "compare.min_psnr is 30, but it was not measured",
+        "b is 2.5, compare.max_metric.b is 2",
+    )
