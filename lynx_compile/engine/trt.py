@@ -106,7 +106,8 @@ def plugin_library(chosen: str | None = None) -> PluginLibrary:
 
 def dtype_name(data_type: Any) -> str:
     """Our name of a TensorRT ``DataType``."""
-    return DTYPE_NAMES.get(data_type.name, data_type.name.lower())
+    name: str = data_type.name
+    return DTYPE_NAMES.get(name, name.lower())
 
 
 def metadata_layout(backend: Backend) -> Literal[80, 90]:
