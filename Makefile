@@ -5,31 +5,38 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell nproc)
-# GPU architectures of the plugin and element types of its GEMMs. CI builds fewer; `make LYNX_CUDA_ARCHITECTURES=90a`
-# builds for Hopper alone.
+# What `make plugin` compiles: machine code for these GPUs, and PTX that serves newer ones; GEMMs for these types.
+# `make plugin LYNX_CUDA_ARCHITECTURES=90a` builds for Hopper alone.
 LYNX_CUDA_ARCHITECTURES ?= 80;86;89;90a;120
 LYNX_ELEMENT_TYPES ?= bf16;fp16
-BUILD := build/plugin
+# `make test` tests that library where it was built; else it compiles one for both kinds of GEMM and one type.
+TEST_ARCHITECTURES ?= 80;90a
+TEST_TYPES ?= bf16
+TEST_BUILD := $(if $(wildcard build/plugin/build.ninja),build/plugin,build/test)
+# `make demo` takes that one where it is there; else what its fp16 model needs: PTX, and the GPU of this machine.
+GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d . | sed s/^90$$/90a/)
+DEMO_ARCHITECTURES := $(if $(filter 86 89 90a 120,$(GPU)),80;$(GPU),80)
+DEMO_BUILD := $(if $(wildcard build/plugin/build.ninja),build/plugin,build/demo)
 RUNTIME := build/runtime
 CMAKE := PYTHONPATH=$(abspath $(VENV))/toolchain $(BIN)/cmake
 
-.PHONY: demo test sanitize unit plugin runtime setup lint format clean
+.PHONY: demo test sanitize unit plugin plugin-demo plugin-test runtime setup lint format clean
 
-demo: setup plugin
+demo: plugin-demo
 	$(BIN)/lynx-compile engines/digits-flux.yaml -o engines/digits-flux.engine
 
-test: setup plugin runtime
-	@$(CMAKE) --build $(BUILD) -j $(JOBS)  # the plugin's own tests too
-	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
+test: plugin-test runtime
+	@$(CMAKE) --build $(TEST_BUILD) -j $(JOBS)  # the plugin's own tests too
+	$(BIN)/ctest --test-dir $(TEST_BUILD) --output-on-failure
 	$(BIN)/ctest --test-dir $(RUNTIME) --output-on-failure
 	$(BIN)/pytest
 
-sanitize: plugin  ## needs a GPU and CUDA's compute-sanitizer
-	@$(CMAKE) --build $(BUILD) -j $(JOBS) --target device_test
-	compute-sanitizer --error-exitcode 1 --tool memcheck $(BUILD)/tests/device_test "bf16 33 x"
-	compute-sanitizer --error-exitcode 1 --tool racecheck $(BUILD)/tests/device_test "bf16 33 x"
+sanitize: plugin-test  ## needs a GPU and CUDA's compute-sanitizer
+	@$(CMAKE) --build $(TEST_BUILD) -j $(JOBS) --target device_test
+	compute-sanitizer --error-exitcode 1 --tool memcheck $(TEST_BUILD)/tests/device_test "bf16 33 x"
+	compute-sanitizer --error-exitcode 1 --tool racecheck $(TEST_BUILD)/tests/device_test "bf16 33 x"
 
-unit: setup plugin  ## what needs no TensorRT build and no trained model
+unit: plugin-test  ## what needs no TensorRT build and no trained model
 	$(BIN)/pytest -m "not slow"
 
 setup: $(VENV)/.ready
@@ -48,12 +55,25 @@ $(VENV)/.ready: pyproject.toml requirements/toolchain.txt requirements/tensorrt1
 	SKBUILD_WHEEL_CMAKE=false $(BIN)/pip install -q --no-build-isolation -e '.[rtx,dev]'
 	@touch $@
 
-# Ninja decides what to compile again; the library is linked into lynx_compile/lib, where the package looks for it.
+# Everything that is shipped: 8 minutes on two cores. The library goes to lynx_compile/lib, where the package looks for it.
 plugin: setup
-	@test -f $(BUILD)/build.ninja || $(CMAKE) -S plugins -B $(BUILD) -G Ninja --log-level=WARNING \
-	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DLYNX_BUILD_TESTS=ON \
-	  "-DLYNX_CUDA_ARCHITECTURES=$(LYNX_CUDA_ARCHITECTURES)" "-DLYNX_ELEMENT_TYPES=$(LYNX_ELEMENT_TYPES)"
-	@$(CMAKE) --build $(BUILD) -j $(JOBS) --target lynx_plugin rtx_alias
+	$(call build_plugin,build/plugin,$(LYNX_CUDA_ARCHITECTURES),$(LYNX_ELEMENT_TYPES))
+
+plugin-test: setup
+	$(call build_plugin,$(TEST_BUILD),$(TEST_ARCHITECTURES),$(TEST_TYPES))
+
+plugin-demo: setup
+	$(call build_plugin,$(DEMO_BUILD),$(DEMO_ARCHITECTURES),fp16)
+
+# folder, architectures, types: configured once, then Ninja decides what to compile again.
+define build_plugin
+@test -f $(1)/build.ninja || $(CMAKE) -S plugins -B $(1) -G Ninja --log-level=WARNING \
+  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DLYNX_BUILD_TESTS=ON \
+  "-DLYNX_CUDA_ARCHITECTURES=$(2)" "-DLYNX_ELEMENT_TYPES=$(3)" -DLYNX_COPY_IN_TREE=OFF
+@$(CMAKE) --build $(1) -j $(JOBS) --target lynx_plugin rtx_alias
+@mkdir -p lynx_compile/lib/rtx_alias && cp -p $(1)/liblynx_plugin.so lynx_compile/lib/ && \
+  cp -p $(1)/rtx_alias/libtensorrt_rtx.so lynx_compile/lib/rtx_alias/
+endef
 
 # The C++ runtime with its tests; `cmake --install build/runtime --prefix DIR` gives programs the package LynxCompile.
 runtime: setup
