@@ -32,9 +32,10 @@ DTYPES = {
 def test_sha256_is_pythons(programs: Path, tmp_path: Path, size: int) -> None:
     data = np.random.default_rng(size).bytes(size)
     (tmp_path / "data").write_bytes(data)
-    assert output(programs / "runtime_probe", "sha256", tmp_path / "data").strip() == (
+    found = output(programs / "runtime_probe", "sha256", tmp_path / "data").split()
+    assert set(found) == {
         hashlib.sha256(data).hexdigest()
-    )
+    }  # by plain C++ and, where it has them, by the CPU's instructions
 
 
 def test_safetensors_of_the_library_itself(programs: Path, tmp_path: Path) -> None:

@@ -40,10 +40,19 @@ void print_layout(const lynx::tensorrt::Layout& layout) {
       layout.context_tensor_shape, layout.enqueue, layout.load_library);
 }
 
+// By each code that this CPU runs.
+void print_sha256(const lynx::FileBytes& file) {
+  for (const lynx::Sha256Blocks blocks : {&lynx::sha256_blocks_portable, lynx::sha256_blocks_of_the_cpu()}) {
+    if (blocks == nullptr) continue;
+    lynx::Sha256 digest(blocks);
+    digest.update(file.data.get(), file.bytes);
+    std::printf("%s\n", digest.hex().c_str());
+  }
+}
+
 void probe(const std::string& what, const std::string& of) {
   if (what == "sha256") {
-    const lynx::FileBytes file = lynx::read_file(of, "file");
-    std::printf("%s\n", lynx::sha256(file.data.get(), file.bytes).c_str());
+    print_sha256(lynx::read_file(of, "file"));
   } else if (what == "safetensors") {
     const lynx::SafetensorsFile file(of);
     for (const auto& entry : file.entries()) {
