@@ -80,7 +80,7 @@ std::vector<float> floats(const lynx::SafetensorsFile& file, const std::string& 
     throw lynx::Error("'" + name + "' of the seed file is " + entry.tensor.dtype + ".",
                       "Write the file again.");
   std::vector<float> out(entry.bytes / 4);
-  if (!out.empty()) std::memcpy(out.data(), entry.data, entry.bytes);
+  file.read(entry, out.data());
   return out;
 }
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections import Counter
 from pathlib import Path
@@ -216,7 +217,34 @@ class Manifest(_Strict):
         )
 
 
+def runs_on(manifest: Manifest, gpu: str) -> bool:
+    """Whether the engine runs on a GPU of this architecture (``sm89``), as far as can be told before TensorRT sees it.
+
+    An engine holds TensorRT's kernels and the plugin's, and both must run:
+
+    - on an architecture that it was built for, both do;
+    - an engine of TensorRT for RTX holds what is compiled on the GPU at hand, and the plugin library holds PTX, from
+      which the driver makes code for any later GPU: so it may run on every architecture later than one that it was
+      built for, but for those that TensorRT for RTX leaves out. TensorRT has the last word when it loads the engine;
+    - TensorRT's own engines are machine code of the GPU that built them, and so are the plugin's kernels for Hopper
+      (``sm_90a``, which no later architecture runs): nowhere else.
+
+    ``runs_on`` in plugins/runtime/src/manifest.cpp is the same for C++; tests/engine/gpus.json holds both to one table.
+    """
+    if gpu in manifest.gpus:
+        return True
+    if manifest.backend.name != "tensorrt_rtx" or gpu in _NOT_OF_RTX:
+        return False
+    return any(0 < _number(older) < _number(gpu) for older in manifest.gpus)
+
+
 _AGAIN = "Compile the engine again."
+_NOT_OF_RTX = ("sm90", "sm100", "sm103", "sm110")  # by its support matrix
+
+
+def _number(gpu: str) -> int:
+    """89 of ``sm89``; 0 of anything else."""
+    return int(gpu[2:]) if re.fullmatch(r"sm[0-9]{2,3}", gpu) else 0
 
 
 def _json(path: Path) -> Any:

@@ -25,7 +25,7 @@ import numpy as np
 from lynx_compile.engine import trt
 from lynx_compile.engine.arrays import DTYPES, DeviceArray, View, size_of, view
 from lynx_compile.engine.cuda import ALIGNMENT, Gpu, Handle, Memory
-from lynx_compile.engine.manifest import Manifest, Tensor
+from lynx_compile.engine.manifest import Manifest, Tensor, runs_on
 from lynx_compile.engine.weights import PIECE, open_weights, said, upload
 from lynx_compile.errors import EngineError, InputError
 from lynx_compile.files.atomic import file_digest
@@ -381,10 +381,11 @@ def _check_tensors(manifest: Manifest, path: Path) -> None:
 
 
 def _check_gpu(manifest: Manifest, gpu: Gpu, path: Path) -> None:
-    if gpu.architecture not in manifest.gpus:
+    if not runs_on(manifest, gpu.architecture):
         built = ", ".join(manifest.gpus)
         raise InputError(
-            f"{path} was built for {built}, and GPU {gpu.index} here is {gpu.architecture}.",
+            f"{path} was built by {manifest.backend.name} for {built}, and GPU {gpu.index} here is "
+            f"{gpu.architecture}, which cannot run that.",
             f"Compile it again for {gpu.architecture} (engine.gpus in the recipe, or backend: tensorrt here).",
         )
 

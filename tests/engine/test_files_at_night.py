@@ -171,7 +171,42 @@ def test_another_tensorrt(stage: MakeStage) -> None:
 
 def test_another_gpu(stage: MakeStage) -> None:
     s = stage(cuda=FakeCuda(architecture=(9, 0)))
-    refused(s, r"was built for sm80, sm89, and GPU 0 here is sm90. Compile it again for sm90")
+    refused(
+        s,
+        r"was built by tensorrt_rtx for sm80, sm89, and GPU 0 here is sm90, which cannot run that. "
+        r"Compile it again for sm90",
+    )
+
+
+def test_a_later_gpu_compiles_what_it_needs(stage: MakeStage) -> None:
+    Engine.open(stage(cuda=FakeCuda(architecture=(12, 1))).path).close()
+
+
+# Files of two runs of one recipe: names, shapes and sizes agree, digests do not.
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("small.engine", r"small.engine is damaged, or of another manifest \(SHA-256\)"),
+        ("small.json", r"small.engine is damaged, or of another manifest \(SHA-256\)"),
+        ("model.safetensors", r"model.safetensors is damaged, or of another engine \(SHA-256\)"),
+    ],
+)
+def test_files_of_two_runs(stage: MakeStage, tmp_path: Path, file: str, message: str) -> None:
+    s = stage(external=True)
+    other = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name} other")
+    for name in ("small.engine", "model.safetensors"):
+        rewrite(other / name, lambda data: data.__setitem__(-1, data[-1] ^ 1))
+    values = json.loads((other / "small.json").read_text())
+    values["engine"]["sha256"] = trt.file_digest(other / "small.engine")
+    values["weights"]["sha256"] = trt.file_digest(other / "model.safetensors")
+    (other / "small.json").write_text(json.dumps(values))
+    Engine.open(other / "small.engine").close()  # each by itself is whole
+    shutil.copy(other / file, s.path.with_name(file))
+    with pytest.raises(InputError, match=message):
+        Engine.open(s.path)
+    assert s.cuda.leaks() == []
 
 
 # The manifest.

@@ -81,7 +81,7 @@ def test_manifest_of_the_compiler(programs: Path, tmp_path: Path, external: bool
     lines = output(programs / "runtime_probe", "manifest", tmp_path / "small.json").splitlines()
     assert lines[0] == f"engine {hashlib.sha256((tmp_path / 'small.engine').read_bytes()).hexdigest()}"
     assert lines[1] == f"backend {manifest.backend.name} {manifest.backend.version}"
-    assert lines[2] == f"plugin {manifest.plugin.sha256} 1"
+    assert lines[2] == f"plugin {manifest.plugin.sha256}"
     assert lines[3] == f"weights {manifest.weights.file or ''}"
     tensors = {"input": manifest.inputs, "output": manifest.outputs, "weight": manifest.weights.tensors}
     wanted = [f"{kind} {t.name} {t.dtype} {list(t.shape)}" for kind, all_ in tensors.items() for t in all_]

@@ -37,10 +37,11 @@ void check_version(const Manifest& manifest, const std::string& path) {
 
 void check_gpu(const Manifest& manifest, const std::string& path) {
   const std::string here = gpu_architecture();
-  if (std::find(manifest.gpus.begin(), manifest.gpus.end(), here) != manifest.gpus.end()) return;
+  if (runs_on(manifest, here)) return;
   std::string built;
   for (const std::string& gpu : manifest.gpus) built += (built.empty() ? "" : ", ") + gpu;
-  throw Error(path + " was built for " + built + ", and the GPU here is " + here + ".",
+  throw Error(path + " was built by " + manifest.backend + " for " + built + ", and the GPU here is " + here +
+                  ", which cannot run that.",
               "Compile it again for " + here + " (engine.gpus in the recipe, or backend: tensorrt here).");
 }
 
@@ -56,13 +57,14 @@ void check_plan(const Manifest& manifest, const FileBytes& plan, const std::stri
     throw Error(path + " is damaged, or of another manifest (SHA-256).", kFiles);
 }
 
-// The library to load; empty where the engine's own copy will do.
-std::string plugin_library(const Manifest& manifest, const std::string& path, const Options& options) {
+// The library to load; empty where the engine's own copy, of which there are `copies`, will do.
+std::string plugin_library(const Manifest& manifest, const std::string& path, const Options& options,
+                           int copies) {
   const std::string beside_it = beside(path, manifest.plugin_library);
   const std::string library = options.plugin_library.empty() ? beside_it : options.plugin_library;
   if (options.plugin_library.empty() && !is_file(beside_it)) {
-    if (manifest.plugin_embedded) return "";
-    throw Error(path + " needs " + manifest.plugin_library + ", which is not beside it.",
+    if (copies > 0) return "";
+    throw Error(path + " needs " + manifest.plugin_library + ", which is neither beside it nor inside it.",
                 "Put the one that it was built with there, or name it in Options::plugin_library.");
   }
   const FileBytes file = read_file(library, "plugin library");
@@ -74,17 +76,19 @@ std::string plugin_library(const Manifest& manifest, const std::string& path, co
               "Use the one that it was built with, or compile the engine again.");
 }
 
-// TensorRT's registry keeps a library for good, and one of each plugin.
-void load_plugin(const std::string& library, const std::string& digest) {
+// TensorRT's registry keeps a library for good, and one of each plugin: also the copy inside an engine, which
+// TensorRT loads itself, so that its digest counts as much as a file's.
+void load_plugin(const std::string& library, const std::string& digest, const std::string& path) {
   static std::mutex mutex;
   static std::string loaded;
   const std::lock_guard lock(mutex);
-  if (library.empty() || loaded == digest) return;
+  if (loaded == digest) return;
   if (!loaded.empty()) {
-    throw Error("This process has already loaded another plugin library than " + library + ".",
-                "Use one per process.");
+    throw Error("This process has loaded a plugin library of SHA-256 " + loaded.substr(0, 12) + "..., and " +
+                    path + " needs one of " + digest.substr(0, 12) + "....",
+                "Use one library per process.");
   }
-  tensorrt::load_plugin_library(library);
+  if (!library.empty()) tensorrt::load_plugin_library(library);
   loaded = digest;
 }
 
@@ -192,15 +196,15 @@ Engine Engine::open(const std::string& path, const Options& options) {
   check_version(manifest, path);
   check_gpu(manifest, path);
   check_plan(manifest, plan, path);
-  check_host_code(path, plan.data.get(), plan.bytes, manifest.plugin_sha256);
-  load_plugin(plugin_library(manifest, path, options), manifest.plugin_sha256);
+  const bool external = !manifest.weights_file.empty();
+  const std::unique_ptr<WeightsFile> weights =
+      open_weights(external ? beside(path, manifest.weights_file) : "", manifest.weights);
+  const int copies = check_host_code(path, plan.data.get(), plan.bytes, manifest.plugin_sha256);
+  load_plugin(plugin_library(manifest, path, options, copies), manifest.plugin_sha256, path);
   impl->runtime = tensorrt::create_runtime();
   impl->engine = tensorrt::deserialize(impl->runtime, plan.data.get(), plan.bytes, path);
   check_tensors(manifest, impl->engine, path);
-  if (!manifest.weights_file.empty()) {
-    const std::string weights = beside(path, manifest.weights_file);
-    impl->weights = load_weights(weights, manifest.weights_sha256, manifest.weights);
-  }
+  if (weights != nullptr) impl->weights = load_weights(*weights, manifest.weights_sha256, manifest.weights);
   Context first(std::make_unique<Context::Impl>(impl));
   return Engine(std::move(impl), std::move(first));
 }

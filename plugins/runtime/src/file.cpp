@@ -2,7 +2,6 @@
 #include "file.h"
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -23,25 +22,10 @@ namespace {
               "Check its permissions and its disk.");
 }
 
-// An open file, closed with it.
-class Handle {
- public:
-  Handle(const std::string& path, const std::string& what)
-      : number_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
-    if (number_ < 0) fail(path, what, errno);
-  }
-  ~Handle() { ::close(number_); }
-  Handle(const Handle&) = delete;
-  Handle& operator=(const Handle&) = delete;
-  int number() const { return number_; }
-
- private:
-  int number_;
-};
-
-size_t size_of(const Handle& file, const std::string& path, const std::string& what) {
+// Of a regular file; anything else has none.
+size_t size_of(int number, const std::string& path, const std::string& what) {
   struct stat status{};
-  if (::fstat(file.number(), &status) != 0) fail(path, what, errno);
+  if (::fstat(number, &status) != 0) fail(path, what, errno);
   if (!S_ISREG(status.st_mode)) fail(path, what, S_ISDIR(status.st_mode) ? EISDIR : EINVAL);
   return size_t(status.st_size);
 }
@@ -49,36 +33,40 @@ size_t size_of(const Handle& file, const std::string& path, const std::string& w
 }  // namespace
 
 FileBytes read_file(const std::string& path, const std::string& what, size_t most) {
-  const Handle file(path, what);
-  FileBytes out;
-  out.bytes = size_of(file, path, what);
-  if (out.bytes > most) {
+  const File file(path, what);
+  if (file.bytes() > most) {
     throw Error(path + " is larger than " + std::to_string(most >> 20) + " MiB.",
                 "Check whether it is the engine's " + what + ".");
   }
+  FileBytes out;
+  out.bytes = file.bytes();
   out.data.reset(new std::byte[out.bytes]);  // not make_unique, which would write all of it first
-  size_t position = 0;
-  while (position < out.bytes) {
-    const ssize_t count = ::read(file.number(), &out.data[position], out.bytes - position);
-    if (count < 0 && errno == EINTR) continue;
-    if (count < 0) fail(path, what, errno);
-    if (count == 0) throw Error(path + " was cut off while it was read.", "Try again.");
-    position += size_t(count);
-  }
+  file.read(0, out.data.get(), out.bytes);
   return out;
 }
 
-MappedFile::MappedFile(const std::string& path, const std::string& what) {
-  const Handle file(path, what);
-  bytes_ = size_of(file, path, what);
-  if (bytes_ == 0) return;  // nothing cannot be mapped
-  void* const address = ::mmap(nullptr, bytes_, PROT_READ, MAP_PRIVATE, file.number(), 0);
-  if (address == MAP_FAILED) fail(path, what, errno);
-  data_ = static_cast<const std::byte*>(address);
+File::File(const std::string& path, const std::string& what)
+    : path_(path), what_(what), number_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+  if (number_ < 0) fail(path, what, errno);
+  try {
+    bytes_ = size_of(number_, path, what);
+  } catch (...) {  // no destructor runs where a constructor throws
+    ::close(number_);
+    throw;
+  }
 }
 
-MappedFile::~MappedFile() {
-  if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), bytes_);
+File::~File() { ::close(number_); }
+
+void File::read(size_t position, void* to, size_t bytes) const {
+  auto* place = static_cast<std::byte*>(to);
+  while (bytes > 0) {
+    const ssize_t count = ::pread(number_, place, bytes, off_t(position));
+    if (count < 0 && errno == EINTR) continue;
+    if (count < 0) fail(path_, what_, errno);
+    if (count == 0) throw Error(path_ + " was cut off while it was read.", "Copy it again.");
+    place += count, position += size_t(count), bytes -= size_t(count);
+  }
 }
 
 bool is_file(const std::string& path) {

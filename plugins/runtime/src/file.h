@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whole files: read into memory, or mapped. `what` is the file's part, such as "engine", for the Error that
-// says it is missing or cannot be read.
+// Files, read and never mapped: reading a map of a file that another process cuts off would end this one.
+// `what` is the file's part, such as "engine", for the Error that says it is missing or cannot be read.
 #pragma once
 
 #include <cstddef>
@@ -18,19 +18,21 @@ struct FileBytes {
 // An Error also for a file of more than `most` bytes.
 FileBytes read_file(const std::string& path, const std::string& what, size_t most = SIZE_MAX);
 
-// Read-only. Reading it ends the process if another one cuts the file off meanwhile.
-class MappedFile {
+// An open file of the size that it had when it was opened.
+class File {
  public:
-  MappedFile(const std::string& path, const std::string& what);
-  ~MappedFile();
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
+  File(const std::string& path, const std::string& what);
+  ~File();
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
 
-  const std::byte* data() const noexcept { return data_; }
+  // The bytes from `position` on. An Error where the file has become shorter.
+  void read(size_t position, void* to, size_t bytes) const;
   size_t bytes() const noexcept { return bytes_; }
 
  private:
-  const std::byte* data_ = nullptr;
+  std::string path_, what_;
+  int number_ = -1;
   size_t bytes_ = 0;
 };
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "log.h"
 
-#include <deque>
 #include <mutex>
+#include <set>
 
 #include "lynx/engine.h"
 
@@ -15,7 +15,7 @@ constexpr size_t kMostErrors = 8;
 struct State {
   std::mutex mutex;
   Log log;
-  std::deque<std::string> errors;
+  std::set<CallErrors*> calls;  // under way
 };
 
 // Never destroyed: TensorRT may log until the process is gone.
@@ -23,6 +23,8 @@ State& state() {
   static auto* const made = new State;
   return *made;
 }
+
+thread_local CallErrors* current = nullptr;  // the call that this thread is in
 
 }  // namespace
 
@@ -36,8 +38,11 @@ void log_message(int32_t severity, const char* message) noexcept {
     Log log;
     {
       const std::lock_guard lock(state().mutex);
-      if (severity <= kErrorSeverity) state().errors.emplace_back(message);
-      if (state().errors.size() > kMostErrors) state().errors.pop_front();
+      if (severity <= kErrorSeverity && current != nullptr) {
+        current->keep(message);
+      } else if (severity <= kErrorSeverity) {
+        for (CallErrors* call : state().calls) call->keep(message);
+      }
       log = state().log;
     }
     if (log) log(severity, message);
@@ -45,19 +50,31 @@ void log_message(int32_t severity, const char* message) noexcept {
   }
 }
 
-void forget_errors() {
+CallErrors::CallErrors() : outer_(current) {
   const std::lock_guard lock(state().mutex);
-  state().errors.clear();
+  state().calls.insert(this);
+  current = this;
 }
 
-std::string said_errors() {
+CallErrors::~CallErrors() {
+  const std::lock_guard lock(state().mutex);
+  state().calls.erase(this);
+  current = outer_;
+}
+
+std::string CallErrors::said() const {
   const std::lock_guard lock(state().mutex);
   std::string out;
-  for (const std::string& error : state().errors) {
+  for (const std::string& error : errors_) {
     const size_t end = error.find_last_not_of(". \n");
     out += (out.empty() ? " TensorRT says: " : "; ") + error.substr(0, end + 1);
   }
   return out.empty() ? out : out + ".";
+}
+
+void CallErrors::keep(const char* message) {
+  errors_.emplace_back(message);
+  if (errors_.size() > kMostErrors) errors_.pop_front();
 }
 
 }  // namespace lynx

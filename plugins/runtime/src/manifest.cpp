@@ -15,6 +15,7 @@ using nlohmann::json;
 constexpr int64_t kFormatVersion = 1;
 constexpr size_t kLargestBytes = size_t(16) << 20;  // FLUX.1-dev's is 0.2 MB
 constexpr size_t kMostDimensions = 8;               // of a TensorRT tensor
+constexpr const char* kNotOfRtx[] = {"sm90", "sm100", "sm103", "sm110"};
 constexpr const char* kAgain = "Copy the engine's files again, all of them, or compile it again.";
 
 // A value of the manifest and where it stands, for the Error that says it is wrong.
@@ -52,10 +53,6 @@ class Value {
     if (!is_integer(value_, least)) fail("is no integer of " + std::to_string(least) + " or more");
     return value_.get<int64_t>();
   }
-  bool boolean() const {
-    if (!value_.is_boolean()) fail("is neither true nor false");
-    return value_.get<bool>();
-  }
   bool is_null() const { return value_.is_null(); }
 
   std::vector<Value> items() const {
@@ -92,6 +89,13 @@ std::vector<Tensor> tensors_of(const Value& value, std::set<std::string>& names)
   return out;
 }
 
+// 89 of "sm89"; 0 of anything else.
+int number_of(const std::string& gpu) {
+  const bool known = gpu.size() >= 4 && gpu.size() <= 5 && gpu.compare(0, 2, "sm") == 0 &&
+                     gpu.find_first_not_of("0123456789", 2) == std::string::npos;
+  return known ? std::stoi(gpu.substr(2)) : 0;
+}
+
 json read_json(const std::string& path) {
   const FileBytes file = read_file(path, "manifest", kLargestBytes);
   try {
@@ -121,7 +125,6 @@ Manifest read_manifest(const std::string& path) {
   for (const Value& gpu : root["gpus"].items()) out.gpus.push_back(gpu.text());
   out.plugin_library = root["plugin"]["library"].file_name();
   out.plugin_sha256 = root["plugin"]["sha256"].sha256();
-  out.plugin_embedded = root["plugin"]["embedded"].boolean();
   std::set<std::string> names;
   out.inputs = tensors_of(root["inputs"], names);
   out.outputs = tensors_of(root["outputs"], names);
@@ -136,6 +139,18 @@ Manifest read_manifest(const std::string& path) {
     weights["tensors"].fail("is for external weights");
   }
   return out;
+}
+
+bool runs_on(const Manifest& manifest, const std::string& gpu) {
+  const std::vector<std::string>& built = manifest.gpus;
+  if (std::find(built.begin(), built.end(), gpu) != built.end()) return true;
+  if (manifest.backend != "tensorrt_rtx") return false;
+  for (const char* left_out : kNotOfRtx) {
+    if (gpu == left_out) return false;
+  }
+  return std::any_of(built.begin(), built.end(), [&](const std::string& older) {
+    return number_of(older) > 0 && number_of(older) < number_of(gpu);
+  });
 }
 
 }  // namespace lynx

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "lynx/safetensors.h"
+#include "safetensors.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
-#include "file.h"
 #include "json.h"
 #include "tensor.h"
 
@@ -33,9 +31,9 @@ std::vector<int64_t> naturals(const json& values, const std::string& path, const
   return out;
 }
 
-// One tensor of the header; `room`: bytes behind the header, which begin at `data`.
+// One tensor of the header, which ends at byte `data` of the file; `room`: bytes behind it.
 SafetensorsFile::Entry entry_of(const std::string& path, const std::string& name, const json& value,
-                                const std::byte* data, uint64_t room) {
+                                uint64_t data, uint64_t room) {
   const std::string what = "its entry '" + name.substr(0, 200) + "' is wrong";
   const bool whole = value.is_object() && value.size() == 3 && value.contains("dtype") &&
                      value["dtype"].is_string() && value.contains("shape") && value.contains("data_offsets");
@@ -54,36 +52,45 @@ SafetensorsFile::Entry entry_of(const std::string& path, const std::string& name
   return out;
 }
 
-json header_of(const std::string& path, const MappedFile& file, uint64_t* header_bytes) {
+// The length, 8 bytes, and the JSON behind it.
+std::vector<std::byte> header_bytes(const std::string& path, const File& file) {
   if (file.bytes() < kLengthBytes) refuse(path, "it ends within its header");
+  std::vector<std::byte> out(kLengthBytes);
+  file.read(0, out.data(), kLengthBytes);
   uint64_t length = 0;
-  for (size_t i = 0; i < kLengthBytes; ++i) length |= uint64_t(file.data()[i]) << (8 * i);
+  for (size_t i = 0; i < kLengthBytes; ++i) length |= uint64_t(out[i]) << (8 * i);
   if (length > kLargestHeader) refuse(path, "its header would take " + std::to_string(length) + " bytes");
   if (length > file.bytes() - kLengthBytes) refuse(path, "it ends within its header");
-  *header_bytes = kLengthBytes + length;
+  out.resize(kLengthBytes + length);
+  file.read(kLengthBytes, out.data() + kLengthBytes, size_t(length));
+  return out;
+}
+
+json header_of(const std::string& path, const std::vector<std::byte>& bytes) {
   try {
-    return parse_json({reinterpret_cast<const char*>(file.data()) + kLengthBytes, size_t(length)});
+    return parse_json(
+        {reinterpret_cast<const char*>(bytes.data()) + kLengthBytes, bytes.size() - kLengthBytes});
   } catch (const JsonError& error) {
     refuse(path, std::string("its header is no JSON: ") + error.what());
   }
 }
 
-std::vector<SafetensorsFile::Entry> read_entries(const std::string& path, const MappedFile& file) {
-  uint64_t header_bytes = 0;
-  const json header = header_of(path, file, &header_bytes);
+}  // namespace
+
+SafetensorsHeader read_header(const std::string& path, const File& file) {
+  SafetensorsHeader out{header_bytes(path, file), {}};
+  const json header = header_of(path, out.bytes);
   if (!header.is_object()) refuse(path, "its header is no mapping");
-  const std::byte* const data = file.data() + header_bytes;
-  const uint64_t room = file.bytes() - header_bytes;
-  std::vector<SafetensorsFile::Entry> entries;
+  const uint64_t data = out.bytes.size(), room = file.bytes() - data;
   for (const auto& [name, value] : header.items()) {
-    if (name != "__metadata__") entries.push_back(entry_of(path, name, value, data, room));
+    if (name != "__metadata__") out.entries.push_back(entry_of(path, name, value, data, room));
   }
-  std::sort(entries.begin(), entries.end(), [](const auto& a, const auto& b) {
-    return a.data != b.data ? a.data < b.data : a.bytes < b.bytes;  // empty ones before what begins there
+  std::sort(out.entries.begin(), out.entries.end(), [](const auto& a, const auto& b) {
+    return a.begin != b.begin ? a.begin < b.begin : a.bytes < b.bytes;  // empty ones before what begins there
   });
-  const std::byte* end = data;
-  for (const SafetensorsFile::Entry& entry : entries) {
-    if (entry.data != end) {
+  uint64_t end = data;
+  for (const SafetensorsFile::Entry& entry : out.entries) {
+    if (entry.begin != end) {
       refuse(path, "'" + entry.tensor.name.substr(0, 200) + "' overlaps another tensor or leaves a gap");
     }
     end += entry.bytes;
@@ -92,17 +99,24 @@ std::vector<SafetensorsFile::Entry> read_entries(const std::string& path, const 
     refuse(path, "its tensors take " + std::to_string(end - data) + " bytes, and there are " +
                      std::to_string(room));
   }
-  return entries;
+  return out;
 }
 
-}  // namespace
+const SafetensorsFile::Entry& entry_named(const std::string& path,
+                                          const std::vector<SafetensorsFile::Entry>& entries,
+                                          const std::string& name) {
+  for (const SafetensorsFile::Entry& entry : entries) {
+    if (entry.tensor.name == name) return entry;
+  }
+  throw Error(path + " has no tensor '" + name + "'.", "Give the file that belongs to the engine.");
+}
 
 struct SafetensorsFile::Impl {
   explicit Impl(const std::string& from)
-      : path(from), file(from, "safetensors file"), entries(read_entries(from, file)) {}
+      : path(from), file(from, "safetensors file"), entries(read_header(from, file).entries) {}
 
   std::string path;
-  MappedFile file;
+  File file;
   std::vector<Entry> entries;
 };
 
@@ -114,14 +128,13 @@ SafetensorsFile::~SafetensorsFile() = default;
 const std::vector<SafetensorsFile::Entry>& SafetensorsFile::entries() const noexcept {
   return impl_->entries;
 }
-const std::byte* SafetensorsFile::data() const noexcept { return impl_->file.data(); }
-size_t SafetensorsFile::bytes() const noexcept { return impl_->file.bytes(); }
 
 const SafetensorsFile::Entry& SafetensorsFile::at(const std::string& name) const {
-  for (const Entry& entry : impl_->entries) {
-    if (entry.tensor.name == name) return entry;
-  }
-  throw Error(impl_->path + " has no tensor '" + name + "'.", "Give the file that belongs to the engine.");
+  return entry_named(impl_->path, impl_->entries, name);
+}
+
+void SafetensorsFile::read(const Entry& entry, void* to) const {
+  impl_->file.read(size_t(entry.begin), to, entry.bytes);
 }
 
 }  // namespace lynx

@@ -77,8 +77,8 @@ const Layout& layout() {
   return found;
 }
 
-[[noreturn]] void fail(const std::string& cause, const std::string& remedy) {
-  throw Error(cause + said_errors(), remedy);
+[[noreturn]] void fail(const CallErrors& errors, const std::string& cause, const std::string& remedy) {
+  throw Error(cause + errors.said(), remedy);
 }
 
 Dims dims_of(const std::vector<int64_t>& shape) {
@@ -103,39 +103,46 @@ Library library() {
   out.backend = major < 8 ? "tensorrt_rtx" : "tensorrt";
   out.version = std::to_string(major) + "." + std::to_string(minor) + "." +
                 std::to_string(getInferLibPatchVersion()) + "." + std::to_string(getInferLibBuildVersion());
-  const bool known = major == 10 || major == 11 || (major == 1 && minor >= 7);
-  if (!known) {
-    throw Error("This program was not written for " + out.backend + " " + out.version + ".",
-                "Use TensorRT 10 or 11 or TensorRT for RTX 1.7, or a newer lynx-compile.");
+  out.layout = layout_of(major, minor);
+  if (out.layout == nullptr) {
+    throw Error(
+        "This program was not tested with " + out.backend + " " + out.version + ".",
+        "Use TensorRT 10.13 to 10.16 or 11.0 to 11.4, TensorRT for RTX 1.7, or a newer lynx-compile.");
   }
-  out.layout = major == 10 ? &kTensorRT10 : &kTensorRT11;
   return out;
+}
+
+const Layout* layout_of(int32_t major, int32_t minor) {
+  if (major == 10 && minor >= 13 && minor <= 16) return &kTensorRT10;
+  if (major == 11 && minor >= 0 && minor <= 4) return &kTensorRT11;
+  if (major == 1 && minor == 7) return &kTensorRT11;  // TensorRT for RTX
+  return nullptr;
 }
 
 void Destroy::operator()(void* interface) const noexcept { call<void>(interface, kDestructor); }
 
 void load_plugin_library(const std::string& path) {
-  forget_errors();
+  const CallErrors errors;
   logger(layout());
   void* const registry = getPluginRegistry();
   if (registry == nullptr || call<void*>(registry, layout().load_library, path.c_str()) == nullptr) {
-    fail("TensorRT cannot load the plugin library " + path + ".", "Build it again on this machine.");
+    fail(errors, "TensorRT cannot load the plugin library " + path + ".", "Build it again on this machine.");
   }
 }
 
 Interface create_runtime() {
-  forget_errors();
+  const CallErrors errors;
   Interface runtime(createInferRuntime_INTERNAL(logger(layout()), getInferLibVersion()));
-  if (runtime == nullptr) fail("TensorRT cannot start.", "Check the GPU's driver with nvidia-smi.");
+  if (runtime == nullptr) fail(errors, "TensorRT cannot start.", "Check the GPU's driver with nvidia-smi.");
   return runtime;
 }
 
 Interface deserialize(const Interface& runtime, const std::byte* plan, size_t bytes,
                       const std::string& path) {
-  forget_errors();
+  const CallErrors errors;
   Interface engine(call<void*>(runtime, layout().deserialize, static_cast<const void*>(plan), bytes));
   if (engine == nullptr) {
-    fail("TensorRT cannot load " + path + ".",
+    fail(errors, "TensorRT cannot load " + path + ".",
          "Free memory on the GPU if it says so; else compile the engine again here.");
   }
   return engine;
@@ -155,24 +162,26 @@ std::vector<NamedTensor> tensors(const Interface& engine) {
 }
 
 Interface create_context(const Interface& engine) {
-  forget_errors();
+  const CallErrors errors;
   Interface context(call<void*>(engine, layout().create_context, kStaticMemory));
-  if (context == nullptr) fail("TensorRT cannot create an execution context.", "Free memory on the GPU.");
+  if (context == nullptr)
+    fail(errors, "TensorRT cannot create an execution context.", "Free memory on the GPU.");
   return context;
 }
 
 void set_address(const Interface& context, const std::string& name, void* address) {
-  forget_errors();
+  const CallErrors errors;
   if (!call<bool>(context, layout().set_tensor_address, name.c_str(), address)) {
-    fail("TensorRT refuses the address of '" + name + "'.", "Give device memory of the engine's GPU.");
+    fail(errors, "TensorRT refuses the address of '" + name + "'.",
+         "Give device memory of the engine's GPU.");
   }
 }
 
 void set_shape(const Interface& context, const std::string& input, const std::vector<int64_t>& shape) {
-  forget_errors();
+  const CallErrors errors;
   const Dims dims = dims_of(shape);
   if (!call<bool>(context, layout().set_input_shape, input.c_str(), &dims)) {
-    fail("TensorRT refuses the shape of '" + input + "'.",
+    fail(errors, "TensorRT refuses the shape of '" + input + "'.",
          "Give one within the engine's profile, or compile again with others.");
   }
 }
@@ -182,9 +191,10 @@ std::vector<int64_t> shape(const Interface& context, const std::string& name) {
 }
 
 void enqueue(const Interface& context, cudaStream_t stream) {
-  forget_errors();
+  const CallErrors errors;
   if (!call<bool>(context, layout().enqueue, stream)) {
-    fail("TensorRT refuses to run the engine.", "Bind all inputs and outputs, and see TensorRT's messages.");
+    fail(errors, "TensorRT refuses to run the engine.",
+         "Bind all inputs and outputs, and see TensorRT's messages.");
   }
 }
 

@@ -2,9 +2,7 @@
 #include "weights.h"
 
 #include <algorithm>
-#include <cstring>
 
-#include "lynx/safetensors.h"
 #include "sha256.h"
 #include "tensor.h"
 
@@ -22,20 +20,13 @@ struct Range {
 };
 
 // Sorted by place in the file; allocates their memory.
-std::vector<Range> place(const std::string& path, const SafetensorsFile& file,
-                         const std::vector<Tensor>& wanted, Weights& out) {
+std::vector<Range> place(const WeightsFile& weights, const std::vector<Tensor>& wanted, Weights& out) {
   std::vector<Range> ranges;
   std::vector<size_t> offsets;
   size_t total = 0;
   for (const Tensor& tensor : wanted) {
-    const SafetensorsFile::Entry& entry = file.at(tensor.name);
-    if (entry.tensor.dtype != tensor.dtype || entry.tensor.shape != tensor.shape) {
-      throw Error(path + ": '" + tensor.name + "' is " + said(entry.tensor) + ", and the engine takes " +
-                      said(tensor) + ".",
-                  kStale);
-    }
-    const auto begin = size_t(entry.data - file.data());
-    ranges.push_back({begin, begin + entry.bytes, nullptr});
+    const SafetensorsFile::Entry& entry = entry_named(weights.path, weights.header.entries, tensor.name);
+    ranges.push_back({size_t(entry.begin), size_t(entry.begin) + entry.bytes, nullptr});
     offsets.push_back(total);
     total += (entry.bytes + kAlignment - 1) / kAlignment * kAlignment;
   }
@@ -62,26 +53,49 @@ void copy_piece(const std::vector<Range>& ranges, size_t begin, size_t end, cons
 
 }  // namespace
 
-Weights load_weights(const std::string& path, const std::string& sha256, const std::vector<Tensor>& wanted) {
-  const SafetensorsFile file(path);
+std::unique_ptr<WeightsFile> open_weights(const std::string& path, const std::vector<Tensor>& wanted) {
+  if (path.empty()) return nullptr;
+  std::unique_ptr<WeightsFile> out(new WeightsFile{path, {path, "weights file"}, {}});
+  out->header = read_header(path, out->file);
+  for (const Tensor& tensor : wanted) {
+    const Tensor& found = entry_named(path, out->header.entries, tensor.name).tensor;
+    if (found.dtype == tensor.dtype && found.shape == tensor.shape) continue;
+    throw Error(
+        path + ": '" + tensor.name + "' is " + said(found) + ", and the engine takes " + said(tensor) + ".",
+        kStale);
+  }
+  return out;
+}
+
+Weights load_weights(const WeightsFile& weights, const std::string& sha256,
+                     const std::vector<Tensor>& wanted) {
+  const File& file = weights.file;
+  const std::vector<std::byte>& header = weights.header.bytes;
   Weights out;
-  const std::vector<Range> ranges = place(path, file, wanted, out);
+  const std::vector<Range> ranges = place(weights, wanted, out);
   const Stream stream = make_stream();
   const PinnedMemory pinned[2] = {pinned_memory(kPiece), pinned_memory(kPiece)};
   const Event copied[2] = {make_event(), make_event()};
   Sha256 digest;
-  for (size_t begin = 0, turn = 0; begin < file.bytes(); begin += kPiece, turn ^= 1) {
-    const size_t bytes = std::min(kPiece, file.bytes() - begin);
-    auto* const piece = static_cast<std::byte*>(pinned[turn].get());
-    check(cudaEventSynchronize(copied[turn].get()),
-          "copying the weights");  // the piece before the last is gone
-    std::memcpy(piece, file.data() + begin, bytes);
-    digest.update(piece, bytes);
-    copy_piece(ranges, begin, begin + bytes, piece, stream.get());
-    check(cudaEventRecord(copied[turn].get(), stream.get()), "copying the weights");
+  digest.update(header.data(), header.size());  // the very bytes that were understood
+  try {
+    for (size_t begin = header.size(), turn = 0; begin < file.bytes(); begin += kPiece, turn ^= 1) {
+      const size_t bytes = std::min(kPiece, file.bytes() - begin);
+      auto* const piece = static_cast<std::byte*>(pinned[turn].get());
+      check(cudaEventSynchronize(copied[turn].get()),
+            "copying the weights");  // the piece before the last is gone
+      file.read(begin, piece, bytes);
+      digest.update(piece, bytes);
+      copy_piece(ranges, begin, begin + bytes, piece, stream.get());
+      check(cudaEventRecord(copied[turn].get(), stream.get()), "copying the weights");
+    }
+  } catch (...) {  // the GPU may still read the pinned memory that is freed then
+    cudaStreamSynchronize(stream.get());
+    throw;
   }
   check(cudaStreamSynchronize(stream.get()), "copying the weights");
-  if (digest.hex() != sha256) throw Error(path + " is damaged, or of another engine (SHA-256).", kStale);
+  if (digest.hex() != sha256)
+    throw Error(weights.path + " is damaged, or of another engine (SHA-256).", kStale);
   return out;
 }
 

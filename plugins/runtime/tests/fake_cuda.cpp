@@ -70,6 +70,7 @@ cudaError_t cudaMallocHost(void** address, size_t bytes) { return fake::allocate
 cudaError_t cudaFreeHost(void* address) { return fake::release(address); }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
   std::memcpy(to, from, bytes);
+  if (const auto on_copy = cuda().on_copy) on_copy();
   return cudaSuccess;
 }
 cudaError_t cudaMemset(void* to, int value, size_t bytes) {

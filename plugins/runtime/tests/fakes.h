@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -18,6 +19,7 @@ struct Cuda {
   int architecture = 89;
   int fail_allocation = -1;                      // the n-th from now on fails; -1: none
   int allocations = 0, streams = 0, events = 0;  // alive
+  std::function<void()> on_copy;                 // called at each copy, if there is one
 };
 Cuda& cuda();
 

@@ -2,7 +2,7 @@
 // Shows what the runtime makes of a file, and which layout it calls TensorRT by, for tests/runtime_cpp to
 // compare:
 //
-//   runtime_probe sha256 FILE | safetensors FILE | manifest FILE | layout 10|11 | library
+//   runtime_probe sha256 FILE | safetensors FILE | manifest FILE | runs_on FILE GPU | layout 10|11 | library
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -22,9 +22,9 @@ void print_tensors(const char* what, const std::vector<lynx::Tensor>& tensors) {
 }
 
 void print_manifest(const lynx::Manifest& manifest) {
-  std::printf("engine %s\nbackend %s %s\nplugin %s %d\nweights %s\n", manifest.engine_sha256.c_str(),
+  std::printf("engine %s\nbackend %s %s\nplugin %s\nweights %s\n", manifest.engine_sha256.c_str(),
               manifest.backend.c_str(), manifest.backend_version.c_str(), manifest.plugin_sha256.c_str(),
-              manifest.plugin_embedded, manifest.weights_file.c_str());
+              manifest.weights_file.c_str());
   print_tensors("input", manifest.inputs);
   print_tensors("output", manifest.outputs);
   print_tensors("weight", manifest.weights);
@@ -50,14 +50,18 @@ void print_sha256(const lynx::FileBytes& file) {
   }
 }
 
-void probe(const std::string& what, const std::string& of) {
+void probe(const std::string& what, const std::string& of, const std::string& gpu) {
   if (what == "sha256") {
     print_sha256(lynx::read_file(of, "file"));
+  } else if (what == "runs_on") {
+    std::printf("%s\n", lynx::runs_on(lynx::read_manifest(of), gpu) ? "yes" : "no");
   } else if (what == "safetensors") {
     const lynx::SafetensorsFile file(of);
     for (const auto& entry : file.entries()) {
+      std::vector<std::byte> bytes(entry.bytes);
+      file.read(entry, bytes.data());
       std::printf("%s %s %s\n", entry.tensor.name.c_str(), lynx::said(entry.tensor).c_str(),
-                  lynx::sha256(entry.data, entry.bytes).c_str());
+                  lynx::sha256(bytes.data(), bytes.size()).c_str());
     }
   } else if (what == "manifest") {
     print_manifest(lynx::read_manifest(of));
@@ -74,7 +78,7 @@ void probe(const std::string& what, const std::string& of) {
 
 int main(int argc, char** argv) {
   try {
-    probe(argc > 1 ? argv[1] : "", argc > 2 ? argv[2] : "");
+    probe(argc > 1 ? argv[1] : "", argc > 2 ? argv[2] : "", argc > 3 ? argv[3] : "");
   } catch (const lynx::Error& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 3;

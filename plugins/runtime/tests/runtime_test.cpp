@@ -2,6 +2,7 @@
 // The C++ runtime against stand-ins for CUDA and TensorRT 10: order of calls, lifetimes, every clash of
 // files, and mutated files. Needs no GPU. Built with the address and undefined-behaviour sanitizers.
 #include <elf.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,14 +16,17 @@
 #include <nlohmann/json.hpp>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "fakes.h"
 #include "host_code.h"
+#include "log.h"
 #include "lynx/engine.h"
 #include "lynx/safetensors.h"
 #include "manifest.h"
 #include "sha256.h"
+#include "tensorrt.h"
 
 namespace {
 
@@ -71,6 +75,18 @@ json entry(const std::string& dtype, const std::vector<int64_t>& shape, int64_t 
   return {{"dtype", dtype}, {"shape", shape}, {"data_offsets", {begin, end}}};
 }
 
+// A library of `bytes`, the table of sections last.
+std::string library_of(size_t bytes, char content) {
+  Elf64_Ehdr header{};
+  std::memcpy(header.e_ident, ELFMAG, SELFMAG);
+  header.e_ident[EI_CLASS] = ELFCLASS64, header.e_ident[EI_DATA] = ELFDATA2LSB,
+  header.e_ident[EI_VERSION] = 1;
+  header.e_machine = EM_X86_64, header.e_shentsize = 64, header.e_shnum = 2, header.e_shoff = bytes - 128;
+  std::string out(bytes, content);
+  std::memcpy(out.data(), &header, sizeof header);
+  return out;
+}
+
 // A folder with flux.engine, its manifest, its library and its weights: y = x * weight[0], and `count`
 // numbers more.
 class Files {
@@ -87,7 +103,7 @@ class Files {
     weights = safetensors(
         {{"weight", entry("F32", {4}, 0, 16)}, {"large", entry("I32", {count}, 16, 16 + 4 * count)}},
         numbers);
-    library = "a library";
+    library = library_of(500, 'a');
     manifest = {
         {"format_version", 1},
         {"engine", {{"file", "flux.engine"}, {"bytes", plan.size()}, {"sha256", digest(plan)}}},
@@ -173,8 +189,13 @@ void test_safetensors(const fs::path& folder) {
   const lynx::SafetensorsFile file(path);
   bool ok = file.entries().size() == 3 && file.at("a").bytes == 8 && file.at("a").tensor.dtype == "fp16" &&
             file.at("b").tensor.shape == std::vector<int64_t>{1} && file.at("none").bytes == 0;
-  ok &= std::memcmp(file.at("b").data, "89abcdef", 8) == 0;
+  char b[8];
+  file.read(file.at("b"), b);
+  ok &= std::memcmp(b, "89abcdef", 8) == 0;
   report(ok, "safetensors: tensors are where the header says");
+  fs::resize_file(path, fs::file_size(path) - 1);
+  refuses("safetensors: cut off behind its back", "was cut off while it was read",
+          [&] { file.read(file.at("b"), b); });
   refuses("safetensors: no such tensor", "no tensor 'c'", [&] { file.at("c"); });
 
   const auto bad = [&](const std::string& name, const std::string& cause, const std::string& bytes) {
@@ -267,6 +288,56 @@ void test_run() {
   report(nothing_left(), "all is freed");
 }
 
+// A mapping would end the process here.
+void test_weights_cut_off() {
+  const Files files(6000000);
+  fake::cuda().on_copy = [&] {
+    fake::cuda().on_copy = nullptr;
+    fs::resize_file(files.folder / "flux.safetensors", 1 << 20);
+  };
+  refuses("weights cut off while they are copied", "was cut off while it was read",
+          [&] { lynx::Engine::open(files.engine()); });
+  report(nothing_left(), "and nothing is left behind");
+}
+
+// Two compilations of one model: everything fits but the digests.
+void test_files_of_two_runs() {
+  const Files one;
+  Files other;
+  const size_t at = other.weights.size() - 1;
+  other.weights[at] = char(other.weights[at] ^ 1);
+  other.manifest["weights"]["sha256"] = digest(other.weights);
+  other.set_plan(other.plan + "# another run\n");
+  other.save();
+  const auto mixed = [&](const std::string& name, const char* file, const std::string& cause) {
+    const Files mix;
+    for (const char* each : {"flux.engine", "flux.json", "flux.safetensors"}) {
+      const fs::path& from = each == std::string(file) ? other.folder : one.folder;
+      fs::copy_file(from / each, mix.folder / each, fs::copy_options::overwrite_existing);
+    }
+    refuses(name, cause, [&] { lynx::Engine::open(mix.engine()); });
+  };
+  mixed("the engine of another run", "flux.engine", "is too long");
+  mixed("the manifest of another run", "flux.json", "is cut off");
+  mixed("the weights of another run", "flux.safetensors", "is damaged, or of another engine");
+  lynx::Engine::open(other.engine());
+  report(nothing_left(), "each by itself runs");
+}
+
+void test_versions() {
+  using lynx::tensorrt::kTensorRT10, lynx::tensorrt::kTensorRT11, lynx::tensorrt::layout_of;
+  const auto is = [](int major, int minor, const lynx::tensorrt::Layout* layout) {
+    report(layout_of(major, minor) == layout,
+           "layout of version " + std::to_string(major) + "." + std::to_string(minor));
+  };
+  is(10, 13, &kTensorRT10), is(10, 14, &kTensorRT10), is(10, 16, &kTensorRT10);
+  is(11, 0, &kTensorRT11), is(11, 4, &kTensorRT11), is(1, 7, &kTensorRT11);
+  for (const auto& [major, minor] : std::vector<std::pair<int, int>>{
+           {10, 12}, {10, 17}, {11, 5}, {1, 6}, {1, 8}, {12, 0}, {9, 3}, {0, 0}, {2, 7}}) {
+    is(major, minor, nullptr);
+  }
+}
+
 void test_moves() {
   const Files files;
   std::vector<lynx::Engine> engines;
@@ -303,7 +374,8 @@ void test_clashes() {
         "was built by tensorrt 10.13.0.35, and this program runs with tensorrt 10.14.1.48",
         set("/backend/version", "10.13.0.35"));
   clash("the other TensorRT", "was built by tensorrt_rtx", set("/backend/name", "tensorrt_rtx"));
-  clash("another GPU", "was built for sm90, and the GPU here is sm89", set("/gpus", json::array({"sm90"})));
+  clash("another GPU", "was built by tensorrt for sm90, and the GPU here is sm89, which cannot run that",
+        set("/gpus", json::array({"sm90"})));
   clash("engine too long", "is too long", set("/engine/bytes", 3));
   clash("engine cut off", "is cut off", set("/engine/bytes", 4000));
   clash("engine of another digest", "is damaged, or of another manifest",
@@ -362,7 +434,8 @@ void test_clashes() {
   });
   Files files;
   fs::remove(files.folder / "liblynx_plugin.so");
-  refuses("no library", "which is not beside it", [&] { lynx::Engine::open(files.engine()); });
+  refuses("no library", "which is neither beside it nor inside it",
+          [&] { lynx::Engine::open(files.engine()); });
   write(files.folder / "flux.json", "{\"format_version\": 1");
   refuses("manifest cut off", "is cut off or no JSON", [&] { lynx::Engine::open(files.engine()); });
   write(files.folder / "flux.json", R"({"format_version": 1, "format_version": 1})");
@@ -375,25 +448,13 @@ void test_clashes() {
   refuses("no manifest", "The manifest", [&] { lynx::Engine::open(files.engine()); });
   refuses("no engine", "does not exist", [&] { lynx::Engine::open("/nowhere/flux.engine"); });
   Files other;
-  other.library = "another library", other.manifest["plugin"]["sha256"] = digest(other.library);
+  other.library = library_of(500, 'b'), other.manifest["plugin"]["sha256"] = digest(other.library);
   other.save();
-  refuses("a second library in one process", "already loaded another",
+  refuses("a second library in one process", "has loaded a plugin library of SHA-256 ",
           [&] { lynx::Engine::open(other.engine()); });
 }
 
 // ---- Libraries inside an engine
-
-// A library of `bytes`, the table of sections last.
-std::string library_of(size_t bytes, char content) {
-  Elf64_Ehdr header{};
-  std::memcpy(header.e_ident, ELFMAG, SELFMAG);
-  header.e_ident[EI_CLASS] = ELFCLASS64, header.e_ident[EI_DATA] = ELFDATA2LSB,
-  header.e_ident[EI_VERSION] = 1;
-  header.e_machine = EM_X86_64, header.e_shentsize = 64, header.e_shnum = 2, header.e_shoff = bytes - 128;
-  std::string out(bytes, content);
-  std::memcpy(out.data(), &header, sizeof header);
-  return out;
-}
 
 void test_host_code() {
   const std::string library = library_of(1000, 'a'), other = library_of(1000, 'b');
@@ -425,25 +486,48 @@ void test_host_code() {
   refused("of 32 bits", narrow);
 }
 
-void test_embedded() {
-  Files files;
-  const std::string library = library_of(500, 'a');
-  files.set_plan(files.plan + library + "\n");
-  files.manifest["plugin"] = {
-      {"library", "liblynx_plugin.so"}, {"sha256", digest(library)}, {"embedded", true}};
-  files.manifest["inputs"].push_back({{"name", "weight"}, {"dtype", "fp32"}, {"shape", {4}}});
-  files.manifest["inputs"].push_back({{"name", "large"}, {"dtype", "int32"}, {"shape", {100}}});
-  files.manifest["weights"] = {
-      {"mode", "embedded"}, {"file", nullptr}, {"sha256", nullptr}, {"tensors", json::array()}};
+// Files of an engine that carries its library and whose library is not beside it.
+void embed(Files& files) {
+  files.set_plan(files.plan + files.library + "\n");
+  files.manifest["plugin"]["sha256"] = digest(files.library);
   files.save();
   fs::remove(files.folder / "liblynx_plugin.so");
+}
+
+void test_embedded() {
+  Files files, other;
+  embed(files);
   const size_t before = fake::tensorrt().libraries.size();
-  {
-    const lynx::Engine engine = lynx::Engine::open(files.engine());
-    report(engine.weights().empty() && fake::tensorrt().libraries.size() == before,
-           "an engine with its own copy of the library needs no file");
+  lynx::Engine::open(files.engine());
+  report(fake::tensorrt().libraries.size() == before && nothing_left(),
+         "an engine with its own copy of the library needs no file");
+  other.library = library_of(500, 'b');
+  embed(other);
+  refuses("an engine with another library inside", "has loaded a plugin library of SHA-256 ",
+          [&] { lynx::Engine::open(other.engine()); });
+}
+
+// TensorRT loads what an engine carries, so that its digest counts from then on. In a process where no
+// library is yet.
+void test_embedded_first() {
+  std::fflush(stdout);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    Files files, other;
+    embed(files);
+    other.library = library_of(500, 'b'), other.manifest["plugin"]["sha256"] = digest(other.library);
+    other.save();
+    lynx::Engine::open(files.engine());
+    report(fake::tensorrt().libraries.empty(), "no file is loaded for an engine that carries its library");
+    refuses("another library after it", "has loaded a plugin library of SHA-256 ",
+            [&] { lynx::Engine::open(other.engine()); });
+    std::fflush(stdout);
+    fs::remove_all(files.folder), fs::remove_all(other.folder);
+    std::_Exit(failed);
   }
-  report(nothing_left(), "and leaves nothing");
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  report(WIFEXITED(status) && WEXITSTATUS(status) == 0, "a library inside an engine counts as loaded");
 }
 
 void test_log() {
@@ -458,6 +542,30 @@ void test_log() {
   refuses("with a log that throws", "TensorRT says", [&] { lynx::Engine::open(files.engine()); });
   lynx::set_log({});
   fake::tensorrt().refuse_engine = false;
+}
+
+// An error belongs to the call whose thread it came in; one of a thread without a call may belong to any.
+void test_errors_of_threads() {
+  const lynx::CallErrors here;
+  std::string there;
+  std::thread([&] {
+    const lynx::CallErrors errors;
+    lynx::log_message(1, "of the other thread.");
+    there = errors.said();
+  }).join();
+  lynx::log_message(1, "of this one.");
+  report(there == " TensorRT says: of the other thread.", "the other thread's error", there);
+  report(here.said() == " TensorRT says: of this one.", "this thread's error", here.said());
+  {
+    const lynx::CallErrors next;
+    report(next.said().empty(), "a new call has no errors");
+    lynx::log_message(2, "a warning");
+    for (int i = 0; i < 20; ++i) lynx::log_message(1, std::to_string(i).c_str());
+    report(next.said() == " TensorRT says: 12; 13; 14; 15; 16; 17; 18; 19.", "the last errors", next.said());
+  }
+  std::thread([] { lynx::log_message(0, "of a worker of TensorRT's"); }).join();
+  report(here.said() == " TensorRT says: of this one; of a worker of TensorRT's.", "a worker's error",
+         here.said());
 }
 
 // ---- Mutations: an Error or a good reading, never a crash or a read outside the file
@@ -519,9 +627,9 @@ void test_mutations(const fs::path& folder) {
   const int headers = refused_mutations(good, tensors, [&] {
     const lynx::SafetensorsFile file(tensors.string());
     for (const auto& one : file.entries()) {
-      if (one.data < file.data() || one.data + one.bytes > file.data() + file.bytes())
-        throw std::logic_error("a tensor outside its file");
-      for (size_t i = 0; i < one.bytes; ++i) sum += unsigned(one.data[i]);
+      std::string bytes(one.bytes, '\0');
+      file.read(one, bytes.data());  // an Error, which fails the test, for a tensor outside the file
+      for (const char byte : bytes) sum += unsigned(byte);
     }
   });
   report(headers > 5000 && headers < 10000 && sum > 0, "10,000 mutated safetensors headers",
@@ -544,14 +652,19 @@ void fake::run(std::map<std::string, Bound>& tensors) {
 int main() {
   char name[] = "/tmp/lynx_runtime_XXXXXX";
   const fs::path folder = ::mkdtemp(name);
+  test_embedded_first();
   test_sha256();
   test_safetensors(folder);
+  test_versions();
   test_run();
+  test_weights_cut_off();
+  test_files_of_two_runs();
   test_moves();
   test_clashes();
   test_host_code();
   test_embedded();
   test_log();
+  test_errors_of_threads();
   test_mutations(folder);
   fs::remove_all(folder);
   std::printf("%d passed, %d failed\n", passed, failed);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Reads safetensors files, such as a LoRA to bind: memory-mapped, every offset checked before it is used.
+// Reads safetensors files, such as a LoRA to bind: every offset is checked before it is used, and nothing is
+// mapped, so that a file which another process cuts off is an Error.
 #pragma once
 
 #include <cstddef>
@@ -14,10 +15,10 @@ namespace lynx {
 
 class SafetensorsFile {
  public:
-  // Where a tensor's bytes are, in the mapping.
+  // Where a tensor's bytes are, in the file.
   struct Entry {
     Tensor tensor;
-    const std::byte* data;
+    uint64_t begin;
     size_t bytes;
   };
 
@@ -29,9 +30,8 @@ class SafetensorsFile {
 
   const std::vector<Entry>& entries() const noexcept;  // in the order of the file
   const Entry& at(const std::string& name) const;      // an Error where there is none
-  // The whole file. Nobody may cut it off meanwhile: reading what is gone ends the process.
-  const std::byte* data() const noexcept;
-  size_t bytes() const noexcept;
+  // Reads one of this file's tensors into `to`, host memory of `entry.bytes` bytes.
+  void read(const Entry& entry, void* to) const;
 
  private:
   struct Impl;
