@@ -12,6 +12,8 @@ import importlib
 import importlib.util
 import logging
 import re
+import threading
+import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -140,7 +142,7 @@ def load_plugin(
 
 
 def said(backend: Backend) -> str:
-    """The last errors of TensorRT and of the plugin, as the end of a sentence; empty when there are none."""
+    """The errors of this thread's last call of TensorRT, as the end of a sentence; empty when there are none."""
     lines = [" ".join(line.split()) for line in backend.messages.errors if "--- " not in line]
     return f" TensorRT says: {'; '.join(line.rstrip('.') for line in lines)}." if lines else ""
 
@@ -203,26 +205,50 @@ def _backend(name: str) -> Backend:
 
 
 def _message_log(module: ModuleType) -> Any:
-    """A TensorRT logger that keeps the last errors, for exceptions, and writes to Python's logging."""
+    """A TensorRT logger that keeps the last errors, for exceptions, and writes to Python's logging.
+
+    ``clear`` begins a call in a thread, and ``errors`` are those since then: of that thread, and of threads without a
+    call (TensorRT's own, or the one that a build runs in), which may belong to any.
+    """
     severity = module.ILogger.Severity
     levels = {severity.WARNING: logging.WARNING, severity.INFO: logging.INFO, severity.VERBOSE: logging.DEBUG}
 
     class MessageLog(module.ILogger):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:
             module.ILogger.__init__(self)
-            self.errors: deque[str] = deque(maxlen=8)
+            self._lock = threading.Lock()
+            self._own = threading.local()
+            self._calls: weakref.WeakSet[_Errors] = weakref.WeakSet()  # of threads that live
 
         def log(self, level: Any, message: str) -> None:
             if level not in levels:
-                self.errors.append(message)
+                own = getattr(self._own, "errors", None)
+                with self._lock:
+                    for call in list(self._calls) if own is None else [own]:
+                        call.messages.append(message)
             log.log(
                 levels.get(level, logging.INFO), "%s", message
             )  # an error is raised later, not printed twice
 
         def clear(self) -> None:
-            self.errors.clear()
+            with self._lock:
+                self._own.errors = _Errors()
+                self._calls.add(self._own.errors)
+
+        @property
+        def errors(self) -> tuple[str, ...]:
+            with self._lock:
+                own = getattr(self._own, "errors", None)
+                return () if own is None else tuple(own.messages)
 
     return MessageLog()
+
+
+class _Errors:
+    """The last errors of one thread's call."""
+
+    def __init__(self) -> None:
+        self.messages: deque[str] = deque(maxlen=8)
 
 
 def _shipped(name: str) -> Path:

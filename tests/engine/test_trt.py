@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import logging
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,6 +110,7 @@ def test_backend_is_made_once() -> None:
 def test_messages(caplog: pytest.LogCaptureFixture) -> None:
     backend = trt.backend("tensorrt_rtx")
     severity = backend.module.ILogger.Severity
+    backend.messages.clear()
     with caplog.at_level(logging.INFO, "lynx_compile.tensorrt"):
         for number in range(20):
             backend.messages.log(severity.ERROR, f"fault {number}.\n  more of it")
@@ -121,6 +123,31 @@ def test_messages(caplog: pytest.LogCaptureFixture) -> None:
     assert "chatter" not in levels
     backend.messages.clear()
     assert trt.said(backend) == ""
+
+
+def test_errors_belong_to_the_thread_that_called() -> None:
+    """One that comes in a thread of TensorRT's own may be of any call."""
+    backend = trt.backend("tensorrt_rtx")
+    error = backend.module.ILogger.Severity.ERROR
+    there: list[str] = []
+
+    def call() -> None:
+        backend.messages.clear()
+        backend.messages.log(error, "of the other thread.")
+        there.append(trt.said(backend))
+
+    def in_thread(work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    backend.messages.clear()
+    in_thread(call)
+    backend.messages.log(error, "of this one.")
+    assert there == [" TensorRT says: of the other thread."]
+    assert trt.said(backend) == " TensorRT says: of this one."
+    in_thread(lambda: backend.messages.log(error, "of a worker"))
+    assert trt.said(backend) == " TensorRT says: of this one; of a worker."
 
 
 def test_installed_library() -> None:
