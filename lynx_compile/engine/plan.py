@@ -37,6 +37,15 @@ def read_plan(path: Path) -> Plan:
     return plan
 
 
+def embeds(path: Path, library: Path) -> bool:
+    """Whether an engine on disk carries a copy of the plugin library, byte for byte."""
+    search = _Search(library.read_bytes())
+    with path.open("rb") as file:
+        while not search.count and (piece := file.read(PIECE_BYTES)):
+            search.read(piece)
+    return bool(search.count)
+
+
 class Plan:
     """The serialized engine on its way to or from disk, piece by piece: digested and searched as it passes.
 

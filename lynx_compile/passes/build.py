@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lynx_compile import recipe
 from lynx_compile.engine import trt
 from lynx_compile.engine.manifest import Tensor
-from lynx_compile.engine.plan import MAGIC, Plan
+from lynx_compile.engine.plan import MAGIC, Plan, embeds
 from lynx_compile.errors import StageError
 from lynx_compile.files.atomic import atomic_path
 from lynx_compile.files.progress import Progress, no_progress
@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 class BuiltEngine:
     """An engine on disk, and what its manifest tells of it.
 
-    ``plugin_layers``: how many the finished engine holds. ``gpus``: what it runs on. ``inputs`` include the
-    external weights.
+    ``plugin_embedded``: whether it holds a copy of the plugin library. ``plugin_layers``: how many it holds. ``gpus``:
+    what it runs on. ``inputs`` include the external weights.
     """
 
     path: Path
@@ -93,7 +93,7 @@ def build(
         gpus=engine.gpus if backend.ahead_of_time else (trt.gpu() or "unknown",),
         plugin=library.path,
         plugin_sha256=library.sha256,
-        plugin_embedded=True,
+        plugin_embedded=embeds(output, library.path),
         plugin_layers=plugin_layers,
         inputs=tuple(_tensor(network.get_input(i)) for i in range(network.num_inputs)),
         outputs=tuple(_tensor(network.get_output(i)) for i in range(network.num_outputs)),

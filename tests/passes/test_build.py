@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from lynx_compile import recipe
 from lynx_compile.engine.plan import Plan, _Search
 from lynx_compile.errors import LynxError, StageError
+from lynx_compile.passes import build as build_module
 from lynx_compile.passes.build import build
 from lynx_compile.passes.rewrite import LynxOnnx
 
@@ -64,6 +66,23 @@ def test_plugin_library_is_embedded(lynx: LynxOnnx, output: Path) -> None:
     built = build(lynx, RTX, output)
     assert built.plugin_embedded
     assert built.plugin.read_bytes() in output.read_bytes()
+
+
+def test_a_library_that_is_not_embedded_is_seen(
+    lynx: LynxOnnx, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest says what the engine holds, not what the builder was asked for."""
+    config = build_module._config
+
+    def without_library(*arguments: Any) -> Any:
+        made = config(*arguments)
+        made.plugins_to_serialize = []
+        return made
+
+    monkeypatch.setattr(build_module, "_config", without_library)
+    built = build(lynx, RTX, output)
+    assert not built.plugin_embedded
+    assert built.plugin.read_bytes() not in output.read_bytes()
 
 
 def test_builds_are_bit_identical(lynx: LynxOnnx, output: Path, tmp_path: Path, script: Script) -> None:
