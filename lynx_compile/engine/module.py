@@ -65,6 +65,7 @@ class FluxEngine(torch.nn.Module):
         """The GPU that the engine is on."""
         return torch.device("cuda", self.engine.device)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what runs is TensorRT's: there is nothing to trace
     def forward(
         self,
         hidden_states: torch.Tensor,

@@ -210,6 +210,30 @@ def test_ids_with_a_batch_dimension(flux: Stage) -> None:
     assert torch.equal(transformer(**older).sample, transformer(**given).sample)
 
 
+def test_torch_compile_passes_it_by(flux: Stage) -> None:
+    """Alone, in place, and in a module around it whose other work is compiled."""
+
+    class Around(torch.nn.Module):
+        def __init__(self, transformer: torch.nn.Module) -> None:
+            super().__init__()
+            self.transformer = transformer
+
+        def forward(self, hidden_states: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
+            return self.transformer(hidden_states * 0.5, **others).sample.float() + 1
+
+    given = inputs()
+    around = Around(lynx_compile.load(flux.path))
+    expected = around(**given)
+    torch._dynamo.reset()
+    compiled = torch.compile(around, backend="eager")
+    torch.testing.assert_close(compiled(**given), expected, rtol=0, atol=0)
+    alone = torch.compile(around.transformer, backend="eager")
+    halved = given | {"hidden_states": given["hidden_states"] * 0.5}
+    torch.testing.assert_close(alone(**halved).sample.float() + 1, expected, rtol=0, atol=0)
+    around.transformer.compile(backend="eager")
+    torch.testing.assert_close(around(**given), expected, rtol=0, atol=0)
+
+
 def test_moving_it(flux: Stage) -> None:
     transformer = lynx_compile.load(flux.path)
     for arguments in (
