@@ -2,7 +2,7 @@
 """The tables by which the C++ runtime calls TensorRT 11 and TensorRT for RTX are those of NVIDIA's own bindings.
 
 The bindings are given a library that prints which function they call. (TensorRT 10's table is compared with its
-headers, by the stand-in of plugins/runtime/tests.)
+headers, here and by the stand-in of plugins/runtime/tests.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.plugins.native import PLUGINS, WARNINGS, compile_cpp
+from tests.plugins.native import PLUGINS, WARNINGS, compile_cpp, header_folder
 from tests.runtime_cpp.conftest import output
 
 SITE = Path(sys.prefix) / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
@@ -94,6 +94,15 @@ def test_layout_is_that_of_the_bindings(programs: Path, tmp_path: Path, module: 
     for name, slot in layout.items():
         table = CLASS_OF.get(name, "context" if name in CONTEXT else "engine")
         assert called[name][-1:] == [f"{table} {slot}"], (name, called[name])
+
+
+def test_layout_is_that_of_the_headers(programs: Path, tmp_path: Path) -> None:
+    """Those at hand, of TensorRT 10.14."""
+    headers = header_folder("NvInferRuntime.h", "kernel_lens/include/tensorrt")
+    cuda = header_folder("cuda_runtime_api.h", "nvidia/cu13/include")
+    source = PLUGINS / "runtime/tests/layout_of_headers.cpp"
+    compile_cpp(source, tmp_path / "layout", "-w", f"-I{headers}", f"-I{cuda}")
+    assert output(tmp_path / "layout") == output(programs / "runtime_probe", "layout", "10")
 
 
 @pytest.mark.parametrize(

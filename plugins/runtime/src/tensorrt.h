@@ -26,7 +26,8 @@ struct Layout {
   bool versioned_logger;  // ILogger is an IVersionedInterface
 };
 inline constexpr Layout kTensorRT10 = {3, 30, 31, 23, 19, 20, 5, 24, 21, 22, 37, 10, false};
-inline constexpr Layout kTensorRT11 = {3, 26, 27, 19, 15, 16, 5, 23, 20, 21, 36, 6, true};  // and RTX from 1.7 on
+inline constexpr Layout kTensorRT11 = {3,  26, 27, 19, 15, 16,  5,
+                                       23, 20, 21, 36, 6,  true};  // and RTX from 1.7 on
 
 // Of the library that was linked.
 struct Library {
@@ -39,8 +40,8 @@ Library library();
 
 // The layout of a version; null for one that was not tested. Functions have moved from one version to another
 // before, and a call of the wrong one is no error but a crash or worse, so a future minor waits until its
-// headers or bindings have passed tests/runtime_cpp/test_layout.py: 10.13 to 11.1 did by headers, 11.4 and
-// RTX's 1.7 by bindings.
+// headers or bindings have passed tests/runtime_cpp/test_layout.py (or tests/layout_of_headers.cpp): 10.13
+// to 11.1 did by headers, 11.4 and RTX's 1.7 by bindings.
 const Layout* layout_of(int32_t major, int32_t minor);
 
 // An interface of TensorRT's, destroyed with it.
