@@ -84,5 +84,9 @@ _SAFETENSORS = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.complex64: "C64",
 }

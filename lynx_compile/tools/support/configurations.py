@@ -6,6 +6,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,10 +73,23 @@ def model(kind: Any, config: dict[str, Any], seed: int = 0) -> torch.nn.Module:
 
     Gates of zero switch blocks off; biases of zero and scales of one cannot get lost.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _uninitialised_is_nan():
         torch.manual_seed(seed)
         module: torch.nn.Module = kind(**config).eval().requires_grad_(False)
         for parameter in module.parameters():
-            if parameter.is_floating_point() and parameter.unique().numel() == 1:
+            if parameter.isnan().any():  # left to a checkpoint, such as padding tokens
+                parameter.zero_()
+            if parameter.unique().numel() == 1:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     return module
+
+
+@contextmanager
+def _uninitialised_is_nan() -> Iterator[None]:
+    """What ``torch.empty`` gives meanwhile is NaN, and not whatever was there."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the user's own pipeline and record every call that it makes of its transformer.
+
+A hook on the module sees each call before the module does; the pipeline is not changed, and nothing is known of it
+but the names of its components. What a compiled graph could not repeat is refused by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import ModelMixin
+
+from lynx_compile.errors import InputError, LynxError, StageError
+from lynx_compile.files.progress import Progress, no_progress
+from lynx_compile.models.recorder import Pipeline, Recorder, call_parameters, class_name, config, listed
+from lynx_compile.models.recording import Recording, load
+from lynx_compile.models.recording_writer import Writer
+
+Inputs = Sequence[Mapping[str, Any]]
+
+
+def capture(
+    pipe: Pipeline,
+    inputs: Inputs,
+    folder: Path,
+    *,
+    call: Mapping[str, Any] | None = None,
+    components: Sequence[str] = (),
+    seed: int = 0,
+    batch: int = 1,
+    states_per_prompt: int | None = None,
+    model_digest: str = "",
+    progress: Progress = no_progress,
+) -> Recording:
+    """Record what the pipeline hands its transformer for every prompt. The same arguments record the same bytes.
+
+    A run that was stopped goes on with its next prompt; a folder that holds another recording is overwritten.
+
+    Args:
+        inputs: per prompt, the arguments of ``pipe.__call__`` that are its own, such as ``prompt`` and ``image``;
+            see ``prompts.read``. Tensors are encoded prompts, with a batch of 1 in front.
+        call: the arguments that are the same for all. The last latents are not decoded unless it says so.
+        components: names in ``pipe.components``; by default the diffusers models, neither autoencoders nor encoders,
+            that the pipeline calls more than once a run.
+        seed: the noise of a prompt depends on it and the prompt's place alone.
+        batch: prompts to a run; the last run is filled up from the first prompts.
+        states_per_prompt: record so many calls of each component and run, drawn by ``seed``; by default all. The
+            first call of every graph is recorded as well.
+        model_digest: of the weights, so that those of another model are not taken for this one's.
+
+    Raises:
+        InputError: an argument is not the pipeline's, a component is not there or never called, or a call cannot
+            become a graph. StageError: the pipeline fails.
+    """
+    runs = _runs(inputs, batch)
+    arguments = dict(call or {})
+    _check_arguments(pipe, [*arguments, *(name for run in runs for name in run)])
+    if states_per_prompt is not None and states_per_prompt < 1:
+        raise InputError(
+            f"states_per_prompt is {states_per_prompt}.", "Record at least one state of a prompt."
+        )
+    modules = _modules(pipe, components)
+    choices = [arguments, list(components), seed, batch, states_per_prompt, model_digest]
+    key = _key(pipe, modules, choices, runs)
+    writer = Writer(folder, key, type(pipe).__name__, len(runs))
+    if writer.components is not None:
+        modules = {component.name: modules[component.name] for component in writer.components}
+    while writer.done < len(runs):
+        progress("prompts", writer.done, len(runs))
+        recorder = Recorder(pipe, modules, writer, set(components), states_per_prompt, seed)
+        try:
+            with recorder.listening():
+                _run(pipe, arguments | runs[writer.done], recorder, _sample_seed(seed, writer.done))
+            found = recorder.components() if writer.components is None else writer.components
+            writer.finish(recorder.sample, found)
+        finally:
+            recorder.sample.close()
+        modules = {component.name: modules[component.name] for component in found}
+    progress("prompts", writer.done, len(runs))
+    return load(folder)
+
+
+def _run(pipe: Pipeline, arguments: dict[str, Any], recorder: Recorder, seed: int) -> None:
+    """Call the pipeline once."""
+    known = call_parameters(pipe)
+    if "generator" in known:
+        arguments.setdefault("generator", torch.Generator().manual_seed(seed))
+    if "output_type" in known:
+        arguments.setdefault("output_type", "latent")
+    if "callback_on_step_end" in known and "callback_on_step_end" not in arguments:
+        recorder.counts_steps = True
+        arguments["callback_on_step_end"] = recorder.on_step_end
+        if "callback_on_step_end_tensor_inputs" in known:
+            arguments["callback_on_step_end_tensor_inputs"] = []
+    placed = {name: _placed(pipe, value) for name, value in arguments.items()}
+    name = type(pipe).__name__
+    with torch.random.fork_rng(), torch.no_grad(), _without_progress_bar(pipe):
+        torch.manual_seed(seed)
+        try:
+            pipe(**placed)
+        except LynxError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"The {name} refuses its arguments ({_first_line(error)}).", "Correct 'call:'."
+            ) from error
+        except Exception as error:
+            reason = f"the {name} failed ({type(error).__name__}: {_first_line(error)})."
+            raise StageError("capture", reason, "Check that the pipeline runs by itself.") from error
+
+
+@contextmanager
+def _without_progress_bar(pipe: Any) -> Iterator[None]:
+    before = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
+
+
+def _placed(pipe: Pipeline, value: Any) -> Any:
+    """An encoded prompt where the pipeline computes and, if it is a floating one, in its dtype."""
+    if isinstance(value, list):
+        return [_placed(pipe, item) for item in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(pipe._execution_device, pipe.dtype if value.is_floating_point() else None)
+
+
+def _runs(inputs: Inputs, batch: int) -> list[dict[str, Any]]:
+    """The prompts' own arguments, run by run."""
+    if not inputs:
+        raise InputError("There is no prompt.", "Give at least two of different length.")
+    for row in inputs:
+        if row.keys() != inputs[0].keys():
+            raise InputError(
+                f"The prompts do not have the same arguments ({listed(inputs[0])}; {listed(row)}).",
+                "Give each prompt all of them.",
+            )
+    filled = list(islice(cycle(inputs), -(-len(inputs) // batch) * batch))
+    return [_collated(filled[start : start + batch]) for start in range(0, len(filled), batch)]
+
+
+def _collated(rows: Inputs) -> dict[str, Any]:
+    if len(rows) == 1:
+        return dict(rows[0])
+    return {name: _together([row[name] for row in rows]) for name in rows[0]}
+
+
+def _together(values: list[Any]) -> Any:
+    if isinstance(values[0], torch.Tensor):
+        return torch.cat(values)
+    return [item for value in values for item in value] if isinstance(values[0], list) else values
+
+
+def _check_arguments(pipe: Pipeline, names: Sequence[str]) -> None:
+    known = call_parameters(pipe)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"Did you mean '{close[0]}'?" if close else f"It takes {listed(known)}."
+            raise InputError(f"The {type(pipe).__name__} takes no argument '{name}'.", hint)
+
+
+def _modules(pipe: Pipeline, names: Sequence[str]) -> dict[str, torch.nn.Module]:
+    """The modules to listen to: those named, or all that may be the transformer."""
+    modules = {name: m for name, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    for name in names:
+        if name not in modules:
+            raise InputError(
+                f"The {type(pipe).__name__} has no component '{name}'.", f"It has {listed(modules)}."
+            )
+    if names:
+        return {name: modules[name] for name in names}
+    found: dict[str, torch.nn.Module] = {}
+    for name, module in modules.items():
+        if _may_denoise(name, module) and all(module is not other for other in found.values()):
+            found[name] = module
+    if not found:
+        raise InputError(
+            f"The {type(pipe).__name__} has no diffusion transformer.", "Name the component to compile."
+        )
+    return found
+
+
+def _may_denoise(name: str, module: torch.nn.Module) -> bool:
+    kind = type(module)
+    is_autoencoder = kind.__module__.startswith("diffusers.models.autoencoders")
+    return (
+        isinstance(module, ModelMixin)
+        and not is_autoencoder
+        and "encoder" not in f"{name} {kind.__name__}".lower()
+    )
+
+
+def _key(
+    pipe: Pipeline,
+    modules: Mapping[str, torch.nn.Module],
+    choices: list[Any],
+    runs: list[dict[str, Any]],
+) -> str:
+    """Digest of all that a recording depends on."""
+    configs = {name: config(module) for name, module in modules.items()}
+    versions = [torch.__version__, diffusers.__version__]
+    digest = hashlib.sha256(json.dumps([class_name(pipe), versions, configs], sort_keys=True).encode())
+    for value in (choices, runs):
+        _update(digest, value)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, value: Any) -> None:
+    """Into the digest: tensors and images by their content, the rest as text."""
+    if isinstance(value, Mapping):
+        _update(digest, [[str(name), item] for name, item in sorted(value.items())])
+    elif isinstance(value, list | tuple):
+        digest.update(f"[{len(value)}".encode())
+        for item in value:
+            _update(digest, item)
+    elif isinstance(value, torch.Tensor):
+        array = value.detach().cpu().contiguous()
+        digest.update(f"{array.dtype} {tuple(array.shape)} ".encode())
+        digest.update(array.flatten().view(torch.uint8).numpy().data)
+    elif hasattr(value, "tobytes"):  # images
+        digest.update(
+            f"{getattr(value, 'mode', '')} {getattr(value, 'size', '')} ".encode() + value.tobytes()
+        )
+    else:
+        digest.update(f"{type(value).__name__} {value!r} ".encode())
+
+
+def _sample_seed(seed: int, sample: int) -> int:
+    return int(np.random.SeedSequence([seed, sample]).generate_state(1, np.uint32)[0])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a recording sample by sample, with nothing but the current call in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from lynx_compile.engine.arguments import Arguments, dtype_of
+from lynx_compile.errors import InputError
+from lynx_compile.files.atomic import save_text
+from lynx_compile.files.tensors import TensorSpec, write_tensors
+from lynx_compile.models.recording import (
+    VERSION,
+    Call,
+    Component,
+    Header,
+    Sample,
+    Signature,
+    count_samples,
+    read,
+    sample_path,
+    schema_key,
+    tensors_path,
+)
+
+
+class Writer:
+    """A recording that grows by samples, and goes on where an earlier writer of the same key stopped.
+
+    ``components``: those recorded; None until the first sample is there. ``done``: samples that are there.
+    ``schemas``: keys of the graphs that their calls need.
+    """
+
+    def __init__(self, folder: Path, key: str, pipeline: str, samples: int) -> None:
+        self.components: tuple[Component, ...] | None = None
+        self.done = 0
+        self.schemas: set[str] = set()
+        self._folder = folder
+        self._header = Header(VERSION, key, pipeline, (), samples)
+        self._blobs: set[str] = set()
+        sample_path(folder, 0).parent.mkdir(parents=True, exist_ok=True)
+        old = _header(folder)
+        if old is None or replace(old, components=()) != self._header:
+            _clear(folder)
+            return
+        self.components = old.components
+        for number in range(count_samples(folder, samples)):
+            self._note(read(sample_path(folder, number), Sample))
+
+    def begin(self) -> SampleWriter:
+        """The next sample, to be filled and given to ``finish``."""
+        return SampleWriter(self._folder, self.done)
+
+    def finish(self, sample: SampleWriter, components: tuple[Component, ...]) -> None:
+        """Write the calls of these components: first the tensors, and last the JSON that makes the sample count."""
+        content = sample.content({component.name for component in components}, self._blobs)
+        if content.blobs:
+            write_tensors(
+                tensors_path(self._folder, self.done), [sample.spec(blob) for blob in content.blobs]
+            )
+        if self.components is None:
+            self.components = components
+            _save(self._folder / "recording.json", replace(self._header, components=components))
+        _save(sample_path(self._folder, self.done), content)
+        self._note(content)
+
+    def _note(self, content: Sample) -> None:
+        self._blobs.update(content.blobs)
+        self.schemas.update(schema_key(signature) for signature in content.signatures)
+        self.done += 1
+
+
+class SampleWriter:
+    """The calls of one run of the pipeline. Tensors go to a temporary file at once."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self._number = number
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._specs: dict[str, TensorSpec] = {}
+        self._signatures: list[Signature] = []
+        self._places: dict[str, int] = {}
+        self._calls: dict[tuple[str, int], Call] = {}
+
+    def count(self, component: str, arguments: Arguments) -> int:
+        """Note a call; returns the place of its signature among the sample's."""
+        dtypes = {name: dtype_of(tensor) for name, tensor in arguments.tensors.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in arguments.tensors.items()}
+        key = json.dumps([component, arguments.structure, dtypes, shapes])
+        place = self._places.setdefault(key, len(self._signatures))
+        if place == len(self._signatures):
+            self._signatures.append(Signature(component, arguments.structure, dtypes, shapes))
+        known = self._signatures[place]
+        self._signatures[place] = replace(known, calls=known.calls + 1)
+        return place
+
+    def signature(self, place: int) -> Signature:
+        """The signature at a place that ``count`` returned."""
+        return self._signatures[place]
+
+    def keep(self, call: Call, arguments: Arguments) -> None:
+        """Store a call, which has no ``blobs`` yet, and its tensors."""
+        blobs = {name: self._store(tensor) for name, tensor in arguments.tensors.items()}
+        self._calls[call.component, call.index] = replace(call, sample=self._number, blobs=blobs)
+
+    def drop(self, component: str, index: int) -> None:
+        """Forget a stored call."""
+        del self._calls[component, index]
+
+    def content(self, components: set[str], known: set[str]) -> Sample:
+        """What goes to disk, of these components: blobs that are ``known`` are there already."""
+        places = [i for i, signature in enumerate(self._signatures) if signature.component in components]
+        calls = tuple(
+            replace(call, signature=places.index(call.signature))
+            for call in self._calls.values()
+            if call.component in components
+        )
+        blobs = {blob for call in calls for blob in call.blobs.values()} - known
+        return Sample(tuple(self._signatures[i] for i in places), calls, tuple(sorted(blobs)))
+
+    def spec(self, blob: str) -> TensorSpec:
+        """A stored tensor, to be read when it is written."""
+        return self._specs[blob]
+
+    def close(self) -> None:
+        """Remove the temporary file."""
+        self._file.close()
+
+    def _store(self, tensor: torch.Tensor) -> str:
+        """Copy the tensor to the end of the file, unless its content is there; returns its hash."""
+        fresh = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(
+            tensor
+        )  # on the CPU, contiguous whatever it was
+        shape, dtype = tuple(fresh.shape), fresh.dtype
+        data = fresh.flatten().view(torch.uint8).numpy().data
+        digest = hashlib.sha256(f"{dtype_of(fresh)} {shape} ".encode())
+        digest.update(data)
+        blob = digest.hexdigest()[:40]
+        if blob not in self._specs:
+            start, size = self._file.seek(0, 2), len(data)
+            self._file.write(data)
+            self._specs[blob] = TensorSpec(blob, dtype, shape, lambda: self._load(start, size, dtype, shape))
+        return blob
+
+    def _load(self, start: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        if not size:
+            return torch.empty(shape, dtype=dtype)
+        self._file.seek(start)
+        return torch.frombuffer(bytearray(self._file.read(size)), dtype=dtype).reshape(shape)
+
+
+def _header(folder: Path) -> Header | None:
+    """That of an earlier run, if it can be read."""
+    try:
+        return read(folder / "recording.json", Header)
+    except InputError:
+        return None
+
+
+def _clear(folder: Path) -> None:
+    """Remove an earlier recording, and nothing else."""
+    (folder / "recording.json").unlink(missing_ok=True)
+    for pattern in ("[0-9]*.json", "[0-9]*.safetensors"):
+        for path in (folder / "samples").glob(pattern):
+            path.unlink()
+
+
+def _save(path: Path, value: Any) -> None:
+    values = TypeAdapter(type(value)).dump_python(value, mode="json")
+    save_text(path, json.dumps(values, separators=(",", ":")) + "\n")
