@@ -32,7 +32,7 @@ from rich.progress import (
 from rich.table import Table
 
 from lynx_compile import __version__
-from lynx_compile.errors import InputError, LynxError
+from lynx_compile.errors import InputError, LynxError, is_out_of_memory, out_of_memory
 
 if TYPE_CHECKING:
     from lynx_compile.engine.manifest import Stage
@@ -57,9 +57,12 @@ def main() -> None:
         if command := commands.get(name):
             command(sys.argv[2:], prog_name=f"lynx-compile {name}")
         app(standalone_mode=True)
-    except LynxError as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}")
-        sys.exit(error.exit_code)
+    except Exception as error:
+        shown = out_of_memory(None, error) if is_out_of_memory(error) else error
+        if not isinstance(shown, LynxError):
+            raise
+        err.print(f"[bold red]error:[/] {escape(str(shown))}")
+        sys.exit(shown.exit_code)
 
 
 def _version(show: bool) -> None:

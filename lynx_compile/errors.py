@@ -37,57 +37,60 @@ class EngineError(LynxError):
     """TensorRT or CUDA failed while an engine was loaded or run (exit code 3)."""
 
 
+class OutOfMemoryError(LynxError):
+    """Memory ran out on the host or on a GPU (exit code 3); ``out_of_memory`` makes it."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on the host or on a GPU: here, or in what ``error`` was raised from.
+    """Whether memory ran out: in ``error``, or in what was being handled when it was raised.
 
-    A handler that explains errors lets these pass (``raise``), so that the one who knows the stage explains them.
+    So those who explain their own errors need not know of it: what they raise for such a cause (a damaged file, say)
+    is explained anew by ``out_of_memory`` where the stage is known.
     """
-    return any(_says_out_of_memory(link) for link in _chain(error))
+    return not isinstance(error, OutOfMemoryError) and any(map(_says_out_of_memory, _chain(error)))
 
 
-def out_of_memory(stage: str | None, error: BaseException) -> LynxError:
+def out_of_memory(stage: str | None, error: BaseException) -> OutOfMemoryError:
     """The error to show for one that ``is_out_of_memory``: which stage it was and what to change."""
     on_gpu = any(_GPU.search(f"{type(link).__name__} {link}") for link in _chain(error))
-    where = "GPU memory" if on_gpu else "memory"
-    remedy = _REMEDIES.get(stage or "", "Use smaller shapes")
-    remedy += ", or a GPU with more memory." if on_gpu else ", or a machine with more memory."
-    return (
-        StageError(stage, f"{where} ran out.", remedy)
-        if stage
-        else LynxError(f"The {where} ran out.", remedy)
+    memory = "GPU memory" if on_gpu else "memory"
+    cause = (
+        f"Stage '{stage}' failed: {memory} ran out." if stage else f"{memory[0].upper()}{memory[1:]} ran out."
+    )
+    machine = "a GPU" if on_gpu else "a machine"
+    return OutOfMemoryError(
+        cause, f"{_CHANGES.get(stage or '', 'End other programs')}, or use {machine} with more of it."
     )
 
 
 _GPU = re.compile(r"cuda|gpu|device memory", re.IGNORECASE)
 _MESSAGE = re.compile(
-    r"out ?of ?memory|defaultcpuallocator|not enough memory|cannot allocate memory|failed to allocate|bad_?alloc"
-    r"|unable to allocate|os error 12\b|signal 9\b|sigkill",
+    r"out ?of ?memory|not enough memory|cannot allocate memory|(failed|unable) to allocate|could not be allocated"
+    r"|defaultcpuallocator|bad_?alloc|cudaErrorMemoryAllocation|os error 12\b|signal 9\b|sigkill",
     re.IGNORECASE,
 )
-_REMEDIES = {
-    "load": "Close other programs",
-    "capture": "Lower calibration.batch, let fewer text encoders load by giving encoded prompts or a recording",
+_CHANGES = {
+    "capture": "Lower calibration.batch or the sizes under 'call', give encoded prompts or a recording",
     "calibrate": "Lower calibration.memory_gib, calibration.batch or the sizes under 'call'",
     "compensate": "Lower calibration.memory_gib",
-    "export": "Close other programs",
     "rewrite": "Set 'weights: external' under 'engine'",
-    "build": "Set 'weights: external' under 'engine', lower engine.workspace_gib or build for fewer engine.gpus",
+    "build": "Set 'weights: external' under 'engine', lower engine.workspace_gib, build for fewer of engine.gpus",
 }
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and those it was raised from or while handling, each once."""
+    """The error and what it was raised from or while handling, also where ``from None`` hides that from users."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        error = error.__cause__ if error.__suppress_context__ else error.__cause__ or error.__context__
+        error = error.__cause__ or error.__context__
 
 
 def _says_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError):
-        return True
+    if isinstance(error, InputError):  # it quotes what the user wrote
+        return False
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    # torch's allocators, ONNX Runtime and TensorRT raise RuntimeErrors or types of their own that say it in words.
-    return isinstance(error, Exception) and _MESSAGE.search(f"{type(error).__name__} {error}") is not None
+    # torch's allocators, ONNX Runtime and TensorRT say it in words.
+    return isinstance(error, MemoryError) or _MESSAGE.search(f"{type(error).__name__} {error}") is not None

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from lynx_compile.errors import EngineError, LynxError, StageError
+from lynx_compile.errors import EngineError, LynxError, StageError, is_out_of_memory, out_of_memory
 from lynx_compile.files.atomic import save_text
 from lynx_compile.files.progress import Progress, no_progress
 
@@ -121,15 +121,14 @@ def _produced(name: str, produce: Callable[[Progress], T], progress: Progress) -
     """``produce``'s value; what it does not explain itself becomes a StageError."""
     try:
         return produce(progress)
-    except EngineError as error:
-        raise StageError(name, error.cause, error.remedy) from None
-    except LynxError:
-        raise
-    except MemoryError as error:
-        raise StageError(
-            name, "memory ran out.", "Use a machine with more memory, or smaller shapes."
-        ) from error
     except Exception as error:
+        if is_out_of_memory(error):
+            log.exception("%s ran out of memory", name)
+            raise out_of_memory(name, error) from error
+        if isinstance(error, EngineError):
+            raise StageError(name, error.cause, error.remedy) from None
+        if isinstance(error, LynxError):
+            raise
         log.exception("%s failed", name)
         reason = str(error).strip().split("\n")[0]
         raise StageError(

@@ -22,7 +22,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors import safe_open
 
-from lynx_compile.errors import InputError, is_out_of_memory
+from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import file_digest
 from lynx_compile.files.progress import Progress, no_progress
 from lynx_compile.models.original import convert_original
@@ -84,8 +84,6 @@ class Checkpoint:
             with safe_open(stored.file, "pt") as file:
                 tensor = file.get_tensor(name)
         except Exception as error:  # safetensors raises its own, and the system's in its own words
-            if is_out_of_memory(error):
-                raise
             raise InputError(
                 f"{stored.file} cannot be read any more ({error}).",
                 "Leave it as it is while the compiler runs.",
@@ -280,8 +278,6 @@ def _described(path: Path, model_class: type[torch.nn.Module], config: Mapping[s
     try:
         return _construct(model_class, config, "cpu", torch.float32)
     except Exception as error:  # whatever a constructor makes of wrong arguments
-        if is_out_of_memory(error):
-            raise
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"{path}: this config does not describe a {model_class.__name__} ({type(error).__name__}: {reason}).",
@@ -326,8 +322,6 @@ def _import_class(name: str) -> type[Any]:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # it is somebody's code
-        if is_out_of_memory(error):
-            raise
         raise InputError(
             f"'{name}' cannot be imported ({type(error).__name__}: {str(error).strip() or 'no message'}).",
             "Install its package in the environment of lynx-compile, or correct model.module.",

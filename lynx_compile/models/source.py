@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from lynx_compile.errors import InputError, is_out_of_memory
+from lynx_compile.errors import InputError
 from lynx_compile.files.progress import Progress, no_progress
 from lynx_compile.models.checkpoint import read_json
 from lynx_compile.models.weight_files import refuse_other_formats
@@ -129,8 +129,6 @@ def _fetched(
     except (
         Exception
     ) as error:  # huggingface_hub raises many kinds: gated, unknown id, bad revision, no network
-        if is_out_of_memory(error):
-            raise
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         return _cached(source, revision, reason)
 
