@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from lynx_compile.tools.support.draws import Mask, Normal, Same, Times, Tiny
+from lynx_compile.tools.support.draws import Integers, Mask, Normal, Same, Times, Tiny
 
 INT = torch.int64
 
@@ -113,6 +113,68 @@ AUDIO_MODELS = {
             "hidden_states": Normal((1, 8, 24)),
             "encoder_hidden_states": Normal((1, 24, 32)),
             "timestep": Times(),
+        },
+    ),
+    "T5Film": Tiny(
+        "T5FilmDecoder",
+        {
+            "input_dims": 16,
+            "targets_length": 16,
+            "d_model": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "d_kv": 16,
+            "d_ff": 64,
+        },
+        {
+            "encodings_and_masks": [
+                (Normal((1, 6, 32)), Mask((1, 6), torch.float32)),
+                (Normal((1, 8, 32)), Mask((1, 8), torch.float32)),
+            ],
+            "decoder_input_tokens": Normal((1, 16, 16)),
+            "decoder_noise_time": Times(),
+        },
+    ),
+    "MiniMaxMusic3Codes": Tiny(  # a token model, called by the pipeline code by code
+        "MiniMaxMusic3RVQDepthDecoder",
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "audio_vocab_size": 32,
+            "num_codebooks": 4,
+        },
+        {"inputs_embeds": Normal((1, 4, 32))},
+    ),
+    "RFD4Proteina": Tiny(
+        "RFD4ProteinaTransformer",
+        {
+            "nlayers": 2,
+            "token_dim": 32,
+            "nheads": 2,
+            "dim_cond": 32,
+            "pair_repr_dim": 32,
+            "latent_dim": 16,
+            "token_type_emb_dim": 16,
+            "t_emb_dim": 32,
+            "feats_seq": ("xt_bb_ca", "xt_local_latents", "token_type"),
+            "feats_cond_seq": ("time_emb_bb_ca", "time_emb_local_latents"),
+            "feats_pair_repr": ("xt_bb_ca_pair_dists",),
+            "tri_mult_c": 16,
+            "num_sequence_classes": 16,
+        },
+        {
+            "bb_ca": Normal((1, 12, 3)),
+            "local_latents": Normal((1, 12, 16)),
+            "bb_ca_time": Times(),
+            "local_latents_time": Times(),
+            "padding_mask": Mask((1, 12)),
+            "token_type": Integers((1, 12), 7),
+            "conditioning": {
+                "is_in_context_conditioning": Same([[False] * 12]),
+                "supports_local_latent": Same([[True] * 12]),
+            },
         },
     ),
     "Prior": Tiny(

@@ -51,6 +51,14 @@ JOINT = {
     "axes_dims_rope": (4, 6, 6),
     "num_layers": 2,
 }
+BLOCKS = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 32,
+    "num_layers": 2,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 32,
+}  # those of a UNet
 
 IMAGE_MODELS = {
     "Flux": Tiny(
@@ -516,6 +524,41 @@ IMAGE_MODELS = {
             "encoder_hidden_states_mask": Mask((1, 12), INT),
             "timestep": Times(),
             "img_shapes": [(1, 4, 4)],
+        },
+    ),
+    "NucleusMoEImageExperts": Tiny(
+        "NucleusMoEImageTransformer2DModel",
+        JOINT
+        | {
+            "moe_enabled": True,
+            "dense_moe_strategy": "all_moe",
+            "num_experts": 4,
+            "moe_intermediate_dim": 32,
+            "capacity_factors": [2.0, 2.0],
+        },
+        _packed(channels=16)
+        | {
+            "encoder_hidden_states_mask": Mask((1, 12), INT),
+            "timestep": Times(),
+            "img_shapes": [(1, 4, 4)],
+        },
+    ),
+    "DreamLite": Tiny(
+        "DreamLiteTransformer2DModel",
+        BLOCKS,
+        {
+            "hidden_states": Normal((1, 32, 8, 8)),
+            "encoder_hidden_states": Normal((1, 12, 32)),
+            "encoder_attention_mask": Mask((1, 12)),
+        },
+    ),
+    "Transformer2D": Tiny(
+        "Transformer2DModel",
+        BLOCKS,
+        {
+            "hidden_states": Normal((1, 32, 8, 8)),
+            "encoder_hidden_states": Normal((1, 12, 32)),
+            "encoder_attention_mask": Mask((1, 12), INT),
         },
     ),
     "ErnieImage": Tiny(
