@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels as C functions, for programs without TensorRT: `lynx-compile bench` calls them through ctypes.
-// All return a cudaError_t.
+// Those that launch return a cudaError_t, or LYNX_OTHER_VERSION.
 #include "c_api.h"
 #include "kernels/sparse_gemm.h"
 #include "kernels/sparse_linear.h"
@@ -42,60 +42,84 @@ lynx::SparseWeightParams params_of(const LynxSparseWeightLinear& call) {
   return params;
 }
 
-cudaError_t operand_of(const LynxSparseLinear& call, lynx::CompressedOperand* operand) {
+// Whether the caller means the struct that this library was built with.
+template <class Call>
+bool same_version(const Call* call) {
+  return call != nullptr && call->struct_bytes == int32_t(sizeof(Call));
+}
+
+lynx::DType dtype_of(int fp16) { return fp16 ? lynx::DType::kFp16 : lynx::DType::kBf16; }
+
+// A part of the op, on the compressed operand in the call's workspace.
+template <class Launch>
+int run_part(const LynxSparseLinear* call, const Launch& launch) {
+  if (!same_version(call)) return LYNX_OTHER_VERSION;
+  const lynx::SparseLinearParams params = params_of(*call);
+  if (const cudaError_t error = lynx::check_arguments(params); error != cudaSuccess) return error;
   lynx::Kernels kernels;
-  if (const cudaError_t error = lynx::choose_kernels(&kernels); error != cudaSuccess) return error;
-  *operand = lynx::compressed_operand(params_of(call), kernels);
-  return cudaSuccess;
+  if (const cudaError_t error = lynx::choose_kernels(params.dtype, &kernels); error != cudaSuccess)
+    return error;
+  return launch(params, lynx::compressed_operand(params, kernels));
 }
 
 }  // namespace
 
-// Bytes of workspace that a call needs on the current device; 0 where the kernels do not run.
+LYNX_EXPORT int lynx_abi() { return LYNX_ABI; }
+
+// Bytes of workspace that a call needs on any GPU that the library runs on.
 LYNX_EXPORT int64_t lynx_workspace_bytes(const LynxSparseLinear* call) {
-  lynx::Kernels kernels;
-  if (lynx::choose_kernels(&kernels) != cudaSuccess) return 0;
-  return int64_t(lynx::workspace_bytes(params_of(*call), kernels));
+  if (!same_version(call)) return LYNX_OTHER_VERSION;
+  return int64_t(lynx::workspace_bytes(params_of(*call)));
 }
 
 LYNX_EXPORT int64_t lynx_weight_workspace_bytes(const LynxSparseWeightLinear* call) {
+  if (!same_version(call)) return LYNX_OTHER_VERSION;
   return int64_t(lynx::weight_workspace_bytes(params_of(*call)));
 }
 
-// Which metadata layout a sparse weight should have for the current device: 80, 90, or 0 where the kernels do
-// not run.
-LYNX_EXPORT int lynx_metadata_layout() {
+// Whether the library was built with GEMMs of the element type that read a metadata layout, 80 or 90.
+LYNX_EXPORT int lynx_holds(int fp16, int metadata_layout) {
+  if (metadata_layout != 80 && metadata_layout != 90) return 0;
+  return lynx::holds(metadata_layout == 90 ? lynx::Kernels::kSm90 : lynx::Kernels::kSm80, dtype_of(fp16));
+}
+
+// Which metadata layout a sparse weight of the element type should have for the current device: 80, 90, or 0
+// where the kernels do not run.
+LYNX_EXPORT int lynx_metadata_layout(int fp16) {
   lynx::Kernels kernels;
-  if (lynx::choose_kernels(&kernels) != cudaSuccess) return 0;
+  if (lynx::choose_kernels(dtype_of(fp16), &kernels) != cudaSuccess) return 0;
   return kernels == lynx::Kernels::kSm90 ? 90 : 80;
 }
 
-// Number of tile configurations on the current device; 0 where there is none that the kernels run on.
-LYNX_EXPORT int lynx_tile_count() {
+// Number of tile configurations for the element type on the current device; 0 where the kernels do not run.
+LYNX_EXPORT int lynx_tile_count(int fp16) {
   lynx::Kernels kernels;
-  return lynx::choose_kernels(&kernels) == cudaSuccess ? lynx::tile_count(kernels) : 0;
+  return lynx::choose_kernels(dtype_of(fp16), &kernels) == cudaSuccess ? lynx::tile_count(kernels) : 0;
 }
 
 // The whole op: checks, pruning pass, GEMM.
 LYNX_EXPORT int lynx_sparse_linear(const LynxSparseLinear* call, cudaStream_t stream) {
+  if (!same_version(call)) return LYNX_OTHER_VERSION;
   return lynx::launch_sparse_linear(params_of(*call), call->tile, stream);
 }
 
-// The pruning pass alone.
+// The pruning pass alone, after the same checks.
 LYNX_EXPORT int lynx_prune(const LynxSparseLinear* call, cudaStream_t stream) {
-  lynx::CompressedOperand operand;
-  if (const cudaError_t error = operand_of(*call, &operand); error != cudaSuccess) return error;
-  return lynx::launch_prune(params_of(*call), operand, stream);
+  return run_part(call, [stream](const auto& params, const auto& operand) {
+    return lynx::launch_prune(params, operand, stream);
+  });
 }
 
 // The GEMM alone, on what a pruning pass left in the workspace.
 LYNX_EXPORT int lynx_pruned_gemm(const LynxSparseLinear* call, cudaStream_t stream) {
-  lynx::CompressedOperand operand;
-  if (const cudaError_t error = operand_of(*call, &operand); error != cudaSuccess) return error;
-  return lynx::launch_pruned_gemm(params_of(*call), operand, call->tile, stream);
+  return run_part(call, [call, stream](const auto& params, const auto& operand) {
+    return lynx::launch_pruned_gemm(params, operand, call->tile, stream);
+  });
 }
 
 // The op with a sparse weight.
 LYNX_EXPORT int lynx_sparse_weight_linear(const LynxSparseWeightLinear* call, cudaStream_t stream) {
+  if (!same_version(call)) return LYNX_OTHER_VERSION;
+  if (call->metadata_layout != 80 && call->metadata_layout != 90) return cudaErrorInvalidValue;
   return lynx::launch_sparse_weight_linear(params_of(*call), call->tile, stream);
 }

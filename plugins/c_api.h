@@ -4,9 +4,15 @@
 
 #include <stdint.h>
 
+// Counts the changes of this interface. Callers compare it with lynx_abi(), and tell the size of what they
+// pass in struct_bytes: a caller of another version gets LYNX_OTHER_VERSION and nothing is launched.
+#define LYNX_ABI 2
+#define LYNX_OTHER_VERSION (-1)
+
 // One call of the op with sparse activations.
 struct LynxSparseLinear {
-  int32_t fp16;  // 0: bf16
+  int32_t struct_bytes;  // sizeof(struct LynxSparseLinear)
+  int32_t fp16;          // 0: bf16
   int32_t rank;
   int64_t rows;
   int32_t channels, out_channels;
@@ -24,6 +30,7 @@ struct LynxSparseLinear {
 
 // One call of the op with a sparse weight.
 struct LynxSparseWeightLinear {
+  int32_t struct_bytes;  // sizeof(struct LynxSparseWeightLinear)
   int32_t fp16;
   int32_t metadata_layout;  // 80 or 90
   int64_t rows;

@@ -75,15 +75,15 @@ bool is_plain(int32_t version) { return version >= 1000 && version < 1100; }
 
 // Returns whether a logger took the message.
 template <class Logger, class LoggerFinder>
-bool log_by(void* finder, const TensorRT& tensorrt, const std::string& message) {
+bool log_by(void* finder, const TensorRT& tensorrt, const char* message) {
   void* logger = static_cast<LoggerFinder*>(finder)->findLogger();
   if (logger == nullptr) logger = tensorrt.global_logger();
   if (logger == nullptr) return false;
-  static_cast<Logger*>(logger)->log(kErrorSeverity, message.c_str());
+  static_cast<Logger*>(logger)->log(kErrorSeverity, message);
   return true;
 }
 
-bool log_to_tensorrt(const std::string& message) {
+bool log_to_tensorrt(const char* message) {
   void* finder = logger_finder.load();
   if (finder == nullptr) return false;
   const TensorRT tensorrt(finder);
@@ -97,8 +97,8 @@ bool log_to_tensorrt(const std::string& message) {
 
 void set_logger_finder(nvinfer1::ILoggerFinder* finder) { logger_finder.store(finder); }
 
-void log_error(const std::string& message) {
-  if (!log_to_tensorrt(message)) std::fprintf(stderr, "%s\n", message.c_str());
+void log_error(const char* message) noexcept {
+  if (!log_to_tensorrt(message)) std::fprintf(stderr, "%s\n", message);
 }
 
 }  // namespace lynx

@@ -4,14 +4,12 @@
 
 #include <NvInferRuntime.h>
 
-#include <string>
-
 namespace lynx {
 
 // Set once by TensorRT when it loads the library.
 void set_logger_finder(nvinfer1::ILoggerFinder* finder);
 
 // Logs an error through the logger of the calling engine, builder or runtime; to stderr when there is none.
-void log_error(const std::string& message);
+void log_error(const char* message) noexcept;
 
 }  // namespace lynx

@@ -7,22 +7,25 @@
 //   kFields             its members as TensorRT's fields, of which the first kFieldCount are the op's
 //   check_attributes    false, with a logged reason, for a value out of range
 //   check_shapes        the same for input extents
+//   check_device        the same where this library or the GPU at hand, if there is one, cannot run the node
 //   input_type          the data type of an input, given x's
 //   output_channels     where the output's last extent comes from
-//   workspace, launch   the kernels
+//   kernels             those that the node runs on here
+//   workspace, launch   of them
 #pragma once
 
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <exception>
 #include <new>
 #include <string>
 
+#include "build_id.h"
 #include "kernels/sparse_gemm.h"
 #include "log.h"
 
@@ -46,10 +49,13 @@ struct Extents {
 
   int64_t last() const { return at[count - 1]; }
 
-  // Product of all but the last.
+  // Product of all but the last; -1 where one of them is not known.
   int64_t rows() const {
     int64_t product = 1;
-    for (int32_t i = 0; i + 1 < count; ++i) product *= at[i];
+    for (int32_t i = 0; i + 1 < count; ++i) {
+      if (at[i] < 0) return -1;
+      product *= at[i];
+    }
     return product;
   }
 };
@@ -75,13 +81,33 @@ inline Extents extents_of(const nvinfer1::DynamicPluginTensorDesc& tensor) { ret
 inline Extents extents_of(const nvinfer1::PluginTensorDesc& tensor) { return extents_of(tensor.dims); }
 
 // Reports an error in the form of all of them: cause, then remedy. Returns false.
-inline bool refuse(const char* plugin, const std::string& cause, const std::string& remedy) noexcept {
-  try {
-    log_error(std::string(plugin) + ": " + cause + ". " + remedy + ".");
-  } catch (...) {  // no memory left for a message
-  }
+inline bool refuse(const char* plugin, const std::string& cause, const std::string& remedy) {
+  log_error((std::string(plugin) + ": " + cause + ". " + remedy + ".").c_str());
   return false;
 }
+
+// What `body` returns, or `failed` when it throws, which TensorRT cannot catch: a message, too, takes memory.
+template <class Result, class Body>
+Result guarded(Result failed, const Body& body) noexcept {
+  try {
+    return body();
+  } catch (...) {
+    log_error("Lynx: memory ran out within a plugin. Free memory and try again.");
+    return failed;
+  }
+}
+
+inline const char* name_of(DType dtype) { return dtype == DType::kBf16 ? "bf16" : "fp16"; }
+
+inline bool is_element(nvinfer1::DataType type) {
+  return type == nvinfer1::DataType::kBF16 || type == nvinfer1::DataType::kHALF;
+}
+inline DType dtype_of(nvinfer1::DataType x) {
+  return x == nvinfer1::DataType::kBF16 ? DType::kBf16 : DType::kFp16;
+}
+
+// Any kernels: GEMMs of this type are in the library.
+inline bool holds(DType dtype) { return holds(Kernels::kSm80, dtype) || holds(Kernels::kSm90, dtype); }
 
 // Checks one extent against what the op's definition says.
 inline bool check_extent(const char* plugin, const char* input, const char* what, int64_t found,
@@ -120,7 +146,12 @@ bool read_field(const nvinfer1::PluginField& field, const AttributeField& attrib
     return true;
   }
   if (field.type == Type::kINT64 && attribute.type == Type::kINT32) {
-    const int32_t value = int32_t(*static_cast<const int64_t*>(field.data));
+    const int64_t wide = *static_cast<const int64_t*>(field.data);
+    const int32_t value = int32_t(wide);
+    if (value != wide) {
+      return refuse(Op::kName, std::string("attribute ") + field.name + " is " + std::to_string(wide),
+                    "Give a number of 32 bits");
+    }
     std::memcpy(to, &value, 4);
     return true;
   }
@@ -128,19 +159,27 @@ bool read_field(const nvinfer1::PluginField& field, const AttributeField& attrib
                 "Rewrite the model");
 }
 
+// Every attribute must be given: one that got lost would change results without a word.
 template <class Op>
-bool read_attributes(const nvinfer1::PluginFieldCollection& fields, typename Op::Attributes& attributes) {
-  for (int32_t i = 0; i < fields.nbFields; ++i) {
-    for (size_t k = 0; k < Op::kFieldCount; ++k) {
-      if (std::strcmp(fields.fields[i].name, Op::kFields[k].name) != 0) continue;
-      if (!read_field<Op>(fields.fields[i], Op::kFields[k], attributes)) return false;
+bool read_attributes(const nvinfer1::PluginFieldCollection* fields, typename Op::Attributes& attributes) {
+  for (size_t k = 0; k < Op::kFieldCount; ++k) {
+    const AttributeField& attribute = Op::kFields[k];
+    bool given = false;
+    for (int32_t i = 0; fields != nullptr && i < fields->nbFields; ++i) {
+      if (std::strcmp(fields->fields[i].name, attribute.name) != 0) continue;
+      if (!read_field<Op>(fields->fields[i], attribute, attributes)) return false;
+      given = true;
+    }
+    if (!given) {
+      return refuse(Op::kName, std::string("attribute ") + attribute.name + " is missing",
+                    "Rewrite the model with this version of lynx-compile");
     }
   }
   return true;
 }
 
-// One node. Holds no state but its attributes and the tactic, so that contexts and streams can share nothing
-// by accident.
+// One node. Holds no state but its attributes, the type of x and the tactic, so that contexts and streams can
+// share nothing by accident.
 template <class Op>
 class Plugin final : public nvinfer1::IPluginV3,
                      public nvinfer1::IPluginV3OneCore,
@@ -172,7 +211,7 @@ class Plugin final : public nvinfer1::IPluginV3,
 
   nvinfer1::IPluginV3* clone() noexcept override {
     auto* const copy = new (std::nothrow) Plugin(attributes_);
-    if (copy != nullptr) copy->tactic_ = tactic_;
+    if (copy != nullptr) copy->dtype_ = dtype_, copy->tactic_ = tactic_;
     return copy;
   }
 
@@ -184,44 +223,51 @@ class Plugin final : public nvinfer1::IPluginV3,
 
   int32_t getOutputDataTypes(nvinfer1::DataType* output_types, int32_t, const nvinfer1::DataType* input_types,
                              int32_t inputs) const noexcept override {
-    if (!check_types(input_types, inputs)) return -1;
-    output_types[0] = input_types[kX];
-    return 0;
+    return guarded(-1, [&] {
+      if (!check_types(input_types, inputs)) return -1;
+      output_types[0] = input_types[kX];
+      return 0;
+    });
   }
 
   int32_t getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t input_count, const nvinfer1::DimsExprs*,
                           int32_t, nvinfer1::DimsExprs* outputs, int32_t,
                           nvinfer1::IExprBuilder& builder) noexcept override {
-    if (input_count != kInputs || !check_shapes(inputs)) return -1;
-    outputs[0] = inputs[kX];
-    outputs[0].d[outputs[0].nbDims - 1] = Op::output_channels(attributes_, inputs, builder);
-    return 0;
+    return guarded(-1, [&] {
+      if (input_count != kInputs || !check_shapes(inputs)) return -1;
+      outputs[0] = inputs[kX];
+      outputs[0].d[outputs[0].nbDims - 1] = Op::output_channels(attributes_, inputs, builder);
+      return 0;
+    });
   }
 
   bool supportsFormatCombination(int32_t position, const nvinfer1::DynamicPluginTensorDesc* tensors, int32_t,
                                  int32_t) noexcept override {
     const nvinfer1::PluginTensorDesc& tensor = tensors[position].desc;
     if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
-    if (position == kX) return is_element(tensor.type);
+    if (position == kX) return is_element(tensor.type) && holds(dtype_of(tensor.type));
     const nvinfer1::DataType x = tensors[kX].desc.type;
     return tensor.type == (position < kInputs ? Op::input_type(position, x) : x);
   }
 
   int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc* in, int32_t,
                           const nvinfer1::DynamicPluginTensorDesc*, int32_t) noexcept override {
-    return check_shapes(in) ? 0 : -1;
+    return guarded(-1, [&] {
+      dtype_ = dtype_of(in[kX].desc.type);
+      return check_shapes(in) && Op::check_device(attributes_, dtype_) ? 0 : -1;
+    });
   }
 
   size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* in, int32_t,
                           const nvinfer1::DynamicPluginTensorDesc*, int32_t) const noexcept override {
-    return Op::workspace(attributes_, all_extents(in), in[kX].desc.type);
+    return Op::workspace(attributes_, all_extents(in), dtype_of(in[kX].desc.type));
   }
 
   // Every tile configuration is a tactic; tactic 0, TensorRT's default, leaves the choice to our dispatcher.
   // Where no GPU is there to time them, there is the default alone.
   int32_t getNbTactics() noexcept override {
     Kernels kernels;
-    return Op::kernels(attributes_, &kernels) == cudaSuccess ? tile_count(kernels) : 0;
+    return Op::kernels(attributes_, dtype_, &kernels) == cudaSuccess ? tile_count(kernels) : 0;
   }
 
   int32_t getValidTactics(int32_t* tactics, int32_t count) noexcept override {
@@ -229,39 +275,57 @@ class Plugin final : public nvinfer1::IPluginV3,
     return 0;
   }
 
-  // What TensorRT caches times under: the attributes, in hexadecimal.
+  // What TensorRT caches times under: the attributes, in hexadecimal, and which build of the library, with
+  // its kernels and tiles, they were taken with. Null, for no caching, where that cannot be told.
   const char* getTimingCacheID() noexcept override {
-    constexpr char kDigits[] = "0123456789abcdef";
-    const auto* bytes = reinterpret_cast<const unsigned char*>(&attributes_);
-    for (size_t i = 0; i < sizeof(Attributes); ++i) {
-      cache_id_[2 * i] = kDigits[bytes[i] / 16], cache_id_[2 * i + 1] = kDigits[bytes[i] % 16];
-    }
-    cache_id_[2 * sizeof(Attributes)] = 0;
-    return cache_id_;
+    return guarded(static_cast<const char*>(nullptr), [&]() -> const char* {
+      static const std::string library = build_id();
+      if (library.empty()) return nullptr;
+      constexpr char kDigits[] = "0123456789abcdef";
+      const auto* bytes = reinterpret_cast<const unsigned char*>(&attributes_);
+      cache_id_.clear();
+      for (size_t i = 0; i < sizeof(Attributes); ++i)
+        cache_id_ += {kDigits[bytes[i] / 16], kDigits[bytes[i] % 16]};
+      cache_id_ += "-" + library;
+      return cache_id_.c_str();
+    });
   }
 
   int32_t setTactic(int32_t tactic) noexcept override {
-    tactic_ = tactic;
-    return 0;
+    return guarded(-1, [&] {
+      if (tactic < 0 || tactic > std::max(tile_count(Kernels::kSm80), tile_count(Kernels::kSm90))) {
+        refuse(Op::kName, "there is no tactic " + std::to_string(tactic),
+               "Build the engine again with this plugin library");
+        return -1;
+      }
+      tactic_ = tactic;
+      return 0;
+    });
   }
 
   int32_t onShapeChange(const nvinfer1::PluginTensorDesc* in, int32_t, const nvinfer1::PluginTensorDesc*,
                         int32_t) noexcept override {
-    return check_shapes(in) ? 0 : -1;
+    return guarded(-1, [&] {
+      dtype_ = dtype_of(in[kX].type);
+      return check_shapes(in) && check_tactic() ? 0 : -1;
+    });
   }
 
   int32_t enqueue(const nvinfer1::PluginTensorDesc* in, const nvinfer1::PluginTensorDesc*,
                   const void* const* inputs, void* const* outputs, void* workspace,
                   cudaStream_t stream) noexcept override {
-    const Inputs extents = all_extents(in);
-    if (extents[kX].rows() == 0) return 0;
-    const int tile = tactic_ == 0 ? kAnyTile : tactic_ - 1;
-    const cudaError_t error =
-        Op::launch(attributes_, extents, in[kX].type, inputs, outputs[0], workspace, tile, stream);
-    if (error == cudaSuccess) return 0;
-    refuse(Op::kName, std::string("the launch failed: ") + cudaGetErrorString(error),
-           "Check that the GPU is one that the engine and the plugin were built for (sm_80 or later)");
-    return -1;
+    return guarded(-1, [&] {
+      const Inputs extents = all_extents(in);
+      if (extents[kX].rows() == 0) return 0;
+      const int tile = tactic_ == 0 ? kAnyTile : tactic_ - 1;
+      const DType dtype = dtype_of(in[kX].type);
+      const cudaError_t error =
+          Op::launch(attributes_, extents, dtype, inputs, outputs[0], workspace, tile, stream);
+      if (error == cudaSuccess) return 0;
+      refuse(Op::kName, std::string("the launch failed: ") + cudaGetErrorString(error),
+             "Check that the GPU is one that the engine and the plugin were built for (sm_80 or later)");
+      return -1;
+    });
   }
 
   nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override {
@@ -271,10 +335,6 @@ class Plugin final : public nvinfer1::IPluginV3,
   const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override { return &collection_; }
 
  private:
-  static bool is_element(nvinfer1::DataType type) {
-    return type == nvinfer1::DataType::kBF16 || type == nvinfer1::DataType::kHALF;
-  }
-
   template <class Tensor>
   static Inputs all_extents(const Tensor* tensors) {
     Inputs out;
@@ -283,18 +343,18 @@ class Plugin final : public nvinfer1::IPluginV3,
   }
 
   template <class Tensor>
-  bool check_shapes(const Tensor* tensors) const noexcept {
-    try {
-      const Inputs in = all_extents(tensors);
-      if (in[kX].count < 1)
-        return refuse(Op::kName, "x is a scalar", "Give it at least one dimension, [..., K]");
-      return Op::check_shapes(attributes_, in);
-    } catch (...) {  // no memory left for a message
-      return false;
+  bool check_shapes(const Tensor* tensors) const {
+    const Inputs in = all_extents(tensors);
+    if (in[kX].count < 1)
+      return refuse(Op::kName, "x is a scalar", "Give it at least one dimension, [..., K]");
+    if (in[kX].rows() > kMaxRows) {
+      return refuse(Op::kName, "x has " + std::to_string(in[kX].rows()) + " rows",
+                    "The kernels take up to " + std::to_string(kMaxRows) + ": use smaller batches");
     }
+    return Op::check_shapes(attributes_, in);
   }
 
-  static bool check_types(const nvinfer1::DataType* types, int32_t inputs) noexcept {
+  static bool check_types(const nvinfer1::DataType* types, int32_t inputs) {
     if (inputs != kInputs) {
       return refuse(
           Op::kName,
@@ -303,6 +363,11 @@ class Plugin final : public nvinfer1::IPluginV3,
     }
     if (!is_element(types[kX])) {
       return refuse(Op::kName, "x is neither bf16 nor fp16", "Set model.dtype to bf16 or fp16");
+    }
+    if (const DType dtype = dtype_of(types[kX]); !holds(dtype)) {
+      const std::string type = name_of(dtype);
+      return refuse(Op::kName, "x is " + type + ", and the plugin library was built without " + type,
+                    "Build it with " + type + " in LYNX_ELEMENT_TYPES, or set another model.dtype");
     }
     for (int32_t i = 0; i < kInputs; ++i) {
       const nvinfer1::DataType due = Op::input_type(i, types[kX]);
@@ -314,11 +379,21 @@ class Plugin final : public nvinfer1::IPluginV3,
     return true;
   }
 
+  // An engine for other GPUs than the one it was built on may bring a tactic that this one has not.
+  bool check_tactic() const {
+    Kernels kernels;
+    if (tactic_ == 0 || Op::kernels(attributes_, dtype_, &kernels) != cudaSuccess) return true;
+    if (tactic_ <= tile_count(kernels)) return true;
+    return refuse(Op::kName, "this GPU has no tactic " + std::to_string(tactic_),
+                  "Build the engine on this GPU");
+  }
+
   Attributes attributes_;
+  DType dtype_ = DType::kBf16;  // of x, as of the last configurePlugin or onShapeChange
   int32_t tactic_ = 0;
   std::array<nvinfer1::PluginField, Op::kFieldCount> fields_;
   nvinfer1::PluginFieldCollection collection_;
-  char cache_id_[2 * sizeof(Attributes) + 1];
+  std::string cache_id_;
 };
 
 template <class Op>
@@ -326,19 +401,14 @@ class Creator final : public nvinfer1::IPluginCreatorV3One {
  public:
   Creator() : fields_(fields_of<Op>(nullptr)), collection_{int32_t(fields_.size()), fields_.data()} {}
 
-  // Null, with a logged reason, for an attribute out of range.
+  // Null, with a logged reason, for an attribute that is missing or out of range.
   nvinfer1::IPluginV3* createPlugin(const char*, const nvinfer1::PluginFieldCollection* fields,
                                     nvinfer1::TensorRTPhase) noexcept override {
-    try {
+    return guarded(static_cast<nvinfer1::IPluginV3*>(nullptr), [&]() -> nvinfer1::IPluginV3* {
       typename Op::Attributes attributes;
-      if (fields != nullptr && !read_attributes<Op>(*fields, attributes)) return nullptr;
-      if (!Op::check_attributes(attributes)) return nullptr;
+      if (!read_attributes<Op>(fields, attributes) || !Op::check_attributes(attributes)) return nullptr;
       return new Plugin<Op>(attributes);
-    } catch (const std::exception& error) {
-      refuse(Op::kName, std::string("the plugin could not be made: ") + error.what(),
-             "Free memory and try again");
-      return nullptr;
-    }
+    });
   }
 
   const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &collection_; }

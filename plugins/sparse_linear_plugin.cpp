@@ -4,13 +4,11 @@
 namespace lynx {
 namespace {
 
-using nvinfer1::DataType;
-
 template <Producer kProducer>
 SparseLinearParams params_of(const SparseLinearAttributes& attributes,
-                             const typename SparseLinearOp<kProducer>::Inputs& in, DataType x) {
+                             const typename SparseLinearOp<kProducer>::Inputs& in, DType dtype) {
   SparseLinearParams params{};
-  params.dtype = x == DataType::kBF16 ? DType::kBf16 : DType::kFp16;
+  params.dtype = dtype;
   params.rows = in[kX].rows();
   params.channels = int(in[kX].last());
   params.out_channels = int(in[kWeight].at[0]);
@@ -100,7 +98,7 @@ bool SparseLinearOp<kProducer>::check_shapes(const Attributes& attributes, const
     ok = ok && check_extent(name, "gain", "channels", in[kFirst].last(), channels) &&
          check_extent(name, "shift", "channels", in[kSecond].last(), channels) &&
          check_extent(name, "shift", "rows", in[kSecond].rows(), gain_rows);
-    if (ok && rows > 0 && (gain_rows <= 0 || rows % gain_rows != 0)) {
+    if (ok && rows > 0 && gain_rows >= 0 && (gain_rows == 0 || rows % gain_rows != 0)) {
       return refuse(name,
                     "gain has " + std::to_string(gain_rows) + " rows for " + std::to_string(rows) + " tokens",
                     "Rewrite the model with this version of lynx-compile");
@@ -114,20 +112,27 @@ bool SparseLinearOp<kProducer>::check_shapes(const Attributes& attributes, const
 }
 
 template <Producer kProducer>
-size_t SparseLinearOp<kProducer>::workspace(const Attributes& attributes, const Inputs& in, DataType x) {
-  SparseLinearParams params = params_of<kProducer>(attributes, in, x);
-  static const int32_t some_order = 0;
-  params.order = attributes.has_order ? &some_order : nullptr;  // only whether there is one counts
-  Kernels best = Kernels::kSm80;  // where no GPU is there to ask: an engine for sm_80 and its like
-  choose_kernels(&best);
-  return workspace_bytes(params, best);
+bool SparseLinearOp<kProducer>::check_device(const Attributes&, DType dtype) {
+  Kernels kernels;
+  if (choose_kernels(dtype, &kernels) != cudaErrorNotSupported) return true;
+  return refuse(SparseLinearOp::kName,
+                std::string("this GPU does not run the plugin's ") + name_of(dtype) + " kernels",
+                "Use one of compute capability 8.0 or later");
 }
 
 template <Producer kProducer>
-cudaError_t SparseLinearOp<kProducer>::launch(const Attributes& attributes, const Inputs& in, DataType x,
+size_t SparseLinearOp<kProducer>::workspace(const Attributes& attributes, const Inputs& in, DType dtype) {
+  SparseLinearParams params = params_of<kProducer>(attributes, in, dtype);
+  static const int32_t some_order = 0;
+  params.order = attributes.has_order ? &some_order : nullptr;  // only whether there is one counts
+  return workspace_bytes(params);  // for any GPU: engines may run on others than the one they were built on
+}
+
+template <Producer kProducer>
+cudaError_t SparseLinearOp<kProducer>::launch(const Attributes& attributes, const Inputs& in, DType dtype,
                                               const void* const* inputs, void* y, void* workspace, int tile,
                                               cudaStream_t stream) {
-  SparseLinearParams params = params_of<kProducer>(attributes, in, x);
+  SparseLinearParams params = params_of<kProducer>(attributes, in, dtype);
   params.x = inputs[kX];
   params.weight = inputs[kWeight];
   params.lora_down = inputs[kLoraDown];

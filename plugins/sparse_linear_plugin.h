@@ -84,6 +84,7 @@ struct SparseLinearOp : SparseLinearNames<kProducer> {
 
   static bool check_attributes(const Attributes& attributes);
   static bool check_shapes(const Attributes& attributes, const Inputs& in);
+  static bool check_device(const Attributes& attributes, DType dtype);
   static nvinfer1::DataType input_type(int32_t input, nvinfer1::DataType x) {
     return input == kOrder ? nvinfer1::DataType::kINT32 : x;
   }
@@ -91,9 +92,11 @@ struct SparseLinearOp : SparseLinearNames<kProducer> {
                                                          nvinfer1::IExprBuilder&) {
     return inputs[kWeight].d[0];
   }
-  static cudaError_t kernels(const Attributes&, Kernels* kernels) { return choose_kernels(kernels); }
-  static size_t workspace(const Attributes& attributes, const Inputs& in, nvinfer1::DataType x);
-  static cudaError_t launch(const Attributes& attributes, const Inputs& in, nvinfer1::DataType x,
+  static cudaError_t kernels(const Attributes&, DType dtype, Kernels* kernels) {
+    return choose_kernels(dtype, kernels);
+  }
+  static size_t workspace(const Attributes& attributes, const Inputs& in, DType dtype);
+  static cudaError_t launch(const Attributes& attributes, const Inputs& in, DType dtype,
                             const void* const* inputs, void* y, void* workspace, int tile,
                             cudaStream_t stream);
 };

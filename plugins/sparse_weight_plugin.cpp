@@ -9,9 +9,9 @@ Kernels kernels_of(const SparseWeightAttributes& attributes) {
 }
 
 SparseWeightParams params_of(const SparseWeightAttributes& attributes, const SparseWeightOp::Inputs& in,
-                             nvinfer1::DataType x) {
+                             DType dtype) {
   SparseWeightParams params{};
-  params.dtype = x == nvinfer1::DataType::kBF16 ? DType::kBf16 : DType::kFp16;
+  params.dtype = dtype;
   params.rows = in[kX].rows();
   params.channels = int(in[kX].last());
   params.out_channels = attributes.out_channels;
@@ -60,21 +60,33 @@ bool SparseWeightOp::check_shapes(const Attributes& attributes, const Inputs& in
          check_extent(kName, "bias", "elements", in[kWeightBias].at[0], attributes.out_channels);
 }
 
-cudaError_t SparseWeightOp::kernels(const Attributes& attributes, Kernels* kernels) {
-  Kernels best;
-  if (const cudaError_t error = choose_kernels(&best); error != cudaSuccess) return error;
+// A weight can only be multiplied by the kernels that read its metadata layout.
+bool SparseWeightOp::check_device(const Attributes& attributes, DType dtype) {
+  const std::string layout = "metadata_layout is " + std::to_string(attributes.metadata_layout);
+  if (!lynx::holds(kernels_of(attributes), dtype)) {
+    return refuse(kName,
+                  layout + ", and the plugin library was built without its " + name_of(dtype) + " kernels",
+                  "Build it for all GPUs and types, or rewrite the model for the other layout");
+  }
+  Kernels kernels;
+  if (SparseWeightOp::kernels(attributes, dtype, &kernels) != cudaErrorNotSupported) return true;
+  return refuse(kName, layout + ", which this GPU does not read",
+                "Rewrite the model for this GPU: 90 is for sm_90 alone, 80 for any from sm_80 on");
+}
+
+cudaError_t SparseWeightOp::kernels(const Attributes& attributes, DType dtype, Kernels* kernels) {
   *kernels = kernels_of(attributes);
-  return cudaSuccess;
+  return check_runs(*kernels, dtype);
 }
 
-size_t SparseWeightOp::workspace(const Attributes& attributes, const Inputs& in, nvinfer1::DataType x) {
-  return weight_workspace_bytes(params_of(attributes, in, x));
+size_t SparseWeightOp::workspace(const Attributes& attributes, const Inputs& in, DType dtype) {
+  return weight_workspace_bytes(params_of(attributes, in, dtype));
 }
 
-cudaError_t SparseWeightOp::launch(const Attributes& attributes, const Inputs& in, nvinfer1::DataType x,
+cudaError_t SparseWeightOp::launch(const Attributes& attributes, const Inputs& in, DType dtype,
                                    const void* const* inputs, void* y, void* workspace, int tile,
                                    cudaStream_t stream) {
-  SparseWeightParams params = params_of(attributes, in, x);
+  SparseWeightParams params = params_of(attributes, in, dtype);
   params.x = inputs[kX];
   params.values = inputs[kValues];
   params.metadata = static_cast<const uint32_t*>(inputs[kMetadata]);

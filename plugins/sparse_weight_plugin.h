@@ -33,6 +33,7 @@ struct SparseWeightOp {
 
   static bool check_attributes(const Attributes& attributes);
   static bool check_shapes(const Attributes& attributes, const Inputs& in);
+  static bool check_device(const Attributes& attributes, DType dtype);
   static nvinfer1::DataType input_type(int32_t input, nvinfer1::DataType x) {
     return input == kMetadata ? nvinfer1::DataType::kINT32 : x;
   }
@@ -41,9 +42,9 @@ struct SparseWeightOp {
                                                          nvinfer1::IExprBuilder& builder) {
     return builder.constant(attributes.out_channels);
   }
-  static cudaError_t kernels(const Attributes& attributes, Kernels* kernels);
-  static size_t workspace(const Attributes& attributes, const Inputs& in, nvinfer1::DataType x);
-  static cudaError_t launch(const Attributes& attributes, const Inputs& in, nvinfer1::DataType x,
+  static cudaError_t kernels(const Attributes& attributes, DType dtype, Kernels* kernels);
+  static size_t workspace(const Attributes& attributes, const Inputs& in, DType dtype);
+  static cudaError_t launch(const Attributes& attributes, const Inputs& in, DType dtype,
                             const void* const* inputs, void* y, void* workspace, int tile,
                             cudaStream_t stream);
 };

@@ -14,9 +14,10 @@ definition (``sparsity.sparse_linear``) in float64. Without a GPU it predicts fr
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,6 +38,7 @@ from lynx_compile.ops.sparse_linear import (
 from lynx_compile.ops.sparse_weight_linear import pack_weight
 from lynx_compile.passes.speed_table import ROOFLINE, roofline
 from lynx_compile.torch_ops.bindings import (
+    DTYPES,
     LIBRARY,
     SparseLinear,
     SparseWeightLinear,
@@ -208,7 +210,7 @@ def sparse_weight_of(
     kernels: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor, tokens: int, gelu_from: int | None = None
 ) -> SparseWeightLinear:
     """The op with ``weight`` [N, K] pruned by magnitude, packed for this GPU."""
-    layout = kernels.lynx_metadata_layout()
+    layout = kernels.lynx_metadata_layout(DTYPES[weight.dtype])
     values, metadata = pack_weight(weight, keep_mask(weight), layout)
     return SparseWeightLinear(
         kernels, values, metadata, bias, rows=tokens, metadata_layout=layout, gelu_from=gelu_from
@@ -220,7 +222,7 @@ class _Problem:
 
     def __init__(self, shape: Shape, rank: int, kernels: ctypes.CDLL) -> None:
         self.shape, self.rank, self.kernels = shape, rank, kernels
-        self.tiles = range(kernels.lynx_tile_count())
+        self.tiles = range(kernels.lynx_tile_count(DTYPES[torch.bfloat16]))
         generator = torch.Generator("cuda").manual_seed(0)
 
         def normal(*size: int, deviation: float = 1.0) -> torch.Tensor:
@@ -420,17 +422,21 @@ def captured(work: Callable[[], object]) -> Callable[[], None]:
 
 
 def take_turns(works: Mapping[str, Callable[[], object]], rounds: int, calls: int) -> dict[str, list[float]]:
-    """Microseconds of one of the ``calls`` in each work, in each round; a round runs all works in turn."""
+    """Microseconds of one of the ``calls`` in each work, in each round.
+
+    A round runs all works, in an order of its own: what a work leaves behind (a warm cache, a clock that has dropped)
+    must not fall upon the same neighbour every time.
+    """
     for work in works.values():
         work()
     torch.cuda.synchronize()
     times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds):
+    for names in itertools.islice(orders(list(works)), rounds):
         events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in works}
-        list(works.values())[-1]()  # untimed: the GPU must not wait for the launch of the first
-        for name, work in works.items():
+        works[names[-1]]()  # untimed: the GPU must not wait for the launch of the first
+        for name in names:
             events[name][0].record()
-            work()
+            works[name]()
             events[name][1].record()
         torch.cuda.synchronize()
         for name, (start, stop) in events.items():
@@ -438,11 +444,25 @@ def take_turns(works: Mapping[str, Callable[[], object]], rounds: int, calls: in
     return times
 
 
+def orders(names: Sequence[str]) -> Iterator[list[str]]:
+    """``names`` in an order for each round, without end, so that all follow one another equally often.
+
+    E. J. Williams's balanced square: 0, n-1, 1, n-2, ... and its rotations hold each pair of neighbours once if n is
+    even; with the same backwards, each twice for any n.
+    """
+    count = len(names)
+    zigzag = [i // 2 if i % 2 == 0 else count - 1 - i // 2 for i in range(count)]
+    for turn in itertools.count():
+        order = [names[(at + turn) % count] for at in zigzag]
+        yield order if turn // count % 2 == 0 else order[::-1]
+
+
 def take_long_turns(works: Mapping[str, Callable[[], object]], calls: int) -> dict[str, float]:
     """Microseconds of a call when its work runs for STEADY_SECONDS without a break; the median of three turns."""
     times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(3):
-        for name, work in works.items():
+    for names in itertools.islice(orders(list(works)), 3):
+        for name in names:
+            work = works[name]
             first, middle, last = (torch.cuda.Event(enable_timing=True) for _ in range(3))
             once = take_turns({name: work}, 1, calls)[name][0]
             count = max(1, round(STEADY_SECONDS * 1e6 / once / calls / 2))

@@ -18,13 +18,22 @@ from lynx_compile.ops.sparse_weight_linear import STEP
 LIBRARY = Path(__file__).resolve().parents[1] / "lib" / "liblynx_plugin.so"
 ANY_TILE = -1  # the dispatcher's choice
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
+ABI = 2  # LYNX_ABI of c_api.h
+OTHER_VERSION = -1
 
 
-class _Call(ctypes.Structure):
+class _Sized(ctypes.Structure):
+    """A structure that says first how large it is, so that a library of another version refuses it."""
+
+    def __init__(self, **fields: int | float | None) -> None:
+        super().__init__(struct_bytes=ctypes.sizeof(self), **fields)
+
+
+class _Call(_Sized):
     """``LynxSparseLinear`` of c_api.h."""
 
     _fields_ = [
-        ("fp16", ctypes.c_int32), ("rank", ctypes.c_int32), ("rows", ctypes.c_int64),
+        ("struct_bytes", ctypes.c_int32), ("fp16", ctypes.c_int32), ("rank", ctypes.c_int32), ("rows", ctypes.c_int64),
         ("channels", ctypes.c_int32), ("out_channels", ctypes.c_int32),
         ("norm_scale", ctypes.c_int32), ("gelu_from", ctypes.c_int32), ("tile", ctypes.c_int32),
         ("producer", ctypes.c_int32), ("rms", ctypes.c_int32), ("epsilon", ctypes.c_float),
@@ -35,11 +44,12 @@ class _Call(ctypes.Structure):
     ]  # fmt: skip
 
 
-class _WeightCall(ctypes.Structure):
+class _WeightCall(_Sized):
     """``LynxSparseWeightLinear`` of c_api.h."""
 
     _fields_ = [
-        ("fp16", ctypes.c_int32), ("metadata_layout", ctypes.c_int32), ("rows", ctypes.c_int64),
+        ("struct_bytes", ctypes.c_int32), ("fp16", ctypes.c_int32), ("metadata_layout", ctypes.c_int32),
+        ("rows", ctypes.c_int64),
         ("channels", ctypes.c_int32), ("out_channels", ctypes.c_int32),
         ("gelu_from", ctypes.c_int32), ("tile", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("x", "values", "metadata", "bias", "y", "workspace")),
@@ -56,12 +66,15 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
         raise InputError(f"The plugin library {path} does not exist.", "Run 'make plugin' in the sources.")
     try:
         library = ctypes.CDLL(str(path))
+        library.lynx_abi.argtypes = []
+        abi = library.lynx_abi()
         library.lynx_workspace_bytes.restype = ctypes.c_int64
         library.lynx_workspace_bytes.argtypes = [ctypes.POINTER(_Call)]
         library.lynx_weight_workspace_bytes.restype = ctypes.c_int64
         library.lynx_weight_workspace_bytes.argtypes = [ctypes.POINTER(_WeightCall)]
-        library.lynx_tile_count.argtypes = []
-        library.lynx_metadata_layout.argtypes = []
+        library.lynx_holds.argtypes = [ctypes.c_int, ctypes.c_int]
+        library.lynx_tile_count.argtypes = [ctypes.c_int]
+        library.lynx_metadata_layout.argtypes = [ctypes.c_int]
         for name in ("lynx_sparse_linear", "lynx_prune", "lynx_pruned_gemm"):
             getattr(library, name).argtypes = [ctypes.POINTER(_Call), ctypes.c_void_p]
         library.lynx_sparse_weight_linear.argtypes = [ctypes.POINTER(_WeightCall), ctypes.c_void_p]
@@ -69,6 +82,11 @@ def load_library(path: Path = LIBRARY) -> ctypes.CDLL:
         raise InputError(
             f"The plugin library {path} cannot be used ({error}).", "Build it again with 'make plugin'."
         ) from None
+    if abi != ABI:
+        raise InputError(
+            f"The plugin library {path} is of another version: its interface is {abi}, and {ABI} is due.",
+            "Build it again with 'make plugin'.",
+        )
     return library
 
 
@@ -202,6 +220,8 @@ class SparseWeightLinear:
 
 def _launch(library: ctypes.CDLL, function: str, call: ctypes.Structure, x: torch.Tensor) -> None:
     error = getattr(library, function)(call, torch.cuda.current_stream(x.device).cuda_stream)
+    if error == OTHER_VERSION:
+        raise InputError("The plugin library is of another version.", "Build it again with 'make plugin'.")
     if error:
         raise InputError(
             f"{function} failed with CUDA error {error}.", "Check that the GPU is sm_80 or later."

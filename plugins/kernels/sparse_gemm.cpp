@@ -9,6 +9,32 @@
 namespace lynx {
 namespace {
 
+// CMake defines a macro for each file of instantiations that it builds.
+#if defined(LYNX_SM80_BF16)
+constexpr bool kSm80Bf16 = true;
+#else
+constexpr bool kSm80Bf16 = false;
+#endif
+#if defined(LYNX_SM80_FP16)
+constexpr bool kSm80Fp16 = true;
+#else
+constexpr bool kSm80Fp16 = false;
+#endif
+#if defined(LYNX_SM90_BF16)
+constexpr bool kSm90Bf16 = true;
+#else
+constexpr bool kSm90Bf16 = false;
+#endif
+#if defined(LYNX_SM90_FP16)
+constexpr bool kSm90Fp16 = true;
+#else
+constexpr bool kSm90Fp16 = false;
+#endif
+
+template <Kernels kKernels, DType kType>
+constexpr bool kHeld = kKernels == Kernels::kSm80 ? (kType == DType::kBf16 ? kSm80Bf16 : kSm80Fp16)
+                                                  : (kType == DType::kBf16 ? kSm90Bf16 : kSm90Fp16);
+
 template <class Element, Operand kOperand>
 SparseGemmLaunch* sm80_launch(int tile) {
   static constexpr SparseGemmLaunch* kLaunches[kTileConfigs] = {launch_gemm_sm80<Element, kMedium, kOperand>,
@@ -16,7 +42,6 @@ SparseGemmLaunch* sm80_launch(int tile) {
   return kLaunches[tile];
 }
 
-#if defined(LYNX_SM90)
 template <class Element, Operand kOperand>
 SparseGemmLaunch* sm90_launch(int tile) {
   static constexpr SparseGemmLaunch* kLaunches[kTileConfigsSm90] = {
@@ -24,19 +49,35 @@ SparseGemmLaunch* sm90_launch(int tile) {
       launch_gemm_sm90<Element, kNarrow, kOperand>};
   return kLaunches[tile];
 }
-#endif
 
-template <class Element, Operand kOperand>
-SparseGemmLaunch* launch_of(Kernels kernels, int tile) {
-#if defined(LYNX_SM90)
-  if (kernels == Kernels::kSm90) return sm90_launch<Element, kOperand>(tile);
-#endif
-  return kernels == Kernels::kSm80 ? sm80_launch<Element, kOperand>(tile) : nullptr;
+// Names the functions that the library holds, and no others: those are not there to link with.
+template <class Element, DType kType>
+SparseGemmLaunch* launch_of(Kernels kernels, Operand operand, int tile) {
+  const bool weight = operand == Operand::kWeight;
+  if constexpr (kHeld<Kernels::kSm90, kType>) {
+    if (kernels == Kernels::kSm90) {
+      return weight ? sm90_launch<Element, Operand::kWeight>(tile)
+                    : sm90_launch<Element, Operand::kActivation>(tile);
+    }
+  }
+  if constexpr (kHeld<Kernels::kSm80, kType>) {
+    if (kernels == Kernels::kSm80) {
+      return weight ? sm80_launch<Element, Operand::kWeight>(tile)
+                    : sm80_launch<Element, Operand::kActivation>(tile);
+    }
+  }
+  return nullptr;
 }
 
 }  // namespace
 
-cudaError_t choose_kernels(Kernels* kernels) {
+bool holds(Kernels kernels, DType dtype) {
+  const bool bf16 = dtype == DType::kBf16;
+  if (kernels == Kernels::kSm90) return bf16 ? kSm90Bf16 : kSm90Fp16;
+  return bf16 ? kSm80Bf16 : kSm80Fp16;
+}
+
+cudaError_t choose_kernels(DType dtype, Kernels* kernels) {
   int device = 0, major = 0, minor = 0;
   if (const cudaError_t error = current_attribute(cudaDevAttrComputeCapabilityMajor, &device, &major);
       error != cudaSuccess) {
@@ -46,12 +87,21 @@ cudaError_t choose_kernels(Kernels* kernels) {
       error != cudaSuccess) {
     return error;
   }
-  if (major < 8) return cudaErrorNotSupported;  // mma.sp begins with sm_80
+  if (major == 9 && minor == 0 && holds(Kernels::kSm90, dtype)) {  // wgmma runs nowhere else
+    *kernels = Kernels::kSm90;
+    return cudaSuccess;
+  }
+  if (major < 8 || !holds(Kernels::kSm80, dtype)) return cudaErrorNotSupported;  // mma.sp begins with sm_80
   *kernels = Kernels::kSm80;
-#if defined(LYNX_SM90)
-  if (major == 9 && minor == 0) *kernels = Kernels::kSm90;  // wgmma runs nowhere else
-#endif
   return cudaSuccess;
+}
+
+// mma.sp runs on every device from sm_80 on, wgmma.sp on sm_90 alone.
+cudaError_t check_runs(Kernels kernels, DType dtype) {
+  Kernels best;
+  if (const cudaError_t error = choose_kernels(dtype, &best); error != cudaSuccess) return error;
+  return holds(kernels, dtype) && (kernels == Kernels::kSm80 || kernels == best) ? cudaSuccess
+                                                                                 : cudaErrorNotSupported;
 }
 
 int64_t gemm_workspace_bytes(Kernels kernels, int64_t m, int64_t n) {
@@ -67,20 +117,8 @@ int tile_count(Kernels kernels) {
 }
 
 SparseGemmLaunch* tile_launch(Kernels kernels, DType dtype, Operand operand, int tile) {
-  [[maybe_unused]] const bool weight = operand == Operand::kWeight;
-#if defined(LYNX_BF16)
-  if (dtype == DType::kBf16) {
-    return weight ? launch_of<Bf16, Operand::kWeight>(kernels, tile)
-                  : launch_of<Bf16, Operand::kActivation>(kernels, tile);
-  }
-#endif
-#if defined(LYNX_FP16)
-  if (dtype == DType::kFp16) {
-    return weight ? launch_of<Fp16, Operand::kWeight>(kernels, tile)
-                  : launch_of<Fp16, Operand::kActivation>(kernels, tile);
-  }
-#endif
-  return nullptr;
+  return dtype == DType::kBf16 ? launch_of<Bf16, DType::kBf16>(kernels, operand, tile)
+                               : launch_of<Fp16, DType::kFp16>(kernels, operand, tile);
 }
 
 cudaError_t best_tile(Kernels kernels, const SparseGemmCall& call, int* tile) {

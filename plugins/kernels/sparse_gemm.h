@@ -30,6 +30,9 @@ struct SparseGemmCall {
 // Bytes of workspace that every configuration can do with, for up to m x n.
 int64_t gemm_workspace_bytes(Kernels kernels, int64_t m, int64_t n);
 
+// Whether this library was built with the GEMMs of an element type for these kernels.
+bool holds(Kernels kernels, DType dtype);
+
 using SparseGemmLaunch = cudaError_t(const SparseGemmCall&, int device, cudaStream_t);
 
 template <class Element, TileIndex kIndex, Operand kOperand>

@@ -189,9 +189,11 @@ class TransposedEpilogue {
     if (gelu) value[0] = gelu_tanh(value[0]), value[1] = gelu_tanh(value[1]);
     const cutlass::Array<Element, 2> pair = cutlass::NumericArrayConverter<Element, float, 2>{}(value);
     uint32_t turned;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;"
-        : "=r"(turned)
-        : "r"(reinterpret_cast<const uint32_t&>(pair)));
+    // Volatile: all lanes must be there, and the compiler may otherwise move it under the condition of the
+    // store.
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;"
+                 : "=r"(turned)
+                 : "r"(reinterpret_cast<const uint32_t&>(pair)));
     token += lane_ / 4, channel += lane_ % 4 * 2;
     if (channel < params_.channels && token < params_.tokens) {
       *reinterpret_cast<uint32_t*>(params_.y + int64_t(token) * params_.channels + channel) = turned;

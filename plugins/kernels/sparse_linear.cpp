@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "sparse_linear.h"
 
+#include <algorithm>
+
 #include "prune_grid.h"
 #include "sparse24.h"
 #include "sparse_gemm.h"
@@ -35,31 +37,25 @@ bool misaligned(const void* pointer) { return (reinterpret_cast<uintptr_t>(point
 // What both ops ask of their sizes; `step`: of K.
 template <class Params>
 bool sizes_fit(const Params& p, int step) {
-  return p.rows > 0 && padded_rows(p.rows) <= INT32_MAX && p.channels > 0 && p.channels % step == 0 &&
-         p.out_channels > 0 && p.out_channels % 8 == 0 && p.gelu_from >= 0 &&
+  return p.rows > 0 && p.rows <= kMaxRows && p.channels > 0 && p.channels <= kMaxChannels &&
+         p.channels % step == 0 && p.out_channels > 0 && p.out_channels <= kMaxRows &&
+         p.out_channels % 8 == 0 && p.gelu_from >= 0 &&
          (p.gelu_from >= p.out_channels || p.gelu_from % kGeluMultiple == 0);
 }
 
 bool producer_fits(const SparseLinearParams& p) {
-  if (p.producer == Producer::kNone) return true;
-  if (p.order || p.centre || p.saliency) return false;
-  if (p.producer == Producer::kGated) return p.gate != nullptr;
-  return p.producer == Producer::kGelu ||
-         (p.gain && p.shift && p.gain_rows > 0 && p.rows % p.gain_rows == 0 && p.epsilon > 0.0f);
-}
-
-cudaError_t check(const SparseLinearParams& p) {
-  const bool sizes_ok = sizes_fit(p, kBlock) && p.channels <= kMaxChannels && p.rank >= 0 &&
-                        p.rank <= kMaxRank && p.rank % kRankMultiple == 0 &&
-                        (p.order == nullptr || p.channels <= kMaxOrderedChannels) && producer_fits(p);
-  const bool present = p.x && p.weight && p.bias && p.y && p.workspace && (p.rank == 0 || p.lora_down);
-  if (!sizes_ok || !present) return cudaErrorInvalidValue;
-  const void* const pointers[] = {p.x,        p.weight, p.lora_down, p.bias, p.order, p.centre,
-                                  p.saliency, p.gain,   p.shift,     p.gate, p.y,     p.workspace};
-  for (const void* pointer : pointers) {
-    if (misaligned(pointer)) return cudaErrorMisalignedAddress;
+  const bool alone = !p.order && !p.centre && !p.saliency;
+  switch (p.producer) {
+    case Producer::kNone:
+      return true;
+    case Producer::kNorm:
+      return alone && p.gain && p.shift && p.gain_rows > 0 && p.rows % p.gain_rows == 0 && p.epsilon > 0.0f;
+    case Producer::kGelu:
+      return alone;
+    case Producer::kGated:
+      return alone && p.gate != nullptr;
   }
-  return cudaSuccess;
+  return false;
 }
 
 cudaError_t check(const SparseWeightParams& p) {
@@ -73,17 +69,14 @@ cudaError_t check(const SparseWeightParams& p) {
   return cudaSuccess;
 }
 
-// mma.sp runs on every device from sm_80 on, wgmma.sp on sm_90 alone.
-cudaError_t check_runs(Kernels kernels) {
-  Kernels best;
-  if (const cudaError_t error = choose_kernels(&best); error != cudaSuccess) return error;
-  return kernels == Kernels::kSm80 || kernels == best ? cudaSuccess : cudaErrorNotSupported;
-}
-
 }  // namespace
 
-size_t workspace_bytes(const SparseLinearParams& params, Kernels kernels) {
-  return size_t(segments(params, kernels).total);
+size_t workspace_bytes(const SparseLinearParams& params) {
+  int64_t most = 0;
+  for (const Kernels kernels : {Kernels::kSm80, Kernels::kSm90}) {
+    if (holds(kernels, params.dtype)) most = std::max(most, segments(params, kernels).total);
+  }
+  return size_t(most);
 }
 
 CompressedOperand compressed_operand(const SparseLinearParams& params, Kernels kernels) {
@@ -105,10 +98,24 @@ size_t weight_workspace_bytes(const SparseWeightParams& params) {
   return size_t(gemm_workspace_bytes(params.kernels, params.out_channels, params.rows));
 }
 
+cudaError_t check_arguments(const SparseLinearParams& p) {
+  const bool sizes_ok = sizes_fit(p, kBlock) && p.rank >= 0 && p.rank <= kMaxRank &&
+                        p.rank % kRankMultiple == 0 &&
+                        (p.order == nullptr || p.channels <= kMaxOrderedChannels) && producer_fits(p);
+  const bool present = p.x && p.weight && p.bias && p.y && p.workspace && (p.rank == 0 || p.lora_down);
+  if (!sizes_ok || !present) return cudaErrorInvalidValue;
+  const void* const pointers[] = {p.x,        p.weight, p.lora_down, p.bias, p.order, p.centre,
+                                  p.saliency, p.gain,   p.shift,     p.gate, p.y,     p.workspace};
+  for (const void* pointer : pointers) {
+    if (misaligned(pointer)) return cudaErrorMisalignedAddress;
+  }
+  return cudaSuccess;
+}
+
 cudaError_t launch_sparse_linear(const SparseLinearParams& params, int tile, cudaStream_t stream) {
-  if (const cudaError_t error = check(params); error != cudaSuccess) return error;
+  if (const cudaError_t error = check_arguments(params); error != cudaSuccess) return error;
   Kernels kernels;
-  if (const cudaError_t error = choose_kernels(&kernels); error != cudaSuccess) return error;
+  if (const cudaError_t error = choose_kernels(params.dtype, &kernels); error != cudaSuccess) return error;
   const CompressedOperand operand = compressed_operand(params, kernels);
   if (const cudaError_t error = launch_prune(params, operand, stream); error != cudaSuccess) return error;
   return launch_pruned_gemm(params, operand, tile, stream);
@@ -127,7 +134,7 @@ cudaError_t launch_pruned_gemm(const SparseLinearParams& params, const Compresse
 
 cudaError_t launch_sparse_weight_linear(const SparseWeightParams& params, int tile, cudaStream_t stream) {
   if (const cudaError_t error = check(params); error != cudaSuccess) return error;
-  if (const cudaError_t error = check_runs(params.kernels); error != cudaSuccess) return error;
+  if (const cudaError_t error = check_runs(params.kernels, params.dtype); error != cudaSuccess) return error;
   SparseGemmCall call;
   call.m = params.out_channels, call.n = int(params.rows), call.width = params.channels;
   call.values = params.values, call.metadata = params.metadata, call.dense = params.x;

@@ -23,6 +23,8 @@ enum class Producer {
   kGated,  // silu(x) * gate
 };
 
+// Of both operands: CUTLASS counts 64 bytes of metadata a row in 32 bits.
+constexpr int64_t kMaxRows = (int64_t(1) << 25) - 64;
 constexpr int kMaxChannels = 1 << 23;       // K; 32 bits hold an offset within a tile of 128 rows
 constexpr int kMaxOrderedChannels = 24576;  // K with an order: a row goes through 48 KiB of shared memory
 
@@ -30,7 +32,7 @@ constexpr int kMaxOrderedChannels = 24576;  // K with an order: a row goes throu
 // type.
 struct SparseLinearParams {
   DType dtype;
-  int64_t rows;      // M, tokens; any
+  int64_t rows;      // M, tokens; up to kMaxRows
   int channels;      // K, a multiple of 16, up to kMaxChannels
   int out_channels;  // N, a multiple of 8
   int rank;          // r, a multiple of 16 up to 128, or 0
@@ -69,24 +71,31 @@ struct CompressedOperand {
   Kernels kernels;
 };
 
-// Bytes of workspace of a call, from its sizes and whether it has an order; grows with rows, so that a
-// profile's largest M is enough.
-size_t workspace_bytes(const SparseLinearParams& params, Kernels kernels);
+// Bytes of workspace of a call on any GPU that this library runs on, from its sizes and whether it has an
+// order; grows with rows, so that a profile's largest M is enough.
+size_t workspace_bytes(const SparseLinearParams& params);
 
 // Where the compressed operand lies in the call's workspace.
 CompressedOperand compressed_operand(const SparseLinearParams& params, Kernels kernels);
 
-// The fastest kernels that the current device runs and this library was built with.
-// Returns cudaErrorNotSupported for a device below sm_80, or what querying the device returns.
-cudaError_t choose_kernels(Kernels* kernels);
+// The fastest kernels that the current device runs and this library was built with for the type.
+// Returns cudaErrorNotSupported where there are none, or what querying the device returns.
+cudaError_t choose_kernels(DType dtype, Kernels* kernels);
+
+// Whether the library was built with these kernels for the type and the current device runs them; else
+// cudaErrorNotSupported, or what querying the device returns.
+cudaError_t check_runs(Kernels kernels, DType dtype);
+
+// Whether a call's sizes are within the limits above (else cudaErrorInvalidValue) and its pointers there and
+// aligned (cudaErrorMisalignedAddress).
+cudaError_t check_arguments(const SparseLinearParams& params);
 
 // Queues the whole op on `stream`: pruning pass, then GEMM. Allocates nothing, never synchronizes, may be
 // captured. `tile`: a configuration of sparse_gemm.h, or -1 for the dispatcher's choice. Returns
-// cudaErrorInvalidValue for sizes outside the limits above, cudaErrorMisalignedAddress for pointers, else
-// what choose_kernels and the launches return.
+// what check_arguments, choose_kernels and the launches return.
 cudaError_t launch_sparse_linear(const SparseLinearParams& params, int tile, cudaStream_t stream);
 
-// The parts of launch_sparse_linear, which checks the arguments for them. launch_prune begins with
+// The parts of launch_sparse_linear; they do not check their arguments. launch_prune begins with
 // launch_reorder when there is an order.
 cudaError_t launch_reorder(const SparseLinearParams& params, void* out, cudaStream_t stream);
 cudaError_t launch_prune(const SparseLinearParams& params, const CompressedOperand& out, cudaStream_t stream);
@@ -97,8 +106,8 @@ cudaError_t launch_pruned_gemm(const SparseLinearParams& params, const Compresse
 // Np = padded_rows(N).
 struct SparseWeightParams {
   DType dtype;
-  int64_t rows;      // M, tokens; any
-  int channels;      // K, a multiple of 64
+  int64_t rows;      // M, tokens; up to kMaxRows
+  int channels;      // K, a multiple of 64, up to kMaxChannels
   int out_channels;  // N, a multiple of 8
   int gelu_from;     // as above
   Kernels kernels;   // whose metadata layout the weight has

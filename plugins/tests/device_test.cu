@@ -402,8 +402,7 @@ class DeviceProblem {
     static const int32_t some_order = 0;
     lynx::SparseLinearParams p = sizes_of(c);
     p.order = c.order ? &some_order : nullptr;
-    return std::max(lynx::workspace_bytes(p, lynx::Kernels::kSm80),
-                    lynx::workspace_bytes(p, lynx::Kernels::kSm90));
+    return lynx::workspace_bytes(p);
   }
 
   Case case_;
@@ -420,7 +419,7 @@ std::vector<T> from_device(const void* data, size_t count) {
 // The whole op on the kernels under test; as the plugin launches it where they are the device's best.
 cudaError_t launch(const DeviceProblem& problem, cudaStream_t stream) {
   lynx::Kernels best;
-  check(lynx::choose_kernels(&best), "choose_kernels");
+  check(lynx::choose_kernels(problem.params().dtype, &best), "choose_kernels");
   if (kernels == best) return lynx::launch_sparse_linear(problem.params(), lynx::kAnyTile, stream);
   const cudaError_t error = lynx::launch_prune(problem.params(), problem.operand(), stream);
   if (error != cudaSuccess) return error;
@@ -742,15 +741,17 @@ int main(int argc, char** argv) {
   std::printf("%s, sm_%d%d\n", properties.name, properties.major, properties.minor);
   const bool timing = argc > 1 && std::strcmp(argv[1], "--time") == 0;
   const std::string only = argc > 1 && !timing ? argv[1] : "";
-  lynx::Kernels best;
-  check(lynx::choose_kernels(&best), "choose_kernels");
-  std::vector<lynx::Kernels> all = {lynx::Kernels::kSm80};
-  if (best != lynx::Kernels::kSm80) all.push_back(best);
+  std::vector<lynx::Kernels> all;
+  for (const lynx::Kernels each : {lynx::Kernels::kSm80, lynx::Kernels::kSm90}) {
+    if (lynx::check_runs(each, lynx::DType::kBf16) == cudaSuccess) all.push_back(each);
+  }
   for (const lynx::Kernels each : all) {
     kernels = each;
     std::printf("%s\n", kernels_name());
     for (const Case& c : all_cases()) {
-      if (c.name().find(only) != std::string::npos) run_case(c);
+      const bool runs =
+          lynx::check_runs(kernels, c.dtype) == cudaSuccess;  // else the library was built without
+      if (runs && c.name().find(only) != std::string::npos) run_case(c);
     }
     if (!only.empty()) continue;
     run_negative_control();

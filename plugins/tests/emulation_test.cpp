@@ -546,7 +546,7 @@ void run_workspace() {
   params.x = x->data(), params.weight = w->data(), params.lora_down = lora_down->data(),
   params.bias = b->data();
   params.order = static_cast<const int32_t*>(order->data()), params.centre = centre->data();
-  Guarded workspace("workspace", lynx::workspace_bytes(params, c.kernels));
+  Guarded workspace("workspace", lynx::workspace_bytes(params));
   Guarded y("y", size_t(c.rows) * kOutChannels * 2);
   workspace.fill(0xff), y.fill(0xff);
   params.y = y.data(), params.workspace = workspace.data();

@@ -182,11 +182,9 @@ inline Problem sparse_linear(const SparseLinearCase& c) {
                     {"norm_scale", double(c.norm_scale)},
                     {"has_order", double(c.order)},
                     {"has_centre", double(c.centre)},
-                    {"has_saliency", double(c.saliency)}};
-  if (c.gelu_from >= 0) {
-    out.attributes["activation"] = 1;
-    out.attributes["activation_from"] = double(c.gelu_from);
-  }
+                    {"has_saliency", double(c.saliency)},
+                    {"activation", double(c.gelu_from >= 0)},
+                    {"activation_from", double(std::max<int64_t>(c.gelu_from, 0))}};
   if (norm) out.attributes["rms"] = double(c.rms), out.attributes["epsilon"] = epsilon;
   out.inputs = {
       x.tensor(),      weight.tensor(),  down.tensor(), bias.tensor(), int_tensor({c.channels}, order),
@@ -293,11 +291,10 @@ inline Problem sparse_weight(const SparseWeightCase& c) {
               std::to_string(c.channels) + " -> " + std::to_string(c.out_channels) + ", layout " +
               std::to_string(c.layout) +
               (c.gelu_from >= 0 ? ", GELU from " + std::to_string(c.gelu_from) : "");
-  out.attributes = {{"out_channels", double(c.out_channels)}, {"metadata_layout", double(c.layout)}};
-  if (c.gelu_from >= 0) {
-    out.attributes["activation"] = 1;
-    out.attributes["activation_from"] = double(c.gelu_from);
-  }
+  out.attributes = {{"out_channels", double(c.out_channels)},
+                    {"metadata_layout", double(c.layout)},
+                    {"activation", double(c.gelu_from >= 0)},
+                    {"activation_from", double(std::max<int64_t>(c.gelu_from, 0))}};
   out.inputs = {x.tensor(), values.tensor(), int_tensor({c.channels / 64, padded / 64, 128}, metadata),
                 bias.tensor()};
   out.out_channels = c.out_channels;
@@ -330,7 +327,10 @@ inline std::vector<Problem> problems_of(const std::string& plugin) {
         SparseWeightCase c;
         c.type = type, c.layout = layout;
         out.push_back(sparse_weight(c));
-        c.channels = 256, c.out_channels = 256, c.gelu_from = 128;
+        SparseWeightCase gelu_behind = c;
+        gelu_behind.channels = 256, gelu_behind.out_channels = 256, gelu_behind.gelu_from = 128;
+        out.push_back(sparse_weight(gelu_behind));
+        c.channels = 8256;  // long enough for stream-K
         out.push_back(sparse_weight(c));
       }
     }
@@ -349,6 +349,9 @@ inline std::vector<Problem> problems_of(const std::string& plugin) {
     SparseLinearCase wide = c;
     wide.channels = 768, wide.out_channels = 256, wide.rank = 64, wide.rms = plugin == "LynxNormSparseLinear";
     out.push_back(sparse_linear(wide));
+    SparseLinearCase deep = c;  // long enough for stream-K
+    deep.channels = 8208, deep.out_channels = 72, deep.length = 5;
+    out.push_back(sparse_linear(deep));
     SparseLinearCase gelu_behind = c;
     gelu_behind.gelu_from = 64;
     out.push_back(sparse_linear(gelu_behind));

@@ -11,28 +11,27 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "plugin_cases.h"
+#include "tensorrt_side.h"
 
 namespace {
 
-using lynx::test::HostTensor;
-using lynx::test::Problem;
+using namespace lynx::test;
 using nvinfer1::DataType;
 using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::IPluginV3;
-using nvinfer1::PluginCapabilityType;
 using nvinfer1::PluginField;
 using nvinfer1::PluginFieldCollection;
-using nvinfer1::PluginFieldType;
 using nvinfer1::PluginTensorDesc;
 using nvinfer1::TensorFormat;
 using nvinfer1::TensorRTPhase;
@@ -51,152 +50,6 @@ void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   std::printf("FAIL %s: %s\n%d passed, %d failed\n", what, cudaGetErrorString(error), passed, failed + 1);
   std::exit(1);
-}
-
-// ---- TensorRT's side of the interfaces
-
-// An extent: a constant, or one that is known only at run time.
-class Extent final : public nvinfer1::IDimensionExpr, nvinfer1::apiv::VDimensionExpr {
- public:
-  explicit Extent(int64_t value) : value_(value) { mImpl = this; }
-  bool isConstant() const override { return value_ >= 0; }
-  int64_t getConstantValue() const override { return value_; }
-  bool isSizeTensor() const override { return false; }
-
- private:
-  int64_t value_;
-};
-
-// Makes extents, and keeps them. Our plugins compute none from others.
-class Extents final : public nvinfer1::IExprBuilder, nvinfer1::apiv::VExprBuilder {
- public:
-  Extents() { mImpl = this; }
-  const nvinfer1::IDimensionExpr* constant(int64_t value) override {
-    extents_.emplace_back(value);
-    return &extents_.back();
-  }
-  const nvinfer1::IDimensionExpr* operation(nvinfer1::DimensionOperation, const nvinfer1::IDimensionExpr&,
-                                            const nvinfer1::IDimensionExpr&) override {
-    return constant(-1);
-  }
-  const nvinfer1::IDimensionExpr* declareSizeTensor(int32_t, const nvinfer1::IDimensionExpr&,
-                                                    const nvinfer1::IDimensionExpr&) override {
-    return nullptr;
-  }
-
- private:
-  std::deque<Extent> extents_;  // a deque: their addresses stay
-};
-
-struct ResourceContext final : nvinfer1::IPluginResourceContext {
-  nvinfer1::IGpuAllocator* getGpuAllocator() const noexcept override { return nullptr; }
-  nvinfer1::IErrorRecorder* getErrorRecorder() const noexcept override { return nullptr; }
-};
-
-// The values of a field collection, owned, as an engine file owns them.
-class Fields {
- public:
-  explicit Fields(const PluginFieldCollection& from) {
-    for (int32_t i = 0; i < from.nbFields; ++i) add(from.fields[i], from.fields[i].data);
-  }
-  // What the ONNX parser gives: of the node's attributes those that the creator declares.
-  Fields(const PluginFieldCollection& declared, const std::map<std::string, double>& attributes) {
-    for (int32_t i = 0; i < declared.nbFields; ++i) {
-      const PluginField& field = declared.fields[i];
-      const auto found = attributes.find(field.name);
-      if (found == attributes.end()) continue;
-      const auto integer = int32_t(found->second);
-      const auto real = float(found->second);
-      add(field, field.type == PluginFieldType::kFLOAT32 ? static_cast<const void*>(&real) : &integer);
-    }
-  }
-
-  const PluginFieldCollection* collection() {
-    fields_.clear();
-    for (const Value& value : values_)
-      fields_.emplace_back(value.name.c_str(), value.data, value.type, value.length);
-    collection_ = {int32_t(fields_.size()), fields_.data()};
-    return &collection_;
-  }
-
-  bool operator==(const Fields& other) const {
-    return values_.size() == other.values_.size() &&
-           std::equal(values_.begin(), values_.end(), other.values_.begin(),
-                      [](const Value& a, const Value& b) {
-                        return a.name == b.name && a.type == b.type && a.length == b.length &&
-                               std::memcmp(a.data, b.data, sizeof a.data) == 0;
-                      });
-  }
-
- private:
-  struct Value {
-    std::string name;
-    PluginFieldType type;
-    int32_t length;
-    alignas(8) char data[8];  // one number
-  };
-
-  void add(const PluginField& field, const void* data) {
-    Value value{field.name, field.type, field.length, {}};
-    std::memcpy(value.data, data, field.type == PluginFieldType::kINT64 ? 8 : 4);
-    values_.push_back(std::move(value));
-  }
-
-  std::vector<Value> values_;
-  std::vector<PluginField> fields_;
-  PluginFieldCollection collection_{};
-};
-
-template <class Capability>
-Capability* capability(IPluginV3& plugin, PluginCapabilityType type) {
-  return static_cast<Capability*>(plugin.getCapabilityInterface(type));
-}
-auto* core_of(IPluginV3& plugin) {
-  return capability<nvinfer1::IPluginV3OneCore>(plugin, PluginCapabilityType::kCORE);
-}
-auto* build_of(IPluginV3& plugin) {
-  return capability<nvinfer1::IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
-}
-auto* runtime_of(IPluginV3& plugin) {
-  return capability<nvinfer1::IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
-}
-
-nvinfer1::Dims dims_of(const std::vector<int64_t>& extents) {
-  nvinfer1::Dims out{};
-  out.nbDims = int32_t(extents.size());
-  std::copy(extents.begin(), extents.end(), out.d);
-  return out;
-}
-
-PluginTensorDesc desc_of(DataType type, const nvinfer1::Dims& dims) {
-  PluginTensorDesc out{};
-  out.dims = dims, out.type = type, out.format = TensorFormat::kLINEAR, out.scale = 1.0f;
-  return out;
-}
-
-// Inputs, then the output, for the problem's shapes.
-std::vector<PluginTensorDesc> static_descs(const Problem& problem) {
-  std::vector<PluginTensorDesc> out;
-  for (const HostTensor& input : problem.inputs) out.push_back(desc_of(input.type, dims_of(input.dims)));
-  nvinfer1::Dims y = out[0].dims;
-  y.d[y.nbDims - 1] = problem.out_channels;
-  out.push_back(desc_of(problem.type(), y));
-  return out;
-}
-
-// The same as a network has them whose first extents (batch) are decided by each run, up to the problem's
-// own.
-std::vector<DynamicPluginTensorDesc> dynamic_descs(const Problem& problem) {
-  std::vector<DynamicPluginTensorDesc> out;
-  for (const PluginTensorDesc& desc : static_descs(problem)) {
-    DynamicPluginTensorDesc dynamic{desc, desc.dims, desc.dims, desc.dims};
-    if (desc.dims.nbDims == 3 && desc.type != DataType::kINT32) {
-      dynamic.desc.dims.d[0] = -1;
-      dynamic.min.d[0] = 1;
-    }
-    out.push_back(dynamic);
-  }
-  return out;
 }
 
 // ---- The build, as far as it needs no GPU
@@ -485,11 +338,80 @@ void run_contexts(const Problem& problem, const BuiltNode& node) {
   for (cudaStream_t stream : streams) cudaStreamDestroy(stream);
 }
 
+// The problem with the first of its batches alone.
+Problem first_batch(const Problem& problem) {
+  Problem out = problem;
+  const int64_t batches = problem.inputs[0].dims[0];
+  for (HostTensor& input : out.inputs) {
+    if (input.dims.size() != 3 || input.type == DataType::kINT32) continue;
+    input.dims[0] = 1;
+    input.bytes.resize(input.bytes.size() / size_t(batches));
+  }
+  for (std::vector<double>* of_y : {&out.y, &out.tolerance, &out.unpruned})
+    of_y->resize(of_y->size() / size_t(batches));
+  return out;
+}
+
+// Fewer rows than the engine was built for, in the workspace of all; then none at all.
+void run_fewer_rows(const Problem& problem, const BuiltNode& node) {
+  const Problem fewer = first_batch(problem);
+  Context context(fewer, node);
+  double worst = 0.0;
+  const std::vector<uint16_t> y = context.prepare(0) ? context.run() : std::vector<uint16_t>();
+  const bool ok = !y.empty() && wrong_elements(fewer, y, fewer.y, &worst) == 0 && context.intact();
+  report(ok, problem.title + ": half of the rows that the workspace was sized for");
+  std::vector<PluginTensorDesc> none = static_descs(problem);
+  none[0].dims.d[1] = none.back().dims.d[1] = 0;
+  if (problem.plugin == "LynxGatedSparseLinear") none[size_t(input_count(problem) - 1)].dims.d[1] = 0;
+  auto* const runtime = runtime_of(*node.plugin);
+  const std::vector<const void*> nowhere(problem.inputs.size(), nullptr);
+  void* nothing = nullptr;
+  report(runtime->onShapeChange(none.data(), input_count(problem), &none.back(), 1) == 0 &&
+             runtime->enqueue(none.data(), &none.back(), nowhere.data(), &nothing, nullptr, nullptr) == 0,
+         problem.title + ": no tokens");
+}
+
+// Threads of the host, each with a context and a stream of its own.
+void run_threads(const Problem& problem, const BuiltNode& node) {
+  constexpr int kThreads = 4;
+  std::vector<std::unique_ptr<Context>> contexts;
+  std::vector<std::vector<uint16_t>> alone;
+  for (int i = 0; i < kThreads; ++i) {
+    contexts.push_back(std::make_unique<Context>(problem, node));
+    if (i % 2) contexts.back()->set_x(negated(problem.inputs[0].bytes));
+    if (!contexts.back()->prepare(0)) return void(report(false, problem.title + ": host threads"));
+    alone.push_back(contexts.back()->run());
+    contexts.back()->y().poison();
+  }
+  check(cudaDeviceSynchronize(), "before the threads");
+  std::atomic<bool> ok{true};
+  std::vector<std::thread> threads;
+  for (const auto& context : contexts) {
+    threads.emplace_back([&ok, &context] {
+      cudaStream_t stream;
+      check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+      for (int round = 0; round < 50; ++round) {
+        if (!context->prepare(0) || !context->enqueue(stream)) ok = false;
+      }
+      check(cudaStreamSynchronize(stream), "thread");
+      cudaStreamDestroy(stream);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (size_t i = 0; i < contexts.size(); ++i) {
+    if (contexts[i]->y().halves() != alone[i] || !contexts[i]->intact()) ok = false;
+  }
+  report(ok, problem.title + ": " + std::to_string(kThreads) + " host threads at once, same bits as alone");
+}
+
 // ---- The library
 
 struct Creators {
+  using Holds = int(int fp16, int metadata_layout);
+
   nvinfer1::IPluginCreatorInterface* const* first;
   int32_t count;
+  Holds* holds;  // null in an old library
 };
 
 Creators load(const char* library) {
@@ -506,6 +428,7 @@ Creators load(const char* library) {
   }
   Creators creators{};
   creators.first = get_creators(creators.count);
+  creators.holds = reinterpret_cast<Creators::Holds*>(dlsym(handle, "lynx_holds"));
   return creators;
 }
 
@@ -526,21 +449,77 @@ int gpu_architecture() {
   return 10 * major + minor;
 }
 
-void run_problem(nvinfer1::IPluginCreatorV3One& creator, const Problem& problem, int architecture) {
-  if (!knows(creator, problem)) {
-    std::printf("SKIP %s: this library has not all of its attributes\n", problem.title.c_str());
-    return;
-  }
-  const BuiltNode node = build(creator, problem);
-  if (node.plugin == nullptr || architecture == 0) return;
+// Whether the library has kernels for the problem, and they run on the GPU, if there is one.
+bool should_build(const Creators& library, const Problem& problem, int architecture) {
+  const int fp16 = problem.type() == DataType::kHALF;
   const auto layout = problem.attributes.find("metadata_layout");
-  if (layout != problem.attributes.end() && layout->second == 90 && architecture != 90) {
-    std::printf("SKIP %s: enqueue of Hopper's layout, on sm_%d\n", problem.title.c_str(), architecture);
+  if (layout == problem.attributes.end()) return library.holds(fp16, 80) || library.holds(fp16, 90);
+  const bool runs = layout->second == 80 || architecture == 90 || architecture == 0;
+  return runs && library.holds(fp16, int(layout->second));
+}
+
+// A node that could not be enqueued must not get into an engine.
+void check_refused(nvinfer1::IPluginCreatorV3One& creator, const Problem& problem) {
+  Fields attributes(*creator.getFieldNames(), problem.attributes);
+  const std::unique_ptr<IPluginV3> plugin(
+      creator.createPlugin("node", attributes.collection(), TensorRTPhase::kBUILD));
+  if (!report(plugin != nullptr, problem.title + ": created")) return;
+  std::vector<DataType> types;
+  for (const HostTensor& input : problem.inputs) types.push_back(input.type);
+  const auto descs = dynamic_descs(problem);
+  const int32_t inputs = input_count(problem);
+  DataType y;
+  auto* const builder = build_of(*plugin);
+  const bool taken = builder->getOutputDataTypes(&y, 1, types.data(), inputs) == 0 &&
+                     builder->configurePlugin(descs.data(), inputs, &descs.back(), 1) == 0;
+  report(!taken, problem.title + ": refused at build, for want of kernels");
+}
+
+// Threads of the host that build at once get what one alone gets.
+void build_in_threads(nvinfer1::IPluginCreatorV3One& creator, const Problem& problem) {
+  const auto descs = dynamic_descs(problem);
+  const auto build_one = [&] {
+    Fields attributes(*creator.getFieldNames(), problem.attributes);
+    const std::unique_ptr<IPluginV3> made(
+        creator.createPlugin("node", attributes.collection(), TensorRTPhase::kBUILD));
+    const std::unique_ptr<IPluginV3> plugin(made->clone());
+    auto* const builder = build_of(*plugin);
+    const char* const id = builder->getTimingCacheID();
+    const int32_t inputs = input_count(problem);
+    const bool configured = builder->configurePlugin(descs.data(), inputs, &descs.back(), 1) == 0;
+    return std::string(id == nullptr ? "no ID" : id) + (configured ? ", " : ", refused, ") +
+           std::to_string(builder->getWorkspaceSize(descs.data(), inputs, &descs.back(), 1));
+  };
+  const std::string alone = build_one();
+  std::atomic<bool> ok{true};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 8; ++i) {
+    threads.emplace_back([&] {
+      for (int round = 0; round < 20; ++round) {
+        if (build_one() != alone) ok = false;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  report(ok, problem.title + ": built by 8 host threads at once", alone);
+}
+
+void run_problem(const Creators& library, nvinfer1::IPluginCreatorV3One& creator, const Problem& problem,
+                 int architecture) {
+  if (library.holds == nullptr || !knows(creator, problem)) {
+    report(false, problem.title, "the library is of another version; build it again with: make plugin");
     return;
   }
+  if (!should_build(library, problem, architecture)) return check_refused(creator, problem);
+  const BuiltNode node = build(creator, problem);
+  if (node.plugin == nullptr) return;
+  build_in_threads(creator, problem);
+  if (architecture == 0) return;
   run_tactics(problem, node);
   run_graph(problem, node);
   run_contexts(problem, node);
+  run_fewer_rows(problem, node);
+  run_threads(problem, node);
 }
 
 }  // namespace
@@ -559,7 +538,8 @@ int main(int argc, char** argv) {
     const std::vector<Problem> problems = lynx::test::problems_of(name);
     report(!problems.empty(), name + ": this host has problems for it");
     for (const Problem& problem : problems) {
-      if (problem.title.find(only) != std::string::npos) run_problem(*creator, problem, architecture);
+      if (problem.title.find(only) != std::string::npos)
+        run_problem(creators, *creator, problem, architecture);
     }
   }
   if (architecture == 0) std::printf("No CUDA device was found: nothing was enqueued.\n");

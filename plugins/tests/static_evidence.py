@@ -4,7 +4,8 @@
     python plugins/tests/static_evidence.py [LIBRARY]
 
 prints a line for each kernel of each GPU architecture, then what is wrong, and exits with 1 if anything is. Needs
-cuobjdump and nvdisasm: from a CUDA toolkit in PATH, or ``pip install --no-deps -r requirements/toolchain.txt``.
+cuobjdump and nvdisasm: from a CUDA toolkit in PATH, or ``pip install --no-deps -r requirements/toolchain.txt``;
+and c++filt, which comes with g++.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SHARED_BYTES = {
 RESERVED_BYTES = 1 * KIB
 
 ELEMENTS = ("bf16", "fp16")
-OPERANDS = 2  # activation and weight: two GEMMs of each kind
+OPERANDS = ("activation", "weight")  # which side of a GEMM is sparse
 LAYOUTS = ("80", "90")
 VARIANTS = ("plain", "general", "norm", "act")  # Variant of prune.cu
 RANKS = (0, 16, 32, 64, 128)
@@ -81,10 +82,14 @@ def blocks_per_sm(rank: int, variant: str) -> int:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel as compiled for ``arch``, and its tensor-core and local-memory instructions."""
+    """A kernel as compiled for ``arch``, and its tensor-core and local-memory instructions.
+
+    An opcode begins with ``@`` where a lane's predicate decides about it, and with ``?`` where it stands in a branch
+    that lanes of a warp take apart.
+    """
 
     arch: str  # "80", "90a"
-    symbol: str
+    name: str  # demangled
     registers: int
     stack: int
     shared: int
@@ -104,6 +109,7 @@ class Role:
     rank: int = 0
     variant: str = ""
     tile: Tile | None = None
+    operand: str = ""
 
     @property
     def title(self) -> str:
@@ -113,33 +119,45 @@ class Role:
             return f"finish {self.element} layout {self.layout}"
         if self.tile is None:
             return self.family
-        return f"{self.family} {self.element} {self.tile.m}x{self.tile.n}x{self.tile.k}"
+        return f"{self.family} {self.element} {self.tile.m}x{self.tile.n}x{self.tile.k} {self.operand}"
 
 
-METADATA = r"INS_4(Bf16|Fp16)ENS_12Sm(80MetadataE|90MetadataILi64EEE)"
-PRUNE_SYMBOL = re.compile("prune_kernel" + METADATA + r"Li(\d+)ELNS0_7VariantE(\d)E")
-FINISH_SYMBOL = re.compile("finish_kernel" + METADATA)
-MMA_SYMBOL = re.compile(r"SparseMmaMultistageINS1_9GemmShapeILi(\d+)ELi(\d+)ELi(\d+)E")
-WGMMA_SYMBOL = re.compile(r"MainloopSm90TmaGmmaWarpSpecializedSparseILi(\d+)E")  # stages, which tell the tile
+METADATA = r"<lynx::(Bf16|Fp16), lynx::Sm(80Metadata|90Metadata<64>)"
+PRUNE_NAME = re.compile(
+    "prune_kernel" + METADATA + r", (\d+), \(lynx::\(anonymous namespace\)::Variant\)(\d)>"
+)
+FINISH_NAME = re.compile("finish_kernel" + METADATA)
+MMA_NAME = re.compile(r"SparseMmaMultistage<cutlass::gemm::GemmShape<(\d+), (\d+), (\d+)>")
+WGMMA_NAME = re.compile(
+    r"MainloopSm90TmaGmmaWarpSpecializedSparse<(\d+), .*?Cooperative>, "
+    r"cute::tuple<cute::C<(\d+)>, cute::C<(\d+)>, cute::C<(\d+)> ?>"
+)
+# Which of our epilogues a GEMM has tells its operand. With sparse weights, output channels lie along D's rows.
+EPILOGUES = {
+    "activation": re.compile(r"lynx::GeluStore<|lynx::GeluFrom<cutlass::\w+, 1>"),
+    "weight": re.compile(r"lynx::TransposedEpilogue<|lynx::GeluFrom<cutlass::\w+, 0>"),
+}
 
 
-def role_of(symbol: str) -> Role | None:
-    """What ``symbol`` is, None if it is none of our kernels."""
-    if match := PRUNE_SYMBOL.search(symbol):
+def role_of(name: str) -> Role | None:
+    """What the kernel ``name`` is, None if it is none of ours."""
+    if match := PRUNE_NAME.search(name):
         element, layout, rank, variant = match.groups()
         return Role("prune", element.lower(), layout[:2], int(rank), VARIANTS[int(variant)])
-    if match := FINISH_SYMBOL.search(symbol):
+    if match := FINISH_NAME.search(name):
         return Role("finish", match[1].lower(), match[2][:2])
-    if "reorder_kernel" in symbol:
+    if "reorder_kernel" in name:
         return Role("reorder")
-    element = "bf16" if "bfloat16_t" in symbol else "fp16"
-    if match := MMA_SYMBOL.search(symbol):
+    element = "bf16" if "bfloat16_t" in name else "fp16"
+    operand = next((operand for operand, epilogue in EPILOGUES.items() if epilogue.search(name)), "")
+    if match := MMA_NAME.search(name):
         shape = tuple(map(int, match.groups()))
         tiles = [tile for tile in MMA_TILES if (tile.m, tile.n, tile.k) == shape]
-        return Role("mma.sp", element, tile=tiles[0]) if tiles else None
-    if match := WGMMA_SYMBOL.search(symbol):
-        tiles = [tile for tile in WGMMA_TILES if tile.stages == int(match[1])]
-        return Role("wgmma.sp", element, tile=tiles[0]) if tiles else None
+        return Role("mma.sp", element, tile=tiles[0], operand=operand) if tiles and operand else None
+    if match := WGMMA_NAME.search(name):
+        stages, *shape = map(int, match.groups())
+        tiles = [tile for tile in WGMMA_TILES if [tile.stages, tile.m, tile.n, tile.k] == [stages, *shape]]
+        return Role("wgmma.sp", element, tile=tiles[0], operand=operand) if tiles and operand else None
     return None
 
 
@@ -148,9 +166,9 @@ def check(kernels: Iterable[Kernel]) -> list[str]:
     kernels = list(kernels)
     wrong = _check_complete(kernels)
     for kernel in kernels:
-        role = role_of(kernel.symbol)
+        role = role_of(kernel.name)
         if role is None:
-            wrong.append(f"sm_{kernel.arch}: unknown kernel {kernel.symbol}")
+            wrong.append(f"sm_{kernel.arch}: unknown kernel {kernel.name}")
         else:
             found = [*_check_instructions(kernel, role), *_check_resources(kernel, role)]
             wrong += [f"sm_{kernel.arch} {role.title}: {each}" for each in found]
@@ -159,12 +177,12 @@ def check(kernels: Iterable[Kernel]) -> list[str]:
 
 def _check_complete(kernels: list[Kernel]) -> list[str]:
     """Every architecture has every kernel it needs; GEMMs of the element types the library was built with."""
-    found = Counter((kernel.arch, role.title) for kernel in kernels if (role := role_of(kernel.symbol)))
-    elements = {role.element for kernel in kernels if (role := role_of(kernel.symbol)) and role.tile}
+    found = Counter((kernel.arch, role.title) for kernel in kernels if (role := role_of(kernel.name)))
+    gemms = {(k.arch, role.element) for k in kernels if (role := role_of(k.name)) and role.tile}
     archs = {kernel.arch for kernel in kernels}
-    wrong = [] if elements else ["the library has no GEMM"]
+    wrong = [] if gemms else ["the library has no GEMM"]
     for arch in sorted(archs):
-        due = _roles_due(arch, sorted(elements))
+        due = _roles_due(arch, sorted(element for of_arch, element in gemms if of_arch == arch))
         if arch == "90a" and "90" not in archs:
             due["prune and reorder kernels for sm_90"] = 1
         wrong += [
@@ -188,7 +206,7 @@ def _roles_due(arch: str, elements: list[str]) -> Counter[str]:
         family, tiles = ("wgmma.sp", WGMMA_TILES) if arch == "90a" else ("mma.sp", MMA_TILES)
         for element in elements:
             for tile in tiles:
-                due[Role(family, element, tile=tile).title] = OPERANDS
+                due.update(Role(family, element, tile=tile, operand=operand).title for operand in OPERANDS)
     return due
 
 
@@ -200,6 +218,11 @@ def _check_instructions(kernel: Kernel, role: Role) -> Iterator[str]:
         yield f"no HMMA.SP of {role.element} with float32 accumulation"
     if role.family in ("mma.sp", "wgmma.sp") and kernel.count(r"HG?MMA(?!\.SP)"):
         yield "dense tensor-core instructions beside the sparse ones"
+    if role.family == "mma.sp" and role.operand == "weight":  # all lanes must take part in turning a block
+        if not kernel.count("[@?]*MOVM"):
+            yield "no MOVM: nothing turns the result"
+        if kernel.count("@[?]?MOVM") or kernel.count("[?]MOVM"):
+            yield "a MOVM that some lanes of a warp may not reach"
     # wgmma.sp's layout is written on sm_90 alone; elsewhere its kernels are empty.
     if role.family == "prune" and (role.layout == "80" or kernel.arch == "90"):
         due = min(role.rank, RANKS_OF_A_WARP) // 8 * 4  # of 16x8x16 over a step of 64 channels
@@ -238,36 +261,58 @@ def _launch(role: Role) -> tuple[int, int, int]:
 def read_kernels(library: Path) -> list[Kernel]:
     """All kernels with machine code in ``library``."""
     opcodes = parse_sass(_cuobjdump("-sass", library))
+    kernels = list(parse_resources(_cuobjdump("--dump-resource-usage", library)))
+    names = _demangled([kernel.name for kernel in kernels])
     return [
-        replace(kernel, opcodes=opcodes[kernel.arch, kernel.symbol])
-        for kernel in parse_resources(_cuobjdump("--dump-resource-usage", library))
+        replace(kernel, name=name, opcodes=opcodes[kernel.arch, kernel.name])
+        for kernel, name in zip(kernels, names, strict=True)
     ]
+
+
+def _demangled(symbols: list[str]) -> list[str]:
+    command = ["c++filt", "--no-recurse-limit"]  # CUTLASS's names are deep
+    done = subprocess.run(command, input="\n".join(symbols), capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
 
 
 def parse_resources(lines: Iterable[str]) -> Iterator[Kernel]:
     """Kernels, without instructions, from ``cuobjdump --dump-resource-usage``."""
-    arch = symbol = ""
+    arch = name = ""
     for line in lines:
         if match := re.match(r"arch = sm_(\w+)", line):
             arch = match[1]
         elif match := re.match(r"\s*Function (\S+):$", line.rstrip()):
-            symbol = match[1]
+            name = match[1]
         elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             registers, stack, shared, local = map(int, match.groups())
-            yield Kernel(arch, symbol, registers, stack + local, shared)
+            yield Kernel(arch, name, registers, stack + local, shared)
+
+
+INSTRUCTION = re.compile(
+    r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?((?:HMMA|HGMMA|LDL|STL|MOVM|BSSY|BSYNC)\b[.\w]*)"
+)
 
 
 def parse_sass(lines: Iterable[str]) -> dict[tuple[str, str], Counter[str]]:
-    """By architecture and symbol, the tensor-core and local-memory instructions in ``cuobjdump -sass``."""
+    """By architecture and symbol, the tensor-core and local-memory instructions in ``cuobjdump -sass``.
+
+    BSSY and BSYNC enclose what the lanes of a warp go through apart.
+    """
     opcodes: dict[tuple[str, str], Counter[str]] = {}
-    arch, current = "", Counter[str]()
+    arch, current, apart = "", Counter[str](), 0
     for line in lines:
-        if match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?((?:HMMA|HGMMA|LDL|STL)[.\w]*)", line):
-            current[match[1]] += 1
+        if match := INSTRUCTION.search(line):
+            predicate, opcode = match.groups()
+            if opcode.startswith(("BSSY", "BSYNC")):
+                apart += 1 if opcode.startswith("BSSY") else -1
+            elif opcode.startswith("MOVM"):
+                current[("@" if predicate else "") + ("?" if apart > 0 else "") + opcode] += 1
+            else:
+                current[opcode] += 1
         elif match := re.match(r"arch = sm_(\w+)", line):
             arch = match[1]
         elif match := re.match(r"\s*Function : (\S+)", line):
-            current = opcodes[arch, match[1]] = Counter()
+            current, apart = opcodes.setdefault((arch, match[1]), Counter()), 0
     return opcodes
 
 
@@ -302,10 +347,10 @@ def table(kernels: Iterable[Kernel]) -> str:
     """A line a kernel: architecture, title, registers, stack, shared memory, tensor-core instructions."""
     lines = ["arch  kernel                                    registers  stack  shared  instructions"]
     for kernel in kernels:
-        role = role_of(kernel.symbol)
+        role = role_of(kernel.name)
         instructions = ", ".join(f"{number} {opcode}" for opcode, number in sorted(kernel.opcodes.items()))
         lines.append(
-            f"{kernel.arch:<5} {role.title if role else kernel.symbol:<42} {kernel.registers:>8}  {kernel.stack:>5}"
+            f"{kernel.arch:<5} {role.title if role else kernel.name:<42} {kernel.registers:>8}  {kernel.stack:>5}"
             f"  {kernel.shared:>6}  {instructions}"
         )
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from lynx_compile.errors import InputError
 from lynx_compile.ops.sparse_linear import Gated, Gelu, Norm, expand_low_rank, keep_mask, sparse_linear
 from lynx_compile.ops.sparse_weight_linear import pack_weight
 from lynx_compile.tools import bench
+from lynx_compile.torch_ops.bindings import DTYPES as CODES
 from lynx_compile.torch_ops.bindings import (
     LIBRARY,
     SparseLinear,
@@ -59,7 +60,7 @@ def test_equals_the_definition(
         x.double(), weight.double(), down.double(), bias.double(), rank=rank, norm_scale=True
     )
     bound = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
-    for tile in range(-1, library.lynx_tile_count()):
+    for tile in range(-1, library.lynx_tile_count(CODES[dtype])):
         op.prune(x)
         y = op.gemm(x, tile).double()
         assert (y - wanted).norm() < bound * wanted.norm(), tile
@@ -100,12 +101,13 @@ def test_sparse_weight_equals_the_definition(
     if gelu_from is not None:
         wanted[:, gelu_from:] = torch.nn.functional.gelu(wanted[:, gelu_from:], approximate="tanh")
     bound = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
-    for layout in {80, library.lynx_metadata_layout()}:
+    best = library.lynx_metadata_layout(CODES[dtype])
+    for layout in {80, best}:
         values, metadata = pack_weight(weight, keep, layout)
         op = SparseWeightLinear(
             library, values, metadata, bias, rows=rows, metadata_layout=layout, gelu_from=gelu_from
         )
-        for tile in range(-1, library.lynx_tile_count() if layout == library.lynx_metadata_layout() else 2):
+        for tile in range(-1, library.lynx_tile_count(CODES[dtype]) if layout == best else 2):
             whole, op.y = _guarded(rows, out_channels, dtype)
             op._call.y = op.y.data_ptr()
             y = op(x, tile).double()
@@ -135,7 +137,7 @@ def test_gelu_in_the_epilogue(library: ctypes.CDLL, dtype: torch.dtype, gelu_fro
         rank=16, activation=1, activation_from=gelu_from,
     )  # fmt: skip
     bound = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
-    for tile in range(-1, library.lynx_tile_count()):
+    for tile in range(-1, library.lynx_tile_count(CODES[dtype])):
         assert (op(x, tile).double() - wanted).norm() < bound * wanted.norm(), tile
 
 
@@ -186,7 +188,7 @@ def test_what_the_kernels_cannot_do_is_refused(library: ctypes.CDLL) -> None:
 
 def test_two_streams_share_nothing(library: ctypes.CDLL) -> None:
     x, wide, _, bias = _operands(512, 768, 1152, 0, torch.bfloat16)
-    layout = library.lynx_metadata_layout()
+    layout = library.lynx_metadata_layout(CODES[torch.bfloat16])
     values, metadata = pack_weight(wide, keep_mask(wide), layout)
     ops = [
         SparseWeightLinear(library, values, metadata, bias, rows=512, metadata_layout=layout) for _ in "ab"
@@ -206,10 +208,10 @@ def test_two_streams_share_nothing(library: ctypes.CDLL) -> None:
 def test_sparse_weight_in_a_graph(library: ctypes.CDLL) -> None:
     """512 tokens and K = 12288: stream-K, whose workspace must be cleared at every replay."""
     x, wide, _, bias = _operands(512, 12288, 3072, 0, torch.bfloat16)
-    layout = library.lynx_metadata_layout()
+    layout = library.lynx_metadata_layout(CODES[torch.bfloat16])
     values, metadata = pack_weight(wide, keep_mask(wide), layout)
     op = SparseWeightLinear(library, values, metadata, bias, rows=512, metadata_layout=layout)
-    for tile in range(-1, library.lynx_tile_count()):
+    for tile in range(-1, library.lynx_tile_count(CODES[torch.bfloat16])):
         expected = [op(x, tile).clone(), op(-x, tile).clone()]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

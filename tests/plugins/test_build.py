@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import subprocess
@@ -82,6 +83,7 @@ def sparse_linear_model(path: Path, op: str = "LynxSparseLinear", **wrong: Any) 
     }
     attributes: dict[str, int | float] = {"rank": rank, "norm_scale": 1}
     attributes |= dict.fromkeys(("has_order", "has_centre", "has_saliency"), int(op == "LynxSparseLinear"))
+    attributes |= {"activation": 0, "activation_from": 0}
     if op == "LynxNormSparseLinear":
         shapes["gain"] = (wrong.get("gain_dtype", dtype), wrong.get("gain", [2, 1, channels]))
         shapes["shift"] = (dtype, wrong.get("shift", [2, 1, channels]))
@@ -108,7 +110,8 @@ def sparse_weight_model(path: Path, op: str = "LynxSparseWeightLinear", **wrong:
         ),
         "bias": (dtype, wrong.get("bias", [out_channels])),
     }
-    attributes = {"metadata_layout": 80, "out_channels": out_channels} | wrong.get("attributes", {})
+    attributes = {"metadata_layout": 80, "out_channels": out_channels, "activation": 0, "activation_from": 0}
+    attributes |= wrong.get("attributes", {})
     return save_model(path, op, shapes, attributes, (dtype, [2, "length", out_channels])), channels
 
 
@@ -144,6 +147,11 @@ def build(path: Path, op: str = "LynxSparseLinear", **wrong: Any) -> dict[str, A
     return found
 
 
+def holds(*, fp16: bool, layout: int) -> bool:
+    """Whether the library was built with these kernels."""
+    return bool(ctypes.CDLL(str(LIBRARY)).lynx_holds(int(fp16), layout))
+
+
 GELU_FROM_64 = {"activation": 1, "activation_from": 64}
 NORM, GELU, GATED, WEIGHT = (
     f"Lynx{kind}Linear" for kind in ("NormSparse", "GeluSparse", "GatedSparse", "SparseWeight")
@@ -168,7 +176,11 @@ NORM, GELU, GATED, WEIGHT = (
     ],
 )
 def test_node_builds_without_a_gpu(tmp_path: Path, op: str, good: dict[str, Any]) -> None:
+    dtype, layout = good.get("dtype"), good.get("attributes", {}).get("metadata_layout", 80)
     found = build(tmp_path, op, **good)
+    if not holds(fp16=dtype == TensorProto.FLOAT16, layout=layout):  # built with less
+        assert found["engine"] is None and "the plugin library was built without" in found["errors"][0]
+        return
     assert found["layers"] == ["LayerType.PLUGIN_V3"]
     assert found["shape"] == [2, -1, 576]
     assert found["engine"] and found["errors"] == []

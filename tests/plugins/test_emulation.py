@@ -15,12 +15,14 @@ import torch
 from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 
 from lynx_compile.ops.sparse_linear import expand_low_rank, sparse_linear
-from lynx_compile.torch_ops.bindings import DTYPES, _Call, load_library
+from lynx_compile.torch_ops.bindings import DTYPES, OTHER_VERSION, _Call, _WeightCall, load_library
 
 from .native import PLUGINS, compile_cpp
 
 pytestmark = pytest.mark.slow  # half a minute of g++
 OUT_CHANNELS = 72
+HELD = [f"-DLYNX_{kernels}_{dtype}" for kernels in ("SM80", "SM90") for dtype in ("BF16", "FP16")]
+INVALID_VALUE = 1  # CUDA's
 EPSILON = 1e-6
 NONE, NORM, GELU, GATED = range(4)  # Producer in sparse_linear.h
 
@@ -33,7 +35,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         *(PLUGINS / "kernels" / f"{name}.cpp" for name in ("sparse_gemm", "sparse_linear")),
     ]
     options = ["-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{tests / 'emulation'}"]
-    options += ["-DLYNX_SM90", "-DLYNX_BF16", "-DLYNX_FP16", *map(str, sources)]
+    options += [*HELD, *map(str, sources)]
     output = tmp_path_factory.mktemp("emulation") / "emulated.so"
     return load_library(compile_cpp(PLUGINS / "c_api.cpp", output, *options))
 
@@ -138,6 +140,72 @@ def test_producers_are_fused(library: ctypes.CDLL, dtype: torch.dtype, name: str
     library.lynx_emulate(80, 0)
     y = run(library, {**tensors, **more}, rank=16, norm_scale=1, **fields)
     assert_rows_equal(y, wanted)
+
+
+def refusal(library: ctypes.CDLL, function: str, **fields: int) -> int:
+    """What a function of the library returns for a call that is good but for ``fields``; nothing may be touched."""
+    tensors = operands(34, 192, 0, torch.bfloat16)
+    space = torch.zeros(2**20, dtype=torch.uint8)
+    pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    good = {"rows": 34, "channels": 192, "out_channels": OUT_CHANNELS, "gelu_from": OUT_CHANNELS, "tile": -1}
+    at = -(-space.data_ptr() // 256) * 256
+    call = _Call(**{**good, **pointers, "y": at, "workspace": at, **fields})
+    error = getattr(library, function)(call, None)
+    assert not space.any()
+    return error
+
+
+@pytest.mark.parametrize("function", ["lynx_sparse_linear", "lynx_prune", "lynx_pruned_gemm"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"producer": NORM, "gain": 256, "shift": 256, "epsilon": EPSILON, "gain_rows": 0},
+        {"producer": NORM, "gain": 256, "shift": 256, "epsilon": EPSILON, "gain_rows": 5},
+        {"producer": 4},
+        {"producer": -1},
+        {"producer": GATED},  # and no gate
+        {"rank": 24},
+        {"rows": 0},
+        {"rows": 2**25},
+        {"x": None},
+    ],
+)
+def test_every_function_checks_its_arguments(
+    library: ctypes.CDLL, function: str, fields: dict[str, int]
+) -> None:
+    library.lynx_emulate(80, 0)
+    assert refusal(library, function, **fields) == INVALID_VALUE
+
+
+def test_caller_of_another_version_is_refused(library: ctypes.CDLL) -> None:
+    call, weight = _Call(), _WeightCall(metadata_layout=80)
+    call.struct_bytes += 8
+    weight.struct_bytes = 0
+    for function in ("lynx_sparse_linear", "lynx_prune", "lynx_pruned_gemm"):
+        assert getattr(library, function)(call, None) == OTHER_VERSION
+    assert library.lynx_sparse_weight_linear(weight, None) == OTHER_VERSION
+    assert library.lynx_workspace_bytes(call) == library.lynx_weight_workspace_bytes(weight) == OTHER_VERSION
+
+
+def test_unknown_metadata_layout_is_refused(library: ctypes.CDLL) -> None:
+    library.lynx_emulate(90, 0)
+    space = torch.zeros(2**16, dtype=torch.uint8)
+    good = {"rows": 1, "channels": 64, "out_channels": 64, "gelu_from": 64, "tile": -1}
+    pointers = dict.fromkeys(
+        ("x", "values", "metadata", "bias", "y", "workspace"), -(-space.data_ptr() // 256) * 256
+    )
+    call = _WeightCall(**good, **pointers, metadata_layout=86)
+    assert library.lynx_sparse_weight_linear(call, None) == INVALID_VALUE and not space.any()
+
+
+def test_a_workspace_serves_every_gpu(library: ctypes.CDLL) -> None:
+    sizes = set()
+    for capability in (0, 80, 90):
+        library.lynx_emulate(capability, 0)
+        call = _Call(rows=4608, channels=3072, out_channels=9216, rank=64)
+        sizes.add(library.lynx_workspace_bytes(call))
+    assert len(sizes) == 1
+    assert [library.lynx_holds(0, layout) for layout in (80, 86, 90)] == [1, 0, 1]
 
 
 def test_another_selection_is_noticed(library: ctypes.CDLL) -> None:

@@ -199,7 +199,7 @@ def _compile(source: Path, root: Path) -> Path:
     """``source`` with the kernels of ``root``, where the object file goes."""
     output = root / f"{source.parent.name}_{source.stem}.o"
     includes = [f"-I{path}" for path in (root, EMULATION, PLUGINS)]
-    defines = ("-DLYNX_SM90", "-DLYNX_BF16", "-DLYNX_FP16")
+    defines = ("-DLYNX_SM80_BF16", "-DLYNX_SM80_FP16", "-DLYNX_SM90_BF16", "-DLYNX_SM90_FP16")
     command = ["g++", *OPTIONS, *defines, *includes, "-c", str(source), "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-4000:]}"

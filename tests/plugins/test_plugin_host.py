@@ -66,3 +66,49 @@ def test_what_is_no_plugin_library_is_refused(host: Path, tmp_path: Path, what: 
     assert str(library) in done.stderr and (
         "make plugin" in done.stderr or "liblynx_plugin.so" in done.stderr
     )
+
+
+def test_timing_cache_ids_name_the_build(host: Path) -> None:
+    """Times taken with other kernels or tiles must not be found again."""
+    if not LIBRARY.exists():
+        pytest.skip(f"{LIBRARY.name} is not built (cmake -S plugins -B build/plugin)")
+    notes = subprocess.run(["readelf", "-n", LIBRARY], capture_output=True, text=True, check=True).stdout
+    build_id = next(line.split()[-1] for line in notes.splitlines() if "Build ID" in line)
+    lines = run(host, LIBRARY, "LynxSparseLinear bf16").stdout.splitlines()
+    ids = [line for line in lines if "built by 8 host threads at once" in line]
+    assert ids and all(build_id in line for line in ids)
+
+
+def test_a_stale_library_fails(host: Path, tmp_path: Path) -> None:
+    """One without an attribute that the op has today: to skip it would pass a build that nobody made."""
+    source = tmp_path / "stale.cpp"
+    source.write_text(STALE)
+    tensorrt = header_folder("NvInferRuntime.h", "kernel_lens/include/tensorrt")
+    cuda = header_folder("cuda_runtime_api.h", "nvidia/cu13/include")
+    options = ["-shared", "-fPIC", "-w", f"-I{tensorrt}", f"-I{cuda}"]
+    done = run(host, compile_cpp(source, tmp_path / "stale.so", *options))
+    assert done.returncode == 1 and "SKIP" not in done.stdout
+    assert "another version; build it again with: make plugin" in done.stdout
+
+
+STALE = """
+#include <NvInferRuntime.h>
+struct Creator : nvinfer1::IPluginCreatorV3One {
+  nvinfer1::PluginField field{"metadata_layout", nullptr, nvinfer1::PluginFieldType::kINT32, 1};
+  nvinfer1::PluginFieldCollection fields{1, &field};
+  nvinfer1::IPluginV3* createPlugin(const char*, const nvinfer1::PluginFieldCollection*,
+                                    nvinfer1::TensorRTPhase) noexcept override { return nullptr; }
+  const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return &fields; }
+  const char* getPluginName() const noexcept override { return "LynxSparseWeightLinear"; }
+  const char* getPluginVersion() const noexcept override { return "1"; }
+  const char* getPluginNamespace() const noexcept override { return "lynx"; }
+};
+extern "C" nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
+  static Creator creator;
+  static nvinfer1::IPluginCreatorInterface* const all[] = {&creator};
+  count = 1;
+  return all;
+}
+extern "C" void setLoggerFinder(void*) {}
+extern "C" int lynx_holds(int, int) { return 1; }
+"""

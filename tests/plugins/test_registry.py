@@ -38,10 +38,13 @@ builder = trt.Builder(log) if hasattr(trt, "Builder") else None
 registry = trt.get_plugin_registry()
 assert registry.load_library(sys.argv[2]) is not None
 
+values = []  # a field knows the address of its value alone
+
 def field(name, value):
-    if isinstance(value, float):
-        return trt.PluginField(name, np.array([value], np.float32), trt.PluginFieldType.FLOAT32)
-    return trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32)
+    real = isinstance(value, float)
+    values.append(np.array([value], np.float32 if real else np.int32))
+    kind = trt.PluginFieldType.FLOAT32 if real else trt.PluginFieldType.INT32
+    return trt.PluginField(name, values[-1], kind)
 
 def created(creator, attributes):
     collection = trt.PluginFieldCollection([field(*item) for item in attributes.items()])
@@ -79,7 +82,13 @@ FIELDS = [
     "activation_from",
 ]
 WEIGHT_FIELDS = ["out_channels", "metadata_layout", "activation", "activation_from"]
-Attributes = dict[str, list[dict[str, int | float]]]
+# What a node has that uses none of it.
+PLAIN: dict[str, dict[str, int | float]] = {
+    **{name: dict.fromkeys(FIELDS, 0) for name in (NONE, NORM, GELU, GATED)},
+    WEIGHT: dict.fromkeys(WEIGHT_FIELDS, 0),
+}
+PLAIN[NORM] |= {"rms": 0, "epsilon": 1e-6}
+Attributes = dict[str, list[dict[str, int | float]]]  # beside the plain ones
 GOOD: Attributes = {
     NONE: [
         {},
@@ -124,9 +133,13 @@ def probe(module: str, attributes: Attributes) -> tuple[dict[str, Any], str]:
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
+def with_plain(attributes: Attributes) -> Attributes:
+    return {name: [PLAIN[name] | of_one for of_one in of_op] for name, of_op in attributes.items()}
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_creators_are_found_and_make_plugins(module: str) -> None:
-    found, _ = probe(module, GOOD)
+    found, _ = probe(module, with_plain(GOOD))
     assert found["creators"] == sorted(GOOD)
     assert found["errors"] == []
     for name, creator in found["found"].items():
@@ -139,7 +152,7 @@ def test_creators_are_found_and_make_plugins(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_bad_attributes_give_no_plugin_and_a_reason(module: str) -> None:
-    found, stderr = probe(module, BAD)
+    found, stderr = probe(module, with_plain(BAD))
     reasons = (
         found["errors"] if module == "tensorrt_rtx" else stderr.splitlines()
     )  # lean: no builder, so no logger
@@ -150,6 +163,21 @@ def test_bad_attributes_give_no_plugin_and_a_reason(module: str) -> None:
     assert "rank is 24" in said[0] and "multiple of 16" in said[0]
     assert sum("do not go together" in line for line in said) == 3
     assert sum("epsilon is not positive" in line for line in said) == 3
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_missing_attribute_is_refused_by_name(module: str) -> None:
+    """A default in its place would change results without a word."""
+    without = {
+        name: [{k: v for k, v in plain.items() if k != lost} for lost in plain]
+        for name, plain in PLAIN.items()
+    }
+    found, stderr = probe(module, without)
+    reasons = found["errors"] if module == "tensorrt_rtx" else stderr.splitlines()
+    for name, plain in PLAIN.items():
+        assert not any(found["found"][name]["created"])
+        said = [line for line in reasons if line.startswith(f"{name}: ")]
+        assert all(f"{lost} is missing" in line for lost, line in zip(plain, said, strict=True))
 
 
 def test_reasons_reach_the_loggers_of_tensorrt_10(tmp_path: Path) -> None:
@@ -165,7 +193,7 @@ def test_reasons_reach_the_loggers_of_tensorrt_10(tmp_path: Path) -> None:
     stand_in.probe.restype = ctypes.c_char_p
     for in_engine in (0, 1):
         said = stand_in.probe(str(LIBRARY).encode(), in_engine).decode()
-        assert said.startswith("LynxSparseLinear: rank is 24"), said
+        assert said.startswith("LynxSparseLinear: attribute norm_scale is missing"), said
 
 
 def test_library_exports_its_interfaces_alone_and_needs_no_cuda() -> None:
@@ -176,6 +204,8 @@ def test_library_exports_its_interfaces_alone_and_needs_no_cuda() -> None:
     )
     assert sorted(line.split()[-1] for line in symbols.stdout.splitlines()) == [
         "getCreators",
+        "lynx_abi",
+        "lynx_holds",
         "lynx_metadata_layout",
         "lynx_prune",
         "lynx_pruned_gemm",

@@ -15,37 +15,41 @@ from plugins.tests.static_evidence import Kernel, Role, Tile
 
 from .native import LIBRARY, PLUGINS, require_gxx
 
-ELEMENT_SYMBOLS = {"bf16": ("4Bf16", "10bfloat16_t", ".BF16"), "fp16": ("4Fp16", "6half_t", "")}
-
-
-METADATA = {"80": "12Sm80MetadataE", "90": "12Sm90MetadataILi64EEE"}
+ELEMENT_NAMES = {"bf16": ("Bf16", "bfloat16_t", ".BF16"), "fp16": ("Fp16", "half_t", "")}
+METADATA = {"80": "Sm80Metadata", "90": "Sm90Metadata<64>"}
 
 
 def finish_kernel(arch: str, element: str, layout: str) -> Kernel:
-    name = ELEMENT_SYMBOLS[element][0]
-    return Kernel(
-        arch, f"_ZN4lynx12_GLOBAL__N_113finish_kernelINS_{name}ENS_{METADATA[layout]}EEv", 40, 0, 8256
-    )
+    name = ELEMENT_NAMES[element][0]
+    return Kernel(arch, f"finish_kernel<lynx::{name}, lynx::{METADATA[layout]}>", 40, 0, 8256)
 
 
 def prune_kernel(arch: str, element: str, layout: str, rank: int, variant: int) -> Kernel:
-    name, _, suffix = ELEMENT_SYMBOLS[element]
-    symbol = (
-        f"_ZN4lynx12_GLOBAL__N_112prune_kernelINS_{name}ENS_{METADATA[layout]}"
-        f"Li{rank}ELNS0_7VariantE{variant}EEEv"
-    )
+    name, _, suffix = ELEMENT_NAMES[element]
+    arguments = f"lynx::{name}, lynx::{METADATA[layout]}, {rank}"
+    name = f"prune_kernel<{arguments}, (lynx::(anonymous namespace)::Variant){variant}>"
     written = layout == "80" or arch == "90"
     opcodes = Counter({f"HMMA.16816.F32{suffix}": min(rank, 64) // 2 if written else 0})
-    return Kernel(arch, symbol, 80, 0, 1088 + 512 * rank // 2, opcodes)
+    return Kernel(arch, name, 80, 0, 1088 + 512 * rank // 2, opcodes)
 
 
-def gemm_kernel(arch: str, element: str, tile: Tile) -> Kernel:
-    _, name, suffix = ELEMENT_SYMBOLS[element]
+def gemm_kernel(arch: str, element: str, tile: Tile, operand: str) -> Kernel:
+    _, name, suffix = ELEMENT_NAMES[element]
+    weight = operand == "weight"
     if arch == "90a":
-        symbol = f"MainloopSm90TmaGmmaWarpSpecializedSparseILi{tile.stages}ENS_{name}E"
-        return Kernel(arch, symbol, 168, 0, 1024, Counter({f"HGMMA.SP.64x{tile.n}x32.F32{suffix}": 2}))
-    symbol = f"SparseMmaMultistageINS1_9GemmShapeILi{tile.m}ELi{tile.n}ELi{tile.k}ENS_{name}E"
-    return Kernel(arch, symbol, 252, 0, 0, Counter({f"HMMA.SP.16832.F32{suffix}": 64}))
+        shape = ", ".join(f"cute::C<{extent}>" for extent in (tile.m, tile.n, tile.k))
+        cluster = "cute::tuple<cute::C<2>, cute::C<1>, cute::C<1> >"
+        name = (
+            f"MainloopSm90TmaGmmaWarpSpecializedSparse<{tile.stages}, {cluster}, "
+            f"cutlass::gemm::KernelTmaWarpSpecializedCooperative>, cute::tuple<{shape} >, cutlass::{name}, "
+            f"lynx::GeluFrom<cutlass::{name}, {int(not weight)}>"
+        )
+        return Kernel(arch, name, 168, 0, 1024, Counter({f"HGMMA.SP.64x{tile.n}x32.F32{suffix}": 2}))
+    epilogue = "TransposedEpilogue<" if weight else "GeluStore<"
+    shape = f"cutlass::gemm::GemmShape<{tile.m}, {tile.n}, {tile.k}>"
+    name = f"SparseMmaMultistage<{shape}, cutlass::{name}, lynx::{epilogue}"
+    turned = Counter({"MOVM.16.MT88": 64} if weight else {})
+    return Kernel(arch, name, 252, 0, 0, Counter({f"HMMA.SP.16832.F32{suffix}": 64}) + turned)
 
 
 @pytest.fixture
@@ -53,7 +57,7 @@ def kernels() -> list[Kernel]:
     """A library for sm_80 and sm_90a in order."""
     out = []
     for arch in ("80", "90"):
-        out.append(Kernel(arch, "reorder_kernel", 43, 0, 0))
+        out.append(Kernel(arch, "reorder_kernel(uint4 const*)", 43, 0, 0))
         for element in evidence.ELEMENTS:
             out += [finish_kernel(arch, element, layout) for layout in evidence.LAYOUTS]
             out += [
@@ -63,9 +67,9 @@ def kernels() -> list[Kernel]:
                 for variant in range(len(evidence.VARIANTS))
             ]
     for element in evidence.ELEMENTS:
-        for _ in range(evidence.OPERANDS):
-            out += [gemm_kernel("80", element, tile) for tile in evidence.MMA_TILES]
-            out += [gemm_kernel("90a", element, tile) for tile in evidence.WGMMA_TILES]
+        for operand in evidence.OPERANDS:
+            out += [gemm_kernel("80", element, tile, operand) for tile in evidence.MMA_TILES]
+            out += [gemm_kernel("90a", element, tile, operand) for tile in evidence.WGMMA_TILES]
     return out
 
 
@@ -74,7 +78,7 @@ def test_library_in_order_passes(kernels: list[Kernel]) -> None:
 
 
 PRUNE = "prune bf16 layout 80 rank 64 plain"
-MMA, WGMMA = "mma.sp fp16 128x128x64", "wgmma.sp bf16 256x192x64"
+MMA, WGMMA = "mma.sp fp16 128x128x64 weight", "wgmma.sp bf16 256x192x64 activation"
 
 
 @pytest.mark.parametrize(
@@ -86,11 +90,24 @@ MMA, WGMMA = "mma.sp fp16 128x128x64", "wgmma.sp bf16 256x192x64"
         (PRUNE, {"opcodes": Counter()}, "fewer than 32 HMMA of bf16"),
         (PRUNE, {"opcodes": Counter({"HMMA.16816.F32": 64})}, "fewer than 32 HMMA of bf16"),
         (PRUNE, {"opcodes": Counter({"HMMA.16816.F32.BF16": 64, "STL.64": 1})}, "accesses to local memory"),
-        (PRUNE, {"symbol": "_Z3foov"}, "unknown kernel _Z3foov"),
+        (PRUNE, {"name": "foo()"}, "unknown kernel foo()"),
         (MMA, {"opcodes": Counter({"HMMA.16816.F32": 64})}, "no HMMA.SP of fp16"),
         (MMA, {"opcodes": Counter({"HMMA.SP.16832.F32.BF16": 64})}, "no HMMA.SP of fp16"),
         (MMA, {"opcodes": Counter({"HMMA.SP.16832.F16": 64})}, "no HMMA.SP of fp16 with float32"),
         (MMA, {"opcodes": Counter({"HMMA.SP.16832.F32": 64, "HMMA.16816.F32": 1})}, "dense tensor-core"),
+        (MMA, {"opcodes": Counter({"HMMA.SP.16832.F32": 64})}, "no MOVM"),
+        *(
+            (
+                MMA,
+                {
+                    "opcodes": Counter(
+                        {"HMMA.SP.16832.F32": 64, "MOVM.16.MT88": 63, apart + "MOVM.16.MT88": 1}
+                    )
+                },
+                "a MOVM that some lanes",
+            )
+            for apart in ("@", "?", "@?")
+        ),
         (WGMMA, {"opcodes": Counter({"HGMMA.64x192x16.F32.BF16": 4})}, "no HGMMA.SP of bf16"),
         (WGMMA, {"registers": 176}, "1 thread blocks take 67584 registers"),
         (WGMMA, {"shared": 60 * 1024}, "bytes of an SM's 233472"),
@@ -99,19 +116,44 @@ MMA, WGMMA = "mma.sp fp16 128x128x64", "wgmma.sp bf16 256x192x64"
 def test_doctored_kernel_is_noticed(
     kernels: list[Kernel], title: str, doctored: dict[str, object], reason: str
 ) -> None:
-    at = next(
-        i for i, k in enumerate(kernels) if (role := evidence.role_of(k.symbol)) and role.title == title
-    )
+    at = next(i for i, k in enumerate(kernels) if (role := evidence.role_of(k.name)) and role.title == title)
     kernels[at] = replace(kernels[at], **doctored)
     assert any(reason in each for each in evidence.check(kernels))
 
 
 @pytest.mark.parametrize("at", [0, 1, -1])
 def test_missing_kernel_is_noticed(kernels: list[Kernel], at: int) -> None:
-    role = evidence.role_of(kernels.pop(at).symbol)
+    role = evidence.role_of(kernels.pop(at).name)
     assert role is not None
     (wrong,) = evidence.check(kernels)
     assert role.title in wrong and "where" in wrong
+
+
+def test_tiles_of_as_many_stages_are_told_apart(
+    kernels: list[Kernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide, tall, narrow = evidence.WGMMA_TILES
+    doubled = (wide, tall, replace(narrow, stages=wide.stages))
+    monkeypatch.setattr(evidence, "WGMMA_TILES", doubled)
+    others = [kernel for kernel in kernels if kernel.arch != "90a"]
+    gemms = [
+        gemm_kernel("90a", element, tile, operand)
+        for element in evidence.ELEMENTS
+        for operand in evidence.OPERANDS
+        for tile in doubled
+    ]
+    assert evidence.check([*others, *gemms]) == []
+    of_another_operand = replace(gemms[0], name=gemms[0].name.replace(", 1>", ", 0>"))
+    wrong = evidence.check([*others, of_another_operand, *gemms[1:]])
+    assert any("128x256x64 activation: 0 kernels where 1" in each for each in wrong)
+    assert any("128x256x64 weight: 2 kernels where 1" in each for each in wrong)
+
+
+def test_an_element_type_may_do_without_wgmma(kernels: list[Kernel]) -> None:
+    def of_fp16(kernel: Kernel) -> bool:
+        return kernel.arch == "90a" and "half_t" in kernel.name
+
+    assert evidence.check([kernel for kernel in kernels if not of_fp16(kernel)]) == []
 
 
 def test_missing_architecture_is_noticed(kernels: list[Kernel]) -> None:
@@ -143,16 +185,27 @@ arch = sm_90a
         /*0000*/                   LDC R1, c[0x0][0x28] ;                      /* 0x00000a00ff017b82 */
         /*19b0*/                   HGMMA.SP.64x256x32.F32.BF16 R24, gdesc[UR8], R24, R2, gsb0 ;
         /*19c0*/              @!P1 STL [R1+0x4], R7 ;                           /* 0x0000040701007387 */
+        /*19e0*/              @!P2 MOVM.16.MT88 R5, R5 ;
+        /*19f0*/                   BSSY B0, 0x1a20 ;
+        /*1a00*/                   MOVM.16.MT88 R5, R5 ;
+        /*1a10*/                   BSYNC B0 ;
+        /*1a20*/                   MOVM.16.MT88 R5, R5 ;
         /*119d0*/             @UP0 HGMMA.SP.64x256x32.F32.BF16 R24, gdesc[UR4], R24, R3 ;
 \t\tFunction : _Ztwo
         /*0000*/                   EXIT ;
 """
     opcodes = evidence.parse_sass(sass.splitlines())
-    assert opcodes["90a", "_Zone"] == {"HGMMA.SP.64x256x32.F32.BF16": 2, "STL": 1}
+    assert opcodes["90a", "_Zone"] == {
+        "HGMMA.SP.64x256x32.F32.BF16": 2,
+        "STL": 1,
+        "@MOVM.16.MT88": 1,
+        "?MOVM.16.MT88": 1,
+        "MOVM.16.MT88": 1,
+    }
     assert opcodes["90a", "_Ztwo"] == {}
     one, two = evidence.parse_resources(resources.splitlines())
-    assert (one.arch, one.symbol, one.registers, one.stack, one.shared) == ("90a", "_Zone", 168, 12, 1024)
-    assert (two.symbol, two.registers, two.stack) == ("_Ztwo", 32, 0)
+    assert (one.arch, one.name, one.registers, one.stack, one.shared) == ("90a", "_Zone", 168, 12, 1024)
+    assert (two.name, two.registers, two.stack) == ("_Ztwo", 32, 0)
 
 
 def test_claims_are_those_of_the_sources(tmp_path: Path) -> None:
@@ -200,7 +253,7 @@ def test_built_library_is_in_order() -> None:
         pytest.skip("cuobjdump is not installed (pip install --no-deps -r requirements/toolchain.txt)")
     kernels = evidence.read_kernels(LIBRARY)
     assert evidence.check(kernels) == []
-    assert all(kernel.opcodes for kernel in kernels if _multiplies(evidence.role_of(kernel.symbol)))
+    assert all(kernel.opcodes for kernel in kernels if _multiplies(evidence.role_of(kernel.name)))
 
 
 def _multiplies(role: Role | None) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,54 @@ def test_tensors_are_checked_before_their_addresses_are_used() -> None:
         kernels.SparseLinear(library, weight, down, bias, rows=4, rank=16)
     with pytest.raises(InputError, match="Use bf16 or fp16"):
         kernels.SparseLinear(library, weight.float(), down.float(), bias.float(), rows=4)
+
+
+def test_library_of_another_interface_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "other.cpp"
+    names = (
+        "workspace_bytes", "weight_workspace_bytes", "holds", "tile_count", "metadata_layout", "sparse_linear",
+        "prune", "pruned_gemm", "sparse_weight_linear",
+    )  # fmt: skip
+    source.write_text(
+        "".join(f'extern "C" int lynx_{name}() {{ return 0; }}\n' for name in names)
+        + 'extern "C" int lynx_abi() { return 1; }\n'
+    )
+    other = compile_cpp(source, tmp_path / "other.so", "-shared", "-fPIC")
+    with pytest.raises(InputError, match=r"of another version: its interface is 1, and \d+ is due"):
+        kernels.load_library(other)
+
+
+@pytest.mark.parametrize("count", [2, 5, 8])
+def test_every_work_follows_every_other_equally_often(count: int) -> None:
+    """In a fixed order, a work would always run in the state that its one neighbour leaves."""
+    names = [str(i) for i in range(count)]
+    rounds = list(itertools.islice(bench.orders(names), 2 * count))
+    assert all(sorted(order) == names for order in rounds)
+    neighbours = Counter(pair for order in rounds for pair in itertools.pairwise(order))
+    assert set(neighbours) == set(itertools.permutations(names, 2))
+    assert set(neighbours.values()) == {2}
+
+
+def test_rounds_are_timed_in_those_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+
+        def record(self) -> None: ...
+
+        def elapsed_time(self, stop: Event) -> float:
+            return 1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    ran: list[str] = []
+    works = {name: (lambda name=name: ran.append(name)) for name in "abc"}
+    times = bench.take_turns(works, 4, 1)
+    assert all(len(of_one) == 4 for of_one in times.values())
+    rounds = [
+        ran[3 + 4 * i : 7 + 4 * i] for i in range(4)
+    ]  # behind a first call of each; one untimed ahead of each
+    assert [order[1:] for order in rounds] == list(itertools.islice(bench.orders(list(works)), 4))
+    assert [order[0] for order in rounds] == [order[-1] for order in rounds]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
+  cudaErrorNoDevice = 100,
   cudaErrorMisalignedAddress = 716,
   cudaErrorLaunchFailure = 719,
   cudaErrorNotSupported = 801,
@@ -17,8 +18,10 @@ enum cudaDeviceAttr {
 };
 
 using cudaStream_t = struct CUstream_st*;
+using cudaEvent_t = struct CUevent_st*;  // TensorRT's headers name it
 
 // The last launch's. Not forgotten by asking, as CUDA's is.
 cudaError_t cudaGetLastError();
+const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);

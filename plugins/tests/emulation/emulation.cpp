@@ -22,9 +22,13 @@ uint3 threadIdx, blockIdx;
 
 cudaError_t cudaGetLastError() { return emulation::error.empty() ? cudaSuccess : cudaErrorLaunchFailure; }
 
+const char* cudaGetErrorString(cudaError_t code) {
+  return code == cudaErrorLaunchFailure ? emulation::error.c_str() : "a CUDA error";
+}
+
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
-  return cudaSuccess;
+  return emulation::compute_capability == 0 ? cudaErrorNoDevice : cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {

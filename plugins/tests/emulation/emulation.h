@@ -20,7 +20,7 @@ namespace emulation {
 enum class Schedule { kForward, kReverse };
 extern Schedule schedule;
 
-// Of the device that the host code finds: 80, or 90 for wgmma.sp, and how many SMs it has.
+// Of the device that the host code finds: 80, 90 for wgmma.sp, or 0 for none; and how many SMs it has.
 extern int compute_capability;
 extern int sm_count;
 

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // In place of CUTLASS's GEMMs: multiplies a compressed operand, read as the tensor cores read it, in float64.
+// Writes all of its workspace, as stream-K may.
+#include <cstring>
+
 #include "kernels/sparse_gemm.h"
 
 #include "tests/reference.h"
@@ -25,6 +28,7 @@ std::vector<double> decompress(const SparseGemmCall& call, int64_t m, Index* ind
 
 cudaError_t multiply(const SparseGemmCall& call, Operand operand, Index* index,
                      const reference::Rounding& value) {
+  if (call.workspace_bytes > 0) std::memset(call.workspace, 0xff, call.workspace_bytes);
   const auto* dense = static_cast<const uint16_t*>(call.dense);
   const auto* bias = static_cast<const uint16_t*>(call.bias);
   for (int64_t m = 0; m < call.m; ++m) {
