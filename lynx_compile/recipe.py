@@ -201,8 +201,9 @@ class Engine(_Strict):
     """How the TensorRT engine is built.
 
     ``backend``: ``auto`` takes ``tensorrt`` where it and a GPU are there, else ``tensorrt_rtx``, which builds
-    ahead of time without one. ``gpus``: targets of an ahead-of-time build. ``weights``: ``embedded`` in the
-    engine, or ``external``: engine inputs bound from a safetensors file beside it.
+    ahead of time without one, for ``gpus``; where there is another GPU than those, it must be asked for by name.
+    ``gpus``: targets of an ahead-of-time build. ``weights``: ``embedded`` in the engine, or ``external``: engine
+    inputs bound from a safetensors file beside it.
     ``plugin``: another ``liblynx_plugin.so`` than the installed one.
     """
 

@@ -37,6 +37,12 @@ PLUGIN_NAMESPACE = "lynx"
 LIBRARIES = Path(__file__).resolve().parents[1] / "lib"
 
 PIP_PACKAGE = {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}
+RTX_GPUS = (
+    "sm80",
+    "sm86",
+    "sm89",
+    "sm120",
+)  # of those that TensorRT for RTX builds for, what the plugin knows
 OLDEST = {
     "tensorrt": (10, 13),
     "tensorrt_rtx": (1, 7),
@@ -79,10 +85,18 @@ def backend(choice: str = "auto") -> Backend:
             the second.
 
     Raises:
-        InputError: it is not installed, cannot be loaded, is too old, or has no GPU where it needs one.
+        InputError: it is not installed, cannot be loaded, is too old, or has no GPU where it needs one; or ``auto``
+            leaves one that cannot build for the GPU that is here.
     """
     if choice == "auto":
-        choice = "tensorrt" if importlib.util.find_spec("tensorrt") and gpu() else "tensorrt_rtx"
+        here = gpu()
+        choice = "tensorrt" if importlib.util.find_spec("tensorrt") and here else "tensorrt_rtx"
+        if choice == "tensorrt_rtx" and here is not None and here not in RTX_GPUS:
+            raise InputError(
+                f"No TensorRT is installed whose engines run on this machine's GPU ({here}): TensorRT for RTX builds "
+                f"for {', '.join(RTX_GPUS)}.",
+                f"Run: pip install {PIP_PACKAGE['tensorrt']}; or set engine.backend: tensorrt_rtx to build for those.",
+            )
     elif choice == "tensorrt" and importlib.util.find_spec("tensorrt") and not gpu():
         raise InputError(
             "TensorRT builds on the GPU that it builds for, and there is none.", "Set backend: tensorrt_rtx."

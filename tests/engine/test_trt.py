@@ -19,6 +19,7 @@ from lynx_compile.engine import trt
 from lynx_compile.errors import EngineError, InputError
 from lynx_compile.ops import functions
 from lynx_compile.passes.rewrite import LynxOnnx
+from lynx_compile.recipe import GPU_TARGETS
 
 Script = Callable[[str, LynxOnnx, Path], list[str]]
 
@@ -55,7 +56,9 @@ def install(monkeypatch: pytest.MonkeyPatch, *, tensorrt: bool, gpu: str | None)
     [
         ("auto", True, "sm90", "tensorrt"),
         ("auto", True, None, "tensorrt_rtx"),
-        ("auto", False, "sm90", "tensorrt_rtx"),
+        ("auto", False, None, "tensorrt_rtx"),
+        ("auto", False, "sm89", "tensorrt_rtx"),
+        ("tensorrt_rtx", False, "sm90", "tensorrt_rtx"),
         ("tensorrt_rtx", True, "sm90", "tensorrt_rtx"),
         ("tensorrt", True, "sm90", "tensorrt"),
     ],
@@ -66,6 +69,24 @@ def test_choice(
     imported = install(monkeypatch, tensorrt=tensorrt, gpu=gpu)
     assert trt.backend(choice).name == taken
     assert imported == [taken]
+
+
+@pytest.mark.parametrize("gpu", ["sm90", "sm100", "sm75"])
+def test_a_gpu_that_no_installed_tensorrt_builds_for_is_said(
+    monkeypatch: pytest.MonkeyPatch, gpu: str
+) -> None:
+    install(monkeypatch, tensorrt=False, gpu=gpu)
+    message = (
+        rf"run on this machine's GPU \({gpu}\): TensorRT for RTX builds for sm80, .*pip install tensorrt-cu13"
+    )
+    with pytest.raises(InputError, match=message):
+        trt.backend("auto")
+
+
+def test_rtx_has_the_targets_of_a_recipe() -> None:
+    assert trt.RTX_GPUS == GPU_TARGETS
+    capability = trt.backend("tensorrt_rtx").module.ComputeCapability
+    assert all(hasattr(capability, gpu.upper()) for gpu in trt.RTX_GPUS) and not hasattr(capability, "SM90")
 
 
 def test_tensorrt_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
