@@ -15,12 +15,12 @@ from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import file_digest, uninterrupted
 from lynx_compile.files.resume import Display, Stages, silent
 from lynx_compile.passes.build import BuiltEngine, build
-from lynx_compile.passes.calibrate import Statistics, calibrate
+from lynx_compile.passes.calibrate import Statistics, calibrate, measurements
 from lynx_compile.passes.compensate import compensate
 from lynx_compile.passes.describe import describe
 from lynx_compile.passes.export import DenseOnnx, export
 from lynx_compile.passes.rewrite import LynxOnnx, rewrite
-from lynx_compile.passes.select import candidates, select
+from lynx_compile.passes.select import select
 from lynx_compile.recipe import Recipe
 from lynx_compile.tools import report
 from lynx_compile.tools.compiled import Compiled
@@ -48,14 +48,14 @@ def compile(recipe: Recipe, output: Path, *, fresh: bool = False, display: Displ
         backend = trt.backend(recipe.engine.backend)
         plugin = trt.plugin_library(recipe.engine.plugin)
         dit = models.load(recipe)
-        plan = select(dit.groups, recipe.sparsity)
+        plan = select(dit.groups, recipe.sparsity, None if backend.ahead_of_time else trt.gpu())
         statistics = stages.run(
             "calibrate",
             Statistics,
-            lambda progress: calibrate(dit, recipe, cache / "statistics", progress),
+            lambda progress: calibrate(dit, plan, recipe, cache / "statistics", progress),
             dit.digest, recipe.model.dtype, recipe.shapes, recipe.calibration,
             file_digest(Path(recipe.calibration.source)), recipe.sparsity.uses_norm_scale,
-            candidates(dit.groups, recipe.sparsity),
+            measurements(plan),
         )  # fmt: skip
         weights = stages.run(
             "compensate",
@@ -65,12 +65,14 @@ def compile(recipe: Recipe, output: Path, *, fresh: bool = False, display: Displ
             stages.key("calibrate"), recipe.sparsity.model_copy(update={"costs": None}),
             tuple((decision.linear.path, decision.operand) for decision in plan.decisions),
         )  # fmt: skip
+        dit.release()  # a large model and its copy in the exporter would not fit together
         dense = stages.run(
             "export",
             DenseOnnx,
             lambda _: export(dit, cache / "dense" / "dense.onnx"),
             dit.digest, recipe.model.dtype, recipe.shapes,
         )  # fmt: skip
+        dit.release()
         external = recipe.engine.weights == "external"
         layout = trt.metadata_layout(backend)
         lynx = stages.run(

@@ -35,6 +35,16 @@ TINY = {
     "guidance_embeds": True,
     "axes_dims_rope": (8, 12, 12),
 }
+FLUX_DEV = TINY | {  # the config of FLUX.1-dev
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "axes_dims_rope": (16, 56, 56),
+}
 RECIPE = """\
 model:
   source: model

@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
+import torch
+from diffusers import FluxTransformer2DModel
 
-from lynx_compile import pipeline
+from lynx_compile import models, pipeline
 from lynx_compile.engine import trt
 from lynx_compile.errors import InputError, StageError
 from lynx_compile.ops.functions import DOMAIN
@@ -38,6 +43,39 @@ def _stages_run(project: Path, more: str = "") -> list[str]:
     return [line.split()[-2].rstrip(":") for line in lines if line.endswith(": started")]
 
 
+def test_no_model_is_in_memory_while_the_engine_is_built_and_one_while_it_is_exported(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the calibrated module nor what export read lives on; and export makes no copy."""
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+    seen: dict[str, int] = {}
+    load, trace = models._module, torch.onnx.export
+
+    def counted_load(*arguments: Any) -> torch.nn.Module:
+        module = load(*arguments)
+        loaded.append(weakref.ref(module))
+        return module
+
+    def alive() -> int:
+        return sum(type(thing) is FluxTransformer2DModel for thing in gc.get_objects())
+
+    def counted_trace(*arguments: Any, **options: Any) -> Any:
+        seen["export"] = alive() - before
+        return trace(*arguments, **options)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        seen["build"] = sum(module() is not None for module in loaded)
+        raise StageError("build", "there is none here.", "Do without.")
+
+    monkeypatch.setattr(models, "_module", counted_load)
+    monkeypatch.setattr(torch.onnx, "export", counted_trace)
+    monkeypatch.setattr(pipeline, "build", refuse)
+    gc.collect()
+    before = alive()  # of other tests
+    _stages_run(project)
+    assert len(loaded) == 2 and seen == {"export": 1, "build": 0}
+
+
 def _ops(project: Path) -> set[tuple[str, int]]:
     model = onnx.load(project / "out" / "tiny.cache" / "lynx" / "tiny.onnx", load_external_data=False)
     return {
@@ -55,16 +93,20 @@ def test_another_operand_compensates_and_rewrites_again(
     activations = {("LynxSparseLinear", 0), ("LynxNormSparseLinear", 0)}
     assert _ops(project) == activations
     weight = "sparsity: {operand: weight}\n"
-    assert _stages_run(project, weight) == ["compensate", "rewrite", "build"]
+    assert _stages_run(project, weight) == ["calibrate", "compensate", "rewrite", "build"], (
+        "it needs fewer moments"
+    )
     assert _ops(project) == {("LynxSparseWeightLinear", 80)}
     assert _stages_run(project, weight) == ["build"]
     monkeypatch.setattr(trt, "metadata_layout", lambda backend: 90)
     assert _stages_run(project, weight) == ["rewrite", "build"]
     assert _ops(project) == {("LynxSparseWeightLinear", 90)}
     mixed = "sparsity: {operand: {'*.ff.*': weight, '*': activation}}\n"
-    assert _stages_run(project, mixed) == ["compensate", "rewrite", "build"]
+    assert _stages_run(project, mixed) == ["calibrate", "compensate", "rewrite", "build"]
     assert _ops(project) == activations | {("LynxSparseWeightLinear", 90)}
-    dense = "sparsity: {operand: {'*.ff.*': none, '*': activation}}\n"  # other tensors are measured: others take part
+    other = "sparsity: {operand: {'*.ff.*': weight, '*.to_k': weight, '*': activation}}\n"
+    assert _stages_run(project, other) == ["compensate", "rewrite", "build"], "all was measured"
+    dense = "sparsity: {operand: {'*.ff.*': none, '*': activation}}\n"  # fewer tensors are measured
     assert _stages_run(project, dense) == ["calibrate", "compensate", "rewrite", "build"]
 
 
@@ -85,7 +127,9 @@ def test_costs_run_again_what_they_decide_otherwise(project: Path, monkeypatch: 
     assert {node.tokens for node in rewritten[-1].sparse} == {8, 128, 136}
     assert _stages_run(project, costs) == ["build"]
     write_costs(project / "gpu.json", {(128, 64, 192): (1.6, 1.5)})
-    assert _stages_run(project, costs) == ["compensate", "rewrite", "build"], "the table itself counts"
+    assert _stages_run(project, costs) == ["calibrate", "compensate", "rewrite", "build"], (
+        "the table itself counts"
+    )
     assert ("LynxSparseLinear", 0) in _ops(project)
     write_costs(project / "gpu.json", {(128, 64, 192): (1.2, 1.5), (8, 64, 192): (0.5, 0.92)})
     assert _stages_run(project, costs) == ["calibrate", "compensate", "rewrite", "build"]

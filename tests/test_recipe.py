@@ -6,12 +6,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from lynx_compile import models
 from lynx_compile.errors import InputError
-from lynx_compile.models import Linear, LinearGroup
-from lynx_compile.passes.select import candidates, select
+from lynx_compile.models import Linear, LinearGroup, find_groups
+from lynx_compile.models.flux import example_inputs
+from lynx_compile.passes.calibrate import TOKENS_PER_CHANNEL, measurements
+from lynx_compile.passes.select import select
 from lynx_compile.recipe import Sparsity, load_recipe
-from tests.conftest import RECIPE, tiny_groups
+from tests.conftest import FLUX_DEV, RECIPE, tiny_groups
 
 ENGINES = Path(__file__).parents[1] / "engines"
 
@@ -148,6 +152,24 @@ def test_the_shipped_recipes_are_valid() -> None:
     assert (digits.model.dtype, digits.sparsity.operands) == ("fp16", ("activation",))
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in ENGINES.glob("*.yaml")))
+def test_the_shipped_recipes_calibrate_on_enough_tokens(name: str) -> None:
+    """As many tokens per channel as the solves need, for every linear, by arithmetic."""
+    recipe = load_recipe(ENGINES / name)
+    if recipe.model.source == "black-forest-labs/FLUX.1-dev":
+        groups = find_groups(FLUX_DEV, example_inputs(FLUX_DEV, 1, 64, 64, 512, torch.bfloat16))
+    else:
+        groups = models.load(recipe).groups
+    plan = select(groups, recipe.sparsity)
+    rows = {group.name: group.tokens // recipe.shapes.batch for group in plan.groups}  # of one sample
+    calls = recipe.calibration.samples * recipe.calibration.steps
+    tokens_per_channel = {
+        one.name: calls * min(recipe.calibration.tokens_per_step, rows[one.name]) / one.channels
+        for one in measurements(plan)
+    }
+    assert min(tokens_per_channel.values()) >= TOKENS_PER_CHANNEL
+
+
 def test_the_flux_recipe_fits_the_flux_class() -> None:
     """FLUX.1-dev's recipe against the class at a small size: its globs, ranks and candidates."""
     recipe = load_recipe(ENGINES / "flux.yaml")
@@ -173,7 +195,7 @@ def test_norm_scale_defaults_to_the_method() -> None:
 
 def test_globs() -> None:
     groups = tiny_groups()
-    left = candidates(groups, Sparsity(include=("single_*",), exclude=("*.proj_mlp",)))
+    left = select(groups, Sparsity(include=("single_*",), exclude=("*.proj_mlp",))).groups
     assert {linear.path.split(".")[-1] for group in left for linear in group.linears} == {
         "to_q", "to_k", "to_v", "proj_out",
     }  # fmt: skip
@@ -193,7 +215,7 @@ def test_globs() -> None:
         ),
     ):
         with pytest.raises(InputError, match=message):
-            candidates(groups, sparsity)
+            select(groups, sparsity)
 
 
 def test_operands_split_groups_and_the_first_glob_counts() -> None:
@@ -216,7 +238,7 @@ def test_operands_split_groups_and_the_first_glob_counts() -> None:
     )
     assert decisions["transformer_blocks.0.ff.net.2"].operand == "activation"
     assert decisions["proj_out"].operand == "none"
-    names = [group.name for group in candidates(groups, sparsity)]
+    names = [one.name for one in measurements(plan)]
     assert len(names) == len(set(names)), "one tensor is calibrated once, whatever its readers' operands"
 
 

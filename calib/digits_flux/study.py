@@ -25,13 +25,14 @@ import typer
 from calib.digits_flux import classifier, digits, evaluate, sampler
 from lynx_compile import models
 from lynx_compile.models import LinearGroup
-from lynx_compile.passes.calibrate import LayerStatistics, Statistics, calibrate
+from lynx_compile.passes.calibrate import Statistics, calibrate
 from lynx_compile.passes.compensate import compensate, load_weights
 from lynx_compile.passes.export import DenseOnnx, export
 from lynx_compile.passes.rewrite import rewrite
 from lynx_compile.passes.select import SparsityPlan, select
 from lynx_compile.recipe import Recipe, Sparsity, load_recipe
 from lynx_compile.solve import weight_refit
+from lynx_compile.solve.moments import LayerStatistics, dense_squares, relative_error
 
 RECIPE = digits.HERE.parents[1] / "engines" / "digits-flux.yaml"
 FOLDER = digits.HERE / "study"
@@ -84,7 +85,7 @@ class Setup:
         recipe = self.recipe.model_copy(
             update={"sparsity": Sparsity(operand="activation", norm_scale=norm_scale)}
         )
-        return calibrate(self.dit, recipe, folder, _counter("calibrate"))
+        return calibrate(self.dit, self.plan, recipe, folder, _counter("calibrate"))
 
 
 def main(
@@ -176,7 +177,7 @@ def build(setup: Setup, method: str, dense: DenseOnnx) -> tuple[Path, float | No
         sparsity, folder = ACTIVATIONS[method], setup.folder / _slug(method)
         statistics = setup.statistics(sparsity.uses_norm_scale)
         weights = compensate(setup.dit, setup.plan, statistics, sparsity, folder, _counter(method))
-        errors = [load_weights(path).error for path in weights]
+        errors = [error for path in weights for error in load_weights(path).errors]
         return rewrite(dense, setup.plan, weights, folder / "lynx.onnx").path, float(np.mean(errors))
     setup.statistics(norm_scale=False)  # of the dense weights
     with _sparse_weights(setup, method) as errors:
@@ -186,20 +187,25 @@ def build(setup: Setup, method: str, dense: DenseOnnx) -> tuple[Path, float | No
 
 @contextmanager
 def _sparse_weights(setup: Setup, method: str) -> Iterator[list[float]]:
-    """The module with 2:4 weights in every linear of the plan, put back afterwards; yields the layers' errors."""
+    """The module with 2:4 weights in every linear of the plan, put back afterwards; yields the linears' errors."""
     state = {name: value.clone() for name, value in setup.dit.module.state_dict().items()}
     try:
         yield [
-            _sparsify(setup.dit.module, group, setup.statistics(norm_scale=False).load(group.name), method)
+            error
             for group in setup.plan.groups
+            for error in _sparsify(
+                setup.dit.module, group, setup.statistics(norm_scale=False).load(group.name), method
+            )
         ]
     finally:
         setup.dit.module.load_state_dict(state)
 
 
-def _sparsify(module: torch.nn.Module, group: LinearGroup, moments: LayerStatistics, method: str) -> float:
-    """Prune a group's weights in place; its relative error on the calibration tokens."""
-    error = total = 0.0
+def _sparsify(
+    module: torch.nn.Module, group: LinearGroup, moments: LayerStatistics, method: str
+) -> list[float]:
+    """Prune a group's weights in place; each linear's relative error on the calibration tokens."""
+    errors = []
     for path in (linear.path for linear in group.linears):
         linear = module.get_submodule(path)
         weight = linear.weight.detach().clone()
@@ -210,12 +216,13 @@ def _sparsify(module: torch.nn.Module, group: LinearGroup, moments: LayerStatist
         sparse, offset = weight * keep, torch.zeros_like(linear.bias)
         if method.endswith("refit"):
             sparse, offset = weight_refit.refit(weight, keep, moments, Sparsity().ridge)
+        dense = dense_squares(weight, linear.bias, moments).sum()
         linear.weight.copy_(sparse)
         linear.bias.add_(offset)
         lost = weight - sparse
-        error += float(((lost @ moments.xx) * lost).sum() + (lost @ moments.x_mean - offset).square().sum())
-        total += float(((weight @ moments.xx) * weight).sum())
-    return (error / total) ** 0.5
+        squared = ((lost @ moments.xx) * lost).sum() + (lost @ moments.x_mean - offset).square().sum()
+        errors.append(relative_error(float(squared), float(dense)))
+    return errors
 
 
 def runner(path: Path, threads: int = 2) -> Callable[..., torch.Tensor]:

@@ -101,9 +101,9 @@ class Source(_Strict):
 class SparseLinears(_Strict):
     """One plugin layer and the linears that it replaces.
 
-    ``operand``: which one is 2:4. ``producer``: what the layer makes its input of, where it does. ``error``: relative,
-    on the calibration inputs. ``tokens``: rows of the input. ``gain``: how many times as fast as dense by ``costs``;
-    null where they do not tell.
+    ``operand``: which one is 2:4. ``producer``: what the layer makes its input of, where it does. ``errors``: of each
+    linear, relative, expected on the calibration inputs. ``tokens``: rows of the input. ``gain``: how many times as
+    fast as dense by ``costs``; null where they do not tell.
     """
 
     layer: str
@@ -114,9 +114,15 @@ class SparseLinears(_Strict):
     out_channels: Count
     rank: Count
     norm_scale: bool
-    error: float
+    errors: tuple[float, ...]
     tokens: Count
     gain: Annotated[float, Field(gt=0)] | None
+
+    @model_validator(mode="after")
+    def _an_error_a_linear(self) -> Self:
+        if len(self.errors) != len(self.linears):
+            raise ValueError("there is not one error for each linear")
+        return self
 
 
 class DenseLinear(_Strict):

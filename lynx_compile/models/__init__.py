@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Mapping
@@ -75,7 +76,26 @@ class DiT:
 
     @cached_property
     def module(self) -> torch.nn.Module:
-        return _module(self.folder, self.model)
+        on_gpu = torch.cuda.is_available()
+        return _module(
+            self.folder, self.model, self.dtype if on_gpu else torch.float32, "cuda" if on_gpu else "cpu"
+        )
+
+    def module_on_cpu(self, dtype: torch.dtype) -> torch.nn.Module:
+        """The module on the CPU in ``dtype``: ``module`` if it is that already, else read anew, not copied."""
+        loaded: torch.nn.Module | None = self.__dict__.get("module")
+        if loaded is not None:
+            parameter = next(loaded.parameters())
+            if (parameter.dtype, parameter.device.type) == (dtype, "cpu"):
+                return loaded
+        return _module(self.folder, self.model, dtype, "cpu")
+
+    def release(self) -> None:
+        """Forget ``module``, whose memory a later stage needs; it is read again where it is asked for again."""
+        self.__dict__.pop("module", None)
+        gc.collect()  # a module and its hooks refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -174,11 +194,16 @@ def find_groups(config: Mapping[str, Any], inputs: Mapping[str, torch.Tensor]) -
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(lambda m, a, path=path: record(m, a, path))
     with torch.no_grad():
-        skeleton(**{name: value.to("meta", torch.float32) for name, value in inputs.items()})
+        skeleton(**{name: _on_meta(value) for name, value in inputs.items()})
     return tuple(
         LinearGroup(linears[0].path, tuple(linears), tensor.numel() // tensor.shape[-1])
         for tensor, linears in readers
     )
+
+
+def _on_meta(value: torch.Tensor) -> torch.Tensor:
+    """Without values, and in the skeleton's float32 where it is a float; integers and booleans stay what they are."""
+    return value.to("meta", torch.float32 if value.is_floating_point() else value.dtype)
 
 
 def _refusal(path: str, linear: torch.nn.Linear) -> str | None:
@@ -244,14 +269,13 @@ def _require_safetensors(folder: Path) -> None:
         )
 
 
-def _module(folder: Path, model: Model) -> torch.nn.Module:
-    on_gpu = torch.cuda.is_available()
+def _module(folder: Path, model: Model, dtype: torch.dtype, device: str) -> torch.nn.Module:
     weights = folder / model.subfolder
     try:
         module, report = flux.MODEL.from_pretrained(
             folder,
             subfolder=model.subfolder,
-            torch_dtype=DTYPES[model.dtype] if on_gpu else torch.float32,
+            torch_dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
@@ -273,7 +297,7 @@ def _module(folder: Path, model: Model) -> torch.nn.Module:
             raise InputError(
                 f"The weight '{name}' in {weights} is not finite.", "Fetch the checkpoint again."
             )
-    return module.to("cuda" if on_gpu else "cpu").eval().requires_grad_(False)
+    return module.to(device).eval().requires_grad_(False)
 
 
 def _scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:

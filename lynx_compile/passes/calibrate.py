@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from lynx_compile.errors import InputError, StageError
 from lynx_compile.files.progress import Progress
 from lynx_compile.files.tensors import save_tensors
-from lynx_compile.models import DiT, LinearGroup, flux
+from lynx_compile.models import DiT, flux
 from lynx_compile.ops.sparse_linear import keep_mask, norm_scale_of
-from lynx_compile.passes.select import candidates
+from lynx_compile.passes.select import SparsityPlan
 from lynx_compile.recipe import Calibration, Recipe, Sparsity
+from lynx_compile.solve.moments import LayerStatistics, Moments, PrunedStatistics
 
 TOKENS_PER_CHANNEL = 10  # fewer calibration tokens than this leave the solves badly determined (measured)
 
@@ -27,24 +28,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LayerStatistics:
-    """Moments of the tensor x that a group of linears reads, and of what the sparse op makes of it, S = s * z~.
-
-    ``tokens``: how many tokens were measured. ``x_mean``, ``s_mean``: [K]. ``xx``, ``xs``, ``ss``: covariances
-    [K, K] (E[x x^T], E[x S^T], E[S S^T], means taken off). All float32 on the CPU.
-    """
-
-    tokens: int
-    x_mean: torch.Tensor
-    s_mean: torch.Tensor
-    xx: torch.Tensor
-    xs: torch.Tensor
-    ss: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Statistics:
-    """A folder with the ``LayerStatistics`` of every candidate group, one safetensors file each."""
+    """A folder with the ``LayerStatistics`` of every tensor that the plan's nodes read, one safetensors file each."""
 
     folder: Path
     groups: tuple[str, ...]
@@ -57,24 +42,43 @@ class Statistics:
             raise StageError(
                 "calibrate", f"{path} cannot be read ({error}).", "Run again with --fresh."
             ) from None
-        return LayerStatistics(int(tensors.pop("tokens")), **tensors)
+        kind = PrunedStatistics if "ss" in tensors else LayerStatistics
+        return kind(int(tensors.pop("tokens")), **tensors)
 
 
-def calibrate(dit: DiT, recipe: Recipe, folder: Path, progress: Progress) -> Statistics:
-    """Measure every candidate group of linears over the recipe's calibration inputs, all denoising steps.
+@dataclass(frozen=True)
+class Measurement:
+    """A tensor [..., K] to measure: the name of its group, and the path of a linear that reads it.
 
-    Deterministic: prompts in order, noise and token choice from ``calibration.seed``. Groups whose moments do
-    not fit ``calibration.memory_gib`` together are measured in several passes.
+    ``pruned``: whether one of its readers has pruned activations, whose moments come with it then.
+    """
+
+    name: str
+    path: str
+    channels: int
+    pruned: bool
+
+    @property
+    def bytes(self) -> int:
+        """Of its float32 covariances."""
+        return 4 * self.channels**2 * (3 if self.pruned else 1)
+
+
+def calibrate(dit: DiT, plan: SparsityPlan, recipe: Recipe, folder: Path, progress: Progress) -> Statistics:
+    """Measure what the plan's linears read over the recipe's calibration inputs, all denoising steps.
+
+    Deterministic: prompts in order, noise and token choice from ``calibration.seed``. Moments that do
+    not fit ``calibration.memory_gib`` together are gathered in several passes.
 
     Raises:
         InputError: the calibration source is missing or does not fit the model.
         StageError: an activation is not finite.
     """
-    groups = candidates(dit.groups, recipe.sparsity)
+    wanted = measurements(plan)
     conditioning = load_conditioning(Path(recipe.calibration.source), dit, recipe)
-    passes = _passes(groups, recipe.calibration.memory_gib)
+    passes = _passes(wanted, recipe.calibration.memory_gib)
     total = len(passes) * recipe.calibration.samples * recipe.calibration.steps
-    tokens: dict[LinearGroup, int] = {}
+    tokens: dict[Measurement, int] = {}
     done = 0
 
     def step_done(samples: int) -> None:
@@ -85,12 +89,23 @@ def calibrate(dit: DiT, recipe: Recipe, folder: Path, progress: Progress) -> Sta
     for part in passes:
         with _measured(dit.module, part, recipe) as moments, torch.inference_mode():
             _denoise_all(dit, recipe, conditioning, step_done)
-        for group in part:
-            statistics = moments[group.name].finish()
-            tokens[group] = statistics.tokens
-            save_tensors(_file(folder, group.name), _tensors(statistics))
+        for one in part:
+            statistics = moments[one.name].finish()
+            tokens[one] = statistics.tokens
+            save_tensors(_file(folder, one.name), _tensors(statistics))
     _warn_if_few(tokens)
-    return Statistics(folder, tuple(group.name for group in groups))
+    return Statistics(folder, tuple(one.name for one in wanted))
+
+
+def measurements(plan: SparsityPlan) -> tuple[Measurement, ...]:
+    """What the plan needs to be measured: every tensor once, whatever the operands of its readers."""
+    found: dict[str, Measurement] = {}
+    for group in plan.groups:
+        first = found.get(
+            group.name, Measurement(group.name, group.linears[0].path, group.in_channels, pruned=False)
+        )
+        found[group.name] = replace(first, pruned=first.pruned or group.operand == "activation")
+    return tuple(found.values())
 
 
 def load_conditioning(path: Path, dit: DiT, recipe: Recipe) -> dict[str, torch.Tensor]:
@@ -158,56 +173,21 @@ def _encode(path: Path, dit: DiT, recipe: Recipe) -> dict[str, torch.Tensor]:
         ) from None
 
 
-class _Moments:
-    """Streaming means and covariances of x and S (Chan's pairwise update, stable for large means)."""
-
-    def __init__(self, channels: int, device: torch.device) -> None:
-        self.tokens = 0
-        self.mean = torch.zeros(2 * channels, device=device)
-        self.scatter = [torch.zeros(channels, channels, device=device) for _ in range(3)]  # xx, xs, ss
-
-    def add(self, x: torch.Tensor, s: torch.Tensor) -> None:
-        """x, S: [tokens, K] float32."""
-        tokens, channels = x.shape
-        mean = torch.cat((x.mean(0), s.mean(0)))
-        off = mean - self.mean
-        x, s = x - mean[:channels], s - mean[channels:]
-        weight = self.tokens * tokens / (self.tokens + tokens)
-        off_x, off_s = off[:channels], off[channels:]
-        for scatter, (a, b), (off_a, off_b) in zip(
-            self.scatter,
-            ((x, x), (x, s), (s, s)),
-            ((off_x, off_x), (off_x, off_s), (off_s, off_s)),
-            strict=True,
-        ):
-            scatter.addmm_(a.T, b).addr_(off_a, off_b, alpha=weight)
-        self.tokens += tokens
-        self.mean += off * (tokens / self.tokens)
-
-    def finish(self) -> LayerStatistics:
-        x_mean, s_mean = self.mean.cpu().chunk(2)
-        xx, xs, ss = (scatter.cpu() / self.tokens for scatter in self.scatter)
-        return LayerStatistics(self.tokens, x_mean.clone(), s_mean.clone(), xx, xs, ss)
-
-
 @contextmanager
 def _measured(
-    module: torch.nn.Module, groups: tuple[LinearGroup, ...], recipe: Recipe
-) -> Iterator[Mapping[str, _Moments]]:
-    """Hooks on the first linear of every group; removed whatever happens."""
+    module: torch.nn.Module, wanted: tuple[Measurement, ...], recipe: Recipe
+) -> Iterator[Mapping[str, Moments]]:
+    """Hooks on one reader of every tensor, removed whatever happens; a linear that is called twice measures both."""
     device = next(module.parameters()).device
-    moments = {group.name: _Moments(group.in_channels, device) for group in groups}
+    moments = {one.name: Moments(one.channels, device, pruned=one.pruned) for one in wanted}
     choice = torch.Generator().manual_seed(recipe.calibration.seed)
-    handles = []
-    for group in groups:
-        linear = module.get_submodule(group.linears[0].path)
-        handles.append(
-            linear.register_forward_pre_hook(
-                lambda _, arguments, name=group.name: _measure(
-                    name, arguments[0], moments[name], recipe.calibration, recipe.sparsity, choice
-                )
-            )
+
+    def hook(one: Measurement) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda _, arguments: _measure(
+            one, arguments[0], moments[one.name], recipe.calibration, recipe.sparsity, choice
         )
+
+    handles = [module.get_submodule(one.path).register_forward_pre_hook(hook(one)) for one in wanted]
     try:
         yield moments
     finally:
@@ -216,9 +196,9 @@ def _measured(
 
 
 def _measure(
-    name: str,
+    one: Measurement,
     x: torch.Tensor,
-    moments: _Moments,
+    moments: Moments,
     calibration: Calibration,
     sparsity: Sparsity,
     choice: torch.Generator,
@@ -231,9 +211,12 @@ def _measure(
     if not torch.isfinite(tokens).all():
         raise StageError(
             "calibrate",
-            f"the input of '{name}' is not finite (NaN or infinity).",
+            f"the input of '{one.path}' is not finite (NaN or infinity).",
             "Use dtype bf16 (fp16 overflows in some models), or check the calibration inputs.",
         )
+    if not one.pruned:
+        moments.add(tokens)
+        return
     keep = keep_mask(tokens)
     pruned = torch.where(keep, tokens, 0.0)
     if sparsity.uses_norm_scale:
@@ -265,36 +248,34 @@ def _denoise_all(
         flux.denoise(transformer, dit.scheduler, latents.to(parameter), inputs, recipe.calibration.steps)
 
 
-def _passes(groups: tuple[LinearGroup, ...], memory_gib: float) -> list[tuple[LinearGroup, ...]]:
-    """Split the groups so that the moments of each part (three K x K float32 matrices a group) fit."""
-    passes: list[list[LinearGroup]] = [[]]
+def _passes(wanted: tuple[Measurement, ...], memory_gib: float) -> list[tuple[Measurement, ...]]:
+    """Split what is measured so that the moments of each part fit."""
+    passes: list[list[Measurement]] = [[]]
     used, limit = 0, memory_gib * 2**30
-    for group in groups:
-        size = 3 * 4 * group.in_channels**2
-        if passes[-1] and used + size > limit:
+    for one in wanted:
+        if passes[-1] and used + one.bytes > limit:
             passes.append([])
             used = 0
-        passes[-1].append(group)
-        used += size
+        passes[-1].append(one)
+        used += one.bytes
     return [tuple(part) for part in passes]
 
 
-def _warn_if_few(tokens: Mapping[LinearGroup, int]) -> None:
-    """One warning for all groups whose solve is badly determined, with what the worst of them needs."""
-    short = {g: n for g, n in tokens.items() if n < TOKENS_PER_CHANNEL * g.in_channels}
+def _warn_if_few(tokens: Mapping[Measurement, int]) -> None:
+    """One warning for everything whose solve is badly determined, with what the worst of it needs."""
+    short = {one: n for one, n in tokens.items() if n < TOKENS_PER_CHANNEL * one.channels}
     if short:
-        worst = min(short, key=lambda group: short[group] / group.in_channels)
-        needed = TOKENS_PER_CHANNEL * worst.in_channels
+        worst = min(short, key=lambda one: short[one] / one.channels)
+        needed = TOKENS_PER_CHANNEL * worst.channels
         log.warning(
             "%d of %d inputs were calibrated on too few tokens: '%s' on %d, its %d channels need at least %d. "
             "Raise calibration.samples %.1f-fold (or steps, or tokens_per_step).",
-            len(short), len(tokens), worst.name, short[worst], worst.in_channels, needed, needed / short[worst],
+            len(short), len(tokens), worst.name, short[worst], worst.channels, needed, needed / short[worst],
         )  # fmt: skip
 
 
 def _tensors(statistics: LayerStatistics) -> dict[str, torch.Tensor]:
-    values = {field.name: getattr(statistics, field.name) for field in fields(statistics)}
-    return {name: torch.as_tensor(value) for name, value in values.items()}
+    return {name: torch.as_tensor(value) for name, value in vars(statistics).items()}
 
 
 def _file(folder: Path, group: str) -> Path:

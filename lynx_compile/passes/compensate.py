@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from lynx_compile.files.progress import Progress
 from lynx_compile.files.tensors import save_tensors
 from lynx_compile.models import DiT, LinearGroup
 from lynx_compile.ops.sparse_linear import expand_low_rank
-from lynx_compile.passes.calibrate import LayerStatistics, Statistics
+from lynx_compile.passes.calibrate import Statistics
 from lynx_compile.passes.select import SparseGroup, SparsityPlan
 from lynx_compile.recipe import Operand, Sparsity
 from lynx_compile.solve.linalg import cholesky
+from lynx_compile.solve.moments import LayerStatistics, PrunedStatistics, dense_squares, relative_error
 from lynx_compile.solve.weight_refit import prune, wanda_mask
 
 
@@ -45,7 +47,7 @@ class SparseLinearWeights:
     ``weight``: [N, padded_width(K, rank)], W' and the expanded B; with operand ``weight`` [N, K], at most 2 of
     every 4 not zero, and rank 0. ``lora_down``: A [max(rank, 1), K]. ``bias``: [N]. All float32.
     ``out_channels``: N of each linear, in the order of ``linears``.
-    ``error``: expected relative error of the output on the calibration tokens, by the moments.
+    ``errors``: of each linear, expected on the calibration tokens by the moments (``moments.relative_error``).
     """
 
     linears: tuple[str, ...]
@@ -55,7 +57,7 @@ class SparseLinearWeights:
     bias: torch.Tensor
     rank: int
     norm_scale: bool
-    error: float
+    errors: tuple[float, ...]
     operand: Operand = "activation"
 
     @property
@@ -69,12 +71,13 @@ def compensate(
     """Solve every group of the plan and write its ``SparseLinearWeights``, one safetensors file each.
 
     Raises:
-        StageError: the moments cannot be factorised.
+        StageError: the moments cannot be factorised, or what was solved does not fit the model's dtype.
     """
     paths = []
     for done, group in enumerate(plan.groups):
         weight, bias = _dense(dit, group)
         solved = solve(group, weight, bias, statistics.load(group.name), sparsity)
+        _require_range(solved, dit.dtype)
         paths.append(folder / f"{group.name}.{group.operand}.safetensors")
         _save(paths[-1], solved)
         progress("linears compensated", done + 1, len(plan.groups))
@@ -96,7 +99,7 @@ def load_weights(path: Path) -> SparseLinearWeights:
         out_channels=tuple(facts["out_channels"]),
         rank=facts["rank"],
         norm_scale=facts["norm_scale"],
-        error=facts["error"],
+        errors=tuple(facts["errors"]),
         operand=facts["operand"],
         **tensors,
     )
@@ -108,16 +111,19 @@ def solve(
     """The compensated weights of one group. weight: [N, K], bias: [N], float32."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight, bias = weight.to(device), bias.to(device)
-    moments = LayerStatistics(
-        moments.tokens,
-        *(m.to(device) for m in (moments.x_mean, moments.s_mean, moments.xx, moments.xs, moments.ss)),
-    )
-    solver = _solve_weights if group.operand == "weight" else _solve_activations
-    return solver(group, weight, bias, moments, sparsity)
+    moments = moments.to(device)
+    if group.operand == "weight":
+        return _solve_weights(group, weight, bias, moments, sparsity)
+    assert isinstance(moments, PrunedStatistics), "calibrate gathers them for every node that prunes"
+    return _solve_activations(group, weight, bias, moments, sparsity)
 
 
 def _solve_activations(
-    group: SparseGroup, weight: torch.Tensor, bias: torch.Tensor, moments: LayerStatistics, sparsity: Sparsity
+    group: SparseGroup,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    moments: PrunedStatistics,
+    sparsity: Sparsity,
 ) -> SparseLinearWeights:
     rank = min(sparsity.rank_for(group.in_channels), group.in_channels, len(weight)) // 16 * 16
     if sparsity.method == "joint":
@@ -128,7 +134,7 @@ def _solve_activations(
     else:
         refit, offset = weight, torch.zeros_like(bias)
         lora_down, lora_up = weight.new_zeros(0, group.in_channels), weight.new_zeros(len(weight), 0)
-    error = _expected_error(weight, refit, lora_down, lora_up, offset, moments)
+    lost = _lost_squares(weight, refit, lora_down, lora_up, offset, moments)
     return SparseLinearWeights(
         linears=tuple(linear.path for linear in group.linears),
         out_channels=tuple(linear.out_channels for linear in group.linears),
@@ -137,7 +143,7 @@ def _solve_activations(
         bias=(bias + offset).cpu(),
         rank=rank,
         norm_scale=sparsity.uses_norm_scale,
-        error=error,
+        errors=_errors(group, lost, dense_squares(weight, bias, moments)),
     )
 
 
@@ -149,7 +155,7 @@ def _solve_weights(
     else:
         sparse, offset = prune(weight, moments, sparsity.ridge, group.name)
     lost = weight - sparse
-    squared = ((lost @ moments.xx) * lost).sum() + (lost @ moments.x_mean - offset).square().sum()
+    squares = ((lost @ moments.xx) * lost).sum(1) + (lost @ moments.x_mean - offset).square()
     return SparseLinearWeights(
         linears=tuple(linear.path for linear in group.linears),
         out_channels=tuple(linear.out_channels for linear in group.linears),
@@ -158,13 +164,13 @@ def _solve_weights(
         bias=(bias + offset).cpu(),
         rank=0,
         norm_scale=False,
-        error=_relative(squared, weight, moments),
+        errors=_errors(group, squares, dense_squares(weight, bias, moments)),
         operand="weight",
     )
 
 
 def _joint(
-    weight: torch.Tensor, m: LayerStatistics, rank: int, ridge: float, name: str
+    weight: torch.Tensor, m: PrunedStatistics, rank: int, ridge: float, name: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """W' [N, K], A [r, K], B [N, r] and the change of bias [N]; the ridge pulls W' towards W."""
     ss_factor = cholesky(m.ss, ridge, name)
@@ -179,7 +185,7 @@ def _joint(
 
 
 def _paper(
-    weight: torch.Tensor, m: LayerStatistics, rank: int, ridge: float, name: str
+    weight: torch.Tensor, m: PrunedStatistics, rank: int, ridge: float, name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A [r, K], B [N, r] that minimise |x W^T - S W^T - x A^T B^T|, W untouched and no bias to lean on."""
     xx = m.xx + torch.outer(m.x_mean, m.x_mean)
@@ -207,27 +213,27 @@ def _low_rank(
     return lora_down * balance[:, None], lora_up / balance
 
 
-def _expected_error(
+def _lost_squares(
     weight: torch.Tensor,
     refit: torch.Tensor,
     lora_down: torch.Tensor,
     lora_up: torch.Tensor,
     offset: torch.Tensor,
-    m: LayerStatistics,
-) -> float:
-    """sqrt(E|y_sparse - y_dense|^2 / E|y_dense - mean|^2) from the moments alone."""
+    m: PrunedStatistics,
+) -> torch.Tensor:
+    """E[(y_sparse - y_dense)^2] of every output channel, [N], from the moments alone."""
     on_x = weight - lora_up @ lora_down  # y_dense - y_sparse = on_x x - refit S - offset
-    squared = (
-        ((on_x @ m.xx) * on_x).sum() - 2 * ((on_x @ m.xs) * refit).sum() + ((refit @ m.ss) * refit).sum()
-        + (on_x @ m.x_mean - refit @ m.s_mean - offset).square().sum()
+    return (
+        ((on_x @ m.xx) * on_x).sum(1) - 2 * ((on_x @ m.xs) * refit).sum(1) + ((refit @ m.ss) * refit).sum(1)
+        + (on_x @ m.x_mean - refit @ m.s_mean - offset).square()
     )  # fmt: skip
-    return _relative(squared, weight, m)
 
 
-def _relative(squared: torch.Tensor, weight: torch.Tensor, m: LayerStatistics) -> float:
-    """The root of an expected squared error over that of y_dense - mean."""
-    total = ((weight @ m.xx) * weight).sum()
-    return float((squared.clamp_min(0) / total.clamp_min(1e-30)).sqrt())
+def _errors(group: SparseGroup, lost: torch.Tensor, dense: torch.Tensor) -> tuple[float, ...]:
+    """Expected relative error of every linear of the group, from mean squares of its output channels [N]."""
+    sizes = [linear.out_channels for linear in group.linears]
+    pairs = zip(lost.split(sizes), dense.split(sizes), strict=True)
+    return tuple(relative_error(float(a.sum()), float(b.sum())) for a, b in pairs)
 
 
 def _dense(dit: DiT, group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,10 +247,26 @@ def _dense(dit: DiT, group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(weights), torch.cat(biases)
 
 
+def _require_range(solved: SparseLinearWeights, dtype: torch.dtype) -> None:
+    """Refuse values that ``dtype``, in which ``rewrite`` writes them, can only hold as infinities."""
+    ends = list(accumulate(solved.out_channels))
+    rows = [slice(end - size, end) for end, size in zip(ends, solved.out_channels, strict=True)]
+    parts = [(linear, solved.weight[own]) for linear, own in zip(solved.linears, rows, strict=True)]
+    parts += [(linear, solved.bias[own]) for linear, own in zip(solved.linears, rows, strict=True)]
+    for linear, values in (*parts, (solved.linears[0], solved.lora_down)):
+        if not torch.isfinite(values.to(dtype)).all():
+            raise StageError(
+                "compensate",
+                f"a weight of '{linear}' is {float(values.abs().max()):.4g} now, "
+                f"more than {str(dtype).removeprefix('torch.')} holds ({torch.finfo(dtype).max:.4g}).",
+                "Set model.dtype to bf16, raise sparsity.ridge, or name the linear in sparsity.exclude.",
+            )
+
+
 def _save(path: Path, solved: SparseLinearWeights) -> None:
     tensors = {name: getattr(solved, name) for name in ("weight", "lora_down", "bias")}
     facts = {
         name: getattr(solved, name)
-        for name in ("linears", "out_channels", "rank", "norm_scale", "error", "operand")
+        for name in ("linears", "out_channels", "rank", "norm_scale", "errors", "operand")
     }
     save_tensors(path, tensors, {"lynx": json.dumps(facts)})

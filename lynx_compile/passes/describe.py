@@ -91,7 +91,7 @@ def _sparse(node: SparseNode) -> SparseLinears:
         out_channels=node.out_channels,
         rank=node.rank,
         norm_scale=node.norm_scale,
-        error=node.error,
+        errors=node.errors,
         tokens=node.tokens,
         gain=node.gain,
     )

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import logging
@@ -48,7 +47,7 @@ def export(dit: DiT, path: Path, dtype: torch.dtype | None = None) -> DenseOnnx:
     inputs = {
         name: value.to(dtype) if value.dtype == dit.dtype else value for name, value in dit.inputs.items()
     }
-    with _quiet(), _ready(dit.module, dtype, tuple(inputs)) as module:
+    with _quiet(), _ready(dit.module_on_cpu(dtype), tuple(inputs)) as module:
         try:
             program = torch.onnx.export(
                 module, tuple(inputs.values()), input_names=list(inputs), output_names=["velocity"],
@@ -75,15 +74,11 @@ def export(dit: DiT, path: Path, dtype: torch.dtype | None = None) -> DenseOnnx:
 
 
 @contextmanager
-def _ready(module: torch.nn.Module, dtype: torch.dtype, names: tuple[str, ...]) -> Iterator[torch.nn.Module]:
-    """The module on the CPU in ``dtype``, with a ``forward`` of plain tensors that returns one tensor.
+def _ready(module: torch.nn.Module, names: tuple[str, ...]) -> Iterator[torch.nn.Module]:
+    """The module with a ``forward`` of plain tensors that returns one tensor.
 
-    A copy is made only where something has to change; diffusers' own ``forward`` takes non-tensor keywords,
-    with which the exporter loses the inputs' names.
+    diffusers' own ``forward`` takes non-tensor keywords, with which the exporter loses the inputs' names.
     """
-    parameter = next(module.parameters())
-    if parameter.dtype != dtype or parameter.device.type != "cpu":
-        module = copy.deepcopy(module).to("cpu", dtype)
     original = module.forward
 
     def forward(*arguments: torch.Tensor) -> torch.Tensor:

@@ -87,7 +87,8 @@ class SparseNode:
 
     ``activation``: 1 where the node ends in the GELU of its output channels from ``activation_from`` on.
     ``producer``: what the node makes its input of, where it does.
-    ``tokens``: rows of its input. ``gain``: how many times as fast as dense, where the recipe's costs tell.
+    ``errors``: of each linear, expected. ``tokens``: rows of its input.
+    ``gain``: how many times as fast as dense, where the recipe's costs tell.
     """
 
     name: str
@@ -96,7 +97,7 @@ class SparseNode:
     out_channels: int
     rank: int
     norm_scale: bool
-    error: float
+    errors: tuple[float, ...]
     operand: Operand = "activation"
     activation: int = 0
     activation_from: int = 0
@@ -222,6 +223,7 @@ def _describe(matches: Mapping[str, Match], solved: SparseLinearWeights, group: 
     channels = dict(zip(solved.linears, solved.out_channels, strict=True))
     plain = [linear for linear, found in matches.items() if not found.gelu]
     activation = len(plain) < len(matches)
+    errors = dict(zip(solved.linears, solved.errors, strict=True))
     return SparseNode(
         name=f"{next(linear for linear in solved.linears if linear in matches)}.{OPS[solved.operand]}",
         linears=tuple(matches),
@@ -229,7 +231,7 @@ def _describe(matches: Mapping[str, Match], solved: SparseLinearWeights, group: 
         out_channels=sum(channels[linear] for linear in matches),
         rank=solved.rank,
         norm_scale=solved.norm_scale,
-        error=solved.error,
+        errors=tuple(errors[linear] for linear in matches),
         operand=solved.operand,
         activation=int(activation),
         activation_from=sum(channels[linear] for linear in plain) if activation else 0,

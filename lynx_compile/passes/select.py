@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,7 @@ from typing import Literal
 from lynx_compile.errors import InputError
 from lynx_compile.models import Linear, LinearGroup
 from lynx_compile.ops.sparse_weight_linear import STEP
-from lynx_compile.passes.speed_table import ROOFLINE, CostTable, roofline
+from lynx_compile.passes.speed_table import ROOFLINE, UNKNOWN_SPEED, CostTable, roofline
 from lynx_compile.recipe import Operand, Sparsity
 
 
@@ -43,15 +43,20 @@ class SparsityPlan:
     groups: tuple[SparseGroup, ...]
 
 
-def select(groups: tuple[LinearGroup, ...], sparsity: Sparsity) -> SparsityPlan:
+def select(groups: tuple[LinearGroup, ...], sparsity: Sparsity, gpu: str | None = None) -> SparsityPlan:
     """Decide for every linear; a group keeps those of its linears that become sparse, split by operand.
+
+    Args:
+        gpu: architecture that the engine is for, such as ``sm90``, where it is one alone. Of some the speed is not
+            known: there only measured linears become sparse, and those that a glob of ``sparsity.operand`` names.
 
     Raises:
         InputError: a glob matches no linear, the recipe's costs cannot be read, or no linear is left.
     """
     _refuse_idle_globs([linear for group in groups for linear in group.linears], sparsity)
     costs = CostTable.load(Path(sparsity.costs)) if sparsity.costs else None
-    decided = [(group, _decide(group, sparsity, costs)) for group in groups]
+    unknown = gpu if gpu in UNKNOWN_SPEED and (costs is None or costs.architecture != gpu) else None
+    decided = [(group, _decide(group, sparsity, costs, unknown)) for group in groups]
     decisions = tuple(decision for _, made in decided for decision in made)
     sparse = tuple(part for group, made in decided for part in _split(group, made, sparsity, costs))
     if not sparse:
@@ -61,18 +66,6 @@ def select(groups: tuple[LinearGroup, ...], sparsity: Sparsity) -> SparsityPlan:
             "Widen sparsity.include or sparsity.operand, or exclude less.",
         )
     return SparsityPlan(decisions, sparse)
-
-
-def candidates(groups: tuple[LinearGroup, ...], sparsity: Sparsity) -> tuple[LinearGroup, ...]:
-    """The groups, cut down to the linears that become sparse, whatever their operands.
-
-    Raises:
-        InputError: as ``select``.
-    """
-    plan = select(groups, sparsity)
-    sparse = {decision.linear for decision in plan.decisions if decision.operand != "none"}
-    kept = (replace(group, linears=tuple(x for x in group.linears if x in sparse)) for group in groups)
-    return tuple(group for group in kept if group.linears)
 
 
 def _refuse_idle_globs(linears: list[Linear], sparsity: Sparsity) -> None:
@@ -92,12 +85,20 @@ def _refuse_idle_globs(linears: list[Linear], sparsity: Sparsity) -> None:
                 )
 
 
-def _decide(group: LinearGroup, sparsity: Sparsity, costs: CostTable | None) -> list[Decision]:
-    """The recipe decides first; speed does for those of the group's linears that it leaves open, together."""
+def _decide(
+    group: LinearGroup, sparsity: Sparsity, costs: CostTable | None, unknown: str | None
+) -> list[Decision]:
+    """The recipe decides first; speed does for those of the group's linears that it leaves open, together.
+
+    ``unknown``: the GPU, where nothing is known of its speed.
+    """
     by_recipe = {linear: _by_recipe(linear, sparsity) for linear in group.linears}
     left = [linear for linear, decision in by_recipe.items() if decision is None]
     fixed = [decision for decision in by_recipe.values() if decision is not None]
-    operand, reason = _by_speed(group, left, fixed, sparsity, costs) if left else ("none", "")
+    operand: Literal["activation", "weight", "none"] = "none"
+    reason = f"its speed on {unknown} is unknown: give sparsity.costs, by 'lynx-compile bench' on that GPU"
+    if left and unknown is None:
+        operand, reason = _by_speed(group, left, fixed, sparsity, costs)
     return [decision or Decision(linear, operand, reason) for linear, decision in by_recipe.items()]
 
 

@@ -17,6 +17,8 @@ from lynx_compile.recipe import Operand
 # H100: dense bf16 rate and memory bandwidth measured with torch, the GEMM's gain over dense with 128x256x64 tiles.
 ROOFLINE_FLOPS, ROOFLINE_BYTES, ROOFLINE_GAIN = 650e12, 3.0e12, 1.4
 ROOFLINE = "roofline of an H100"
+# GPUs that run the kernels only as code compiled for older ones (mma.sp, by way of PTX): the roofline is not theirs.
+UNKNOWN_SPEED = ("sm100", "sm103", "sm110")
 REACH = 4  # beyond the measured range by more than this factor, a table says nothing
 
 
@@ -87,15 +89,17 @@ class _Result(_Read):
 
 
 class _Bench(_Read):
+    architecture: str | None = None
     results: Annotated[tuple[_Result, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """The measured linears of one GPU. ``name``: the file's."""
+    """The measured linears of one GPU. ``name``: the file's. ``architecture``: such as sm90, where the file tells."""
 
     name: str
     results: tuple[_Result, ...]
+    architecture: str | None = None
 
     @classmethod
     def load(cls, path: Path) -> CostTable:
@@ -107,7 +111,8 @@ class CostTable:
         try:
             if path.stat().st_size > 16 << 20:
                 raise InputError(f"{path} is larger than 16 MiB.", "Give the JSON of 'lynx-compile bench'.")
-            return cls(path.name, _Bench.model_validate_json(path.read_bytes()).results)
+            found = _Bench.model_validate_json(path.read_bytes())
+            return cls(path.name, found.results, found.architecture)
         except FileNotFoundError:
             raise InputError(
                 f"The cost table {path} does not exist.",

@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 
 from lynx_compile.ops.sparse_linear import GROUP, keep_mask
-from lynx_compile.passes.calibrate import LayerStatistics
 from lynx_compile.solve.linalg import cholesky
+from lynx_compile.solve.moments import LayerStatistics
 
 EXACT_CHANNELS = 1024
 SOLVED_AT_ONCE = 64  # rows of W; each brings a K/2 x K/2 system

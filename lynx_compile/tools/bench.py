@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
+from lynx_compile.engine import trt
 from lynx_compile.errors import StageError
 from lynx_compile.files.atomic import save_text
 from lynx_compile.ops.sparse_linear import (
@@ -156,13 +157,17 @@ class Result:
 
 @dataclass(frozen=True)
 class Bench:
-    """All results of one machine, and what it was. ``measured`` is false for a roofline prediction."""
+    """All results of one machine, and what it was. ``measured`` is false for a roofline prediction.
+
+    ``architecture``: of the GPU, such as sm90.
+    """
 
     device: str
     torch: str
     dtype: str
     measured: bool
     results: tuple[Result, ...]
+    architecture: str | None = None
 
     @property
     def geometric_means(self) -> dict[str, float]:
@@ -203,7 +208,8 @@ def bench(
         progress(shape)
         results.append(_Problem(shape, rank, kernels).measure(rounds))
         torch.cuda.empty_cache()
-    return Bench(torch.cuda.get_device_name(), torch.__version__, "bf16", True, tuple(results))
+    device = torch.cuda.get_device_name()
+    return Bench(device, torch.__version__, "bf16", True, tuple(results), trt.gpu())
 
 
 def sparse_weight_of(

@@ -30,7 +30,6 @@ from polygraphy.comparator import (
     PerceptualMetricsCompareFunc,
     PsnrCompareFunc,
     RunResults,
-    SnrCompareFunc,
 )
 from polygraphy.exception import PolygraphyException
 from polygraphy.logger import G_LOGGER
@@ -45,6 +44,7 @@ from lynx_compile.files.resume import Display, silent
 from lynx_compile.models import DiT, flux
 from lynx_compile.passes.calibrate import load_conditioning
 from lynx_compile.recipe import Recipe
+from lynx_compile.solve.moments import relative_error
 from lynx_compile.tools import report
 from lynx_compile.tools.comparison import (
     Comparison,
@@ -73,6 +73,18 @@ class State:
     timestep: float
     feed: Values
     velocity: np.ndarray
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Sums over a tensor: of (y - y_dense)^2, and of y_dense^2."""
+
+    lost: float
+    dense: float
+
+    @property
+    def error(self) -> float:
+        return relative_error(self.lost, self.dense)
 
 
 def compare(output: Path, *, run_metric: bool = False, display: Display | None = None) -> Comparison:
@@ -211,48 +223,57 @@ def _output_errors(runner: Any, states: Sequence[State], progress: Progress) -> 
         [("dense", [IterationResult({OUTPUT: s.velocity}, runner_name="dense") for s in states])]
     )
     stream = Comparator.run([runner], data_loader=_feeds(states, progress), streaming=True)
-    return _by_step(states, [found[OUTPUT] for found in _relative_errors([dense, stream])])
+    return _by_step(states, [found[OUTPUT].error for found in _squares([dense, stream])])
 
 
 def _linear_errors(
     parts: Sequence[Part], manifest: Manifest, states: Sequence[State], progress: Progress
 ) -> tuple[LinearError, ...]:
-    errors: dict[str, list[float]] = defaultdict(list)
+    squares: dict[str, list[Squares]] = defaultdict(list)
     for number, part in enumerate(parts):
         runners = [_runner(part.dense, "dense"), _runner(part.lynx, "lynx")]
         feeds = _feeds(states, progress, number, len(parts))
-        for found in _relative_errors(Comparator.run(runners, data_loader=feeds, streaming=True)):
-            for name, error in found.items():
-                errors[part.linears[name]].append(error)
+        for found in _squares(Comparator.run(runners, data_loader=feeds, streaming=True)):
+            for name, of_state in found.items():
+                squares[part.linears[name]].append(of_state)
     linears = [
         LinearError(
             linear=linear,
             layer=node.layer,
-            error=_mean_square(errors[linear]),
-            worst=max(errors[linear]),
-            expected=node.error,
+            error=relative_error(sum(s.lost for s in squares[linear]), sum(s.dense for s in squares[linear])),
+            worst=max(s.error for s in squares[linear]),
+            expected=expected,
         )
         for node in manifest.sparse
-        for linear in node.linears
+        for linear, expected in zip(node.linears, node.errors, strict=True)
     ]
     return tuple(sorted(linears, key=lambda linear: -linear.error))
 
 
-def _relative_errors(results: Any) -> list[dict[str, float]]:
-    """{output: |y - y_dense| / |y_dense|} for every state; polygraphy tells it as a signal-to-noise ratio in dB."""
+def _squares(results: Any) -> list[dict[str, Squares]]:
+    """{output: how far the second runner is from the first} for every state."""
     try:
-        (pair,) = Comparator.compare_accuracy(results, compare_func=SnrCompareFunc())[0].values()
+        (states,) = Comparator.compare_accuracy(results, compare_func=_compare_squares)[0].values()
     except PolygraphyException as error:
         raise StageError("compare", f"polygraphy cannot run the models ({error}).", "Report it.") from error
-    errors = [{name: 10 ** (-result.snr / 20) for name, result in state.items()} for state in pair]
-    for state in errors:
-        if bad := [name for name, error in state.items() if not math.isfinite(error)]:
+    for state in states:
+        if bad := [name for name, of_state in state.items() if not 0 < of_state.dense < math.inf]:
             raise StageError(
                 "compare",
                 f"'{bad[0]}' is not finite, or zero in the dense model.",
                 "Check the calibration inputs and the checkpoint.",
             )
-    return errors
+        if bad := [name for name, of_state in state.items() if not math.isfinite(of_state.lost)]:
+            raise StageError("compare", f"'{bad[0]}' of the Lynx model is not finite.", "Report the model.")
+    return list(states)
+
+
+def _compare_squares(dense: IterationResult, lynx: IterationResult) -> dict[str, Squares]:
+    def sums(name: str) -> Squares:
+        y, y_dense = (np.asarray(result[name], dtype=np.float64) for result in (lynx, dense))
+        return Squares(float(np.square(y - y_dense).sum()), float(np.square(y_dense).sum()))
+
+    return {name: sums(name) for name in dense}
 
 
 def _by_step(states: Sequence[State], errors: Sequence[float]) -> tuple[StepError, ...]:
@@ -381,7 +402,7 @@ def _engines(
                 RunResults([(name, [IterationResult({OUTPUT: value}, runner_name=name) for value in values])])
                 for name, values in (("onnx", [s.velocity for s in states]), (kind, velocities))
             ]
-            errors = _by_step(states, [error[OUTPUT] for error in _relative_errors(given)])
+            errors = _by_step(states, [found_[OUTPUT].error for found_ in _squares(given)])
             found.append(EngineError(kind=kind, steps=errors, milliseconds=1000 * statistics.median(times)))
             progress("engines", len(found), 2)
     except (LynxError, ImportError) as error:

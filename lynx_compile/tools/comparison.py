@@ -21,9 +21,9 @@ class _Strict(BaseModel):
 
 
 class LinearError(_Strict):
-    """One sparse linear on the dense model's own input: |y - y_dense| / |y_dense|.
+    """The error of one sparse linear on the dense model's own inputs (``moments.relative_error``).
 
-    ``error``: root mean square over the states; ``worst``: the largest. ``expected``: of its layer, by calibration.
+    ``error``: over all states; ``worst``: of one state. ``expected``: by calibration.
     """
 
     linear: str

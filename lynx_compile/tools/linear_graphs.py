@@ -4,11 +4,13 @@
     dense:  the dense graph                             ── y of every linear
     lynx:   the dense graph ── x ── LynxSparse...Linear ── y of every linear
 
-Rewriting has kept the names of the tensors x and y, so that the Lynx nodes fit into the dense graph.
+Rewriting has kept the names of the tensors x, so that the Lynx nodes fit into the dense graph. y is the linear's own
+result: an activation that a node holds is off here.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from lynx_compile.engine.manifest import Manifest, SparseLinears
 from lynx_compile.engine.trt import PLUGIN_NAMESPACE as DOMAIN
 from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import atomic_path
+from lynx_compile.passes.export import LINEAR_KEY
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,29 @@ def _with_outputs(
     dense: onnx.ModelProto, layers: list[SparseLinears], nodes: Mapping[str, onnx.NodeProto]
 ) -> onnx.ModelProto:
     model = _copy(dense)
+    products = {
+        entry.value: node.output[0]
+        for node in dense.graph.node
+        for entry in node.metadata_props
+        if entry.key == LINEAR_KEY
+    }
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in dense.graph.node:
+        for name in node.input:
+            readers[name].append(node)
     for layer in layers:
-        for linear, y in zip(layer.linears, _last(layer, nodes).output, strict=True):
+        for linear, end in zip(layer.linears, _last(layer, nodes).output, strict=True):
+            y = _own_result(products.get(linear, end), end, readers)
             model.graph.node.append(onnx.helper.make_node("Identity", [y], [_output(linear)]))
     return model
+
+
+def _own_result(product: str, end: str, readers: Mapping[str, list[onnx.NodeProto]]) -> str:
+    """What a linear makes of its product: its bias added, but without an activation that ends in ``end``."""
+    if product == end:
+        return product
+    behind = readers[product]
+    return str(behind[0].output[0]) if len(behind) == 1 and behind[0].op_type == "Add" else product
 
 
 def _with_nodes(
@@ -107,6 +129,9 @@ def _with_nodes(
             copy = model.graph.node.add()
             copy.CopyFrom(original)
             copy.output[:] = [names.get(name, name) for name in original.output]
+            for attribute in copy.attribute:
+                if attribute.name == "activation":
+                    attribute.i = 0
             used |= {name: constants[name] for name in original.input if name in constants}
     model.graph.initializer.extend(used.values())
     model.functions.extend(lynx.functions)

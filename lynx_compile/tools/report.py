@@ -152,10 +152,10 @@ def _linears(manifest: Manifest, comparison: Comparison | None) -> tuple[Linear,
     found = []
     for node in manifest.sparse:
         gain = _gain(node)
-        for path in node.linears:
+        for path, expected in zip(node.linears, node.errors, strict=True):
             error = measured.get(path)
-            shown = node.error if error is None else error
-            found.append(Linear(path, node.operand, shown, node.error, error, gain, _shared(node)))
+            shown = expected if error is None else error
+            found.append(Linear(path, node.operand, shown, expected, error, gain, _shared(node)))
     found += [
         Linear(linear.linear, "none", None, None, None, None, linear.reason) for linear in manifest.dense
     ]

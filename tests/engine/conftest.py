@@ -206,7 +206,7 @@ def _write_onnx(
         nodes.append(_node(name, names, rank, namespace))
         nodes.append(helper.make_node("Relu", [f"{name}.y"], [f"{name}.relu"], name=f"{name}.relu"))
         value = f"{name}.relu"
-        sparse.append(SparseNode(name, (name,), channels, out_channels, rank, False, 0.0))
+        sparse.append(SparseNode(name, (name,), channels, out_channels, rank, False, (0.0,)))
     weights_path = folder / "model.safetensors"
     save_file(tensors, weights_path)
     graph = helper.make_graph(

@@ -267,9 +267,9 @@ def test_unknown_dtype(stage: MakeStage) -> None:
     ("old", "new", "message"),
     [
         ('"bytes":', '"bytes": 1, "bytes":', "a key is there twice"),
-        ('"error": 0.0', '"error": NaN', "NaN is no number"),
-        ('"error": 0.0', '"error": -Infinity', "-Infinity is no number"),
-        ('"error": 0.0', '"error": 1e999', "'sparse.0.error' is wrong"),
+        ('"errors": [\n        0.0', '"errors": [NaN', "NaN is no number"),
+        ('"errors": [\n        0.0', '"errors": [-Infinity', "-Infinity is no number"),
+        ('"errors": [\n        0.0', '"errors": [1e999', "'sparse.0.errors.0' is wrong"),
         ('"plugin_layers": 2', f'"plugin_layers": {"9" * 5000}', "no JSON"),
         ('"plugin_layers": 2', f'"plugin_layers": {"[" * 90000}', "cut off or no JSON"),
         ('"name": "x"', f'"name": "{"blocks.1.proj.relu"}"', "'blocks.1.proj.relu' is there twice"),

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from lynx_compile import models
 from lynx_compile.errors import InputError
+from lynx_compile.models import flux
 from lynx_compile.recipe import Recipe, Shapes, load_recipe
+from tests.conftest import TINY
 
 
 @pytest.fixture
@@ -146,6 +148,23 @@ def test_tokens_of_a_group_are_the_rows_of_its_tensor_at_the_recipes_shapes(tiny
     assert [found[name] for name in names] == [128, 128, 8, 8, 136, 2, 128, 8]
     larger = tokens(batch=1, height=32, text_length=6)
     assert [larger[name] for name in names] == [128, 128, 6, 6, 134, 1, 128, 6]
+
+
+def test_inputs_keep_their_kinds_where_the_structure_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions may be integers and masks booleans, and a model may index with them."""
+    dtypes: dict[str, torch.dtype] = {}
+    real = flux.MODEL.forward
+
+    def forward(self: torch.nn.Module, **inputs: torch.Tensor) -> object:
+        dtypes.update({name: value.dtype for name, value in inputs.items()})
+        return real(self, **inputs)
+
+    monkeypatch.setattr(flux.MODEL, "forward", forward)
+    inputs = flux.example_inputs(TINY, 2, 8, 8, 4, torch.float16)
+    inputs |= {"img_ids": inputs["img_ids"].long(), "txt_ids": inputs["txt_ids"].bool()}
+    models.find_groups(TINY, inputs)
+    assert (dtypes["img_ids"], dtypes["txt_ids"]) == (torch.int64, torch.bool)
+    assert dtypes["hidden_states"] == torch.float32  # as the skeleton's weights are
 
 
 def test_linears_with_odd_sizes_are_refused_with_the_reason() -> None:

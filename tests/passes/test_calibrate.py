@@ -21,20 +21,25 @@ from lynx_compile import models
 from lynx_compile.errors import InputError, StageError
 from lynx_compile.models.flux import denoise
 from lynx_compile.ops.sparse_linear import keep_mask
-from lynx_compile.passes.calibrate import Statistics, calibrate, load_conditioning
-from lynx_compile.recipe import Recipe, load_recipe
+from lynx_compile.passes.calibrate import Statistics, calibrate, load_conditioning, measurements
+from lynx_compile.passes.select import select
+from lynx_compile.recipe import Recipe, Sparsity, load_recipe
+from lynx_compile.solve.moments import PrunedStatistics
 from tests.conftest import TINY
 
 
 def _calibrate(recipe: Recipe, folder: Path, dit: models.DiT | None = None, **changes: object) -> Statistics:
     calibration = recipe.calibration.model_copy(update=changes)
     recipe = recipe.model_copy(update={"calibration": calibration})
-    return calibrate(dit or models.load(recipe), recipe, folder, lambda *_: None)
+    dit = dit or models.load(recipe)
+    return calibrate(dit, select(dit.groups, recipe.sparsity), recipe, folder, lambda *_: None)
 
 
 @pytest.fixture
 def recipe(tiny: Path) -> Recipe:
-    return load_recipe(tiny / "tiny.yaml")
+    """With both operands where one tensor has several readers: the moments of pruned activations count too."""
+    sparsity = Sparsity(operand={"*.to_q": "weight", "*": "activation"})
+    return load_recipe(tiny / "tiny.yaml").model_copy(update={"sparsity": sparsity})
 
 
 def test_moments_are_those_of_the_linears_input_over_the_whole_loop(recipe: Recipe, tmp_path: Path) -> None:
@@ -48,6 +53,7 @@ def test_moments_are_those_of_the_linears_input_over_the_whole_loop(recipe: Reci
     assert len(x) == 6 * 4 * 64  # samples x steps x image tokens
     pruned = x * keep_mask(x.float())
     moments = statistics.load("transformer_blocks.0.ff.net.2")
+    assert isinstance(moments, PrunedStatistics)
     assert moments.tokens == len(x)
     cov = torch.cov(torch.cat((x, pruned), 1).T, correction=0)
     channels = x.shape[1]
@@ -55,6 +61,25 @@ def test_moments_are_those_of_the_linears_input_over_the_whole_loop(recipe: Reci
     for got, want in ((moments.xx, xx), (moments.xs, xs), (moments.ss, ss)):
         assert (got.double() - want).norm() < 1e-4 * want.norm()
     assert torch.allclose(moments.x_mean.double(), x.mean(0), atol=1e-5)
+
+
+def test_only_what_the_plan_needs_is_gathered(recipe: Recipe, tmp_path: Path) -> None:
+    """Where every reader of a tensor has pruned weights, the moments of pruned activations are not."""
+    sparsity = Sparsity(operand={"*.ff.net.2": "activation", "*.to_q": "activation", "*": "weight"})
+    recipe = recipe.model_copy(update={"sparsity": sparsity})
+    dit = models.load(recipe)
+    plan = select(dit.groups, sparsity)
+    statistics = _calibrate(recipe, tmp_path, dit)
+    pruned = {name for name in statistics.groups if isinstance(statistics.load(name), PrunedStatistics)}
+    assert pruned == {
+        "transformer_blocks.0.attn.to_q", "transformer_blocks.0.ff.net.2", "single_transformer_blocks.0.proj_mlp",
+    }  # fmt: skip
+    assert len(statistics.groups) == len({group.name for group in plan.groups}) > len(pruned)
+    sizes = {one.name: one.bytes for one in measurements(plan)}
+    assert sizes["transformer_blocks.0.ff.net.2"] == 3 * sizes["transformer_blocks.0.ff_context.net.2"]
+    for name in statistics.groups:  # what one tensor takes on disk, but for the means and the header
+        size = (tmp_path / f"{name}.safetensors").stat().st_size
+        assert sizes[name] < size < sizes[name] * 1.1 + 1000
 
 
 def test_same_seed_same_bytes_and_another_seed_others(recipe: Recipe, tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lynx_compile.errors import StageError
 from lynx_compile.models import Linear
 from lynx_compile.ops.sparse_linear import collapse_low_rank, keep_mask, norm_scale_of, sparse_linear
-from lynx_compile.passes.calibrate import LayerStatistics, _Moments
 from lynx_compile.passes.compensate import SparseLinearWeights, load_weights, solve
+from lynx_compile.passes.compensate import _require_range as require_range
 from lynx_compile.passes.compensate import _save as save
 from lynx_compile.passes.select import SparseGroup
 from lynx_compile.recipe import Operand, Sparsity
+from lynx_compile.solve.moments import Moments, PrunedStatistics
 
 K, N, TOKENS = 32, 48, 4000
 
@@ -22,16 +24,20 @@ def _group(operand: Operand = "activation") -> SparseGroup:
     return SparseGroup("a", linears, TOKENS, operand)
 
 
-def _data(norm_scale: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, LayerStatistics]:
+def _data(
+    norm_scale: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, PrunedStatistics]:
     torch.manual_seed(1)
     x = torch.randn(TOKENS, K) @ torch.randn(K, K) * 0.3 + torch.randn(K)
     weight, bias = torch.randn(N, K), torch.randn(N)
     keep = keep_mask(x)
     pruned = x * keep * (norm_scale_of(x, keep) if norm_scale else 1.0)
-    moments = _Moments(K, torch.device("cpu"))
+    moments = Moments(K, torch.device("cpu"), pruned=True)
     for part in range(0, TOKENS, 700):  # uneven batches
         moments.add(x[part : part + 700], pruned[part : part + 700])
-    return x, pruned, weight, bias, moments.finish()
+    found = moments.finish()
+    assert isinstance(found, PrunedStatistics)
+    return x, pruned, weight, bias, found
 
 
 def _output(solved: SparseLinearWeights, x: torch.Tensor) -> torch.Tensor:
@@ -42,6 +48,12 @@ def _output(solved: SparseLinearWeights, x: torch.Tensor) -> torch.Tensor:
 
 def _loss(solved: SparseLinearWeights, x: torch.Tensor, y: torch.Tensor) -> float:
     return float((_output(solved, x) - y).square().mean())
+
+
+def _measured(solved: SparseLinearWeights, y: torch.Tensor, y_dense: torch.Tensor) -> tuple[float, ...]:
+    """|y - y_dense| / |y_dense| of each linear."""
+    pairs = zip(*(tensor.split(solved.out_channels, dim=-1) for tensor in (y, y_dense)), strict=True)
+    return tuple(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
 def test_moments_are_the_covariances() -> None:
@@ -123,8 +135,7 @@ def test_the_expected_error_is_the_measured_one(method: str) -> None:
     x, _, weight, bias, moments = _data(sparsity.uses_norm_scale)
     y = x @ weight.T + bias
     solved = solve(_group(), weight, bias, moments, sparsity)
-    measured = (_loss(solved, x, y) / (y - y.mean(0)).square().mean()).sqrt()
-    assert solved.error == pytest.approx(float(measured), rel=1e-3)
+    assert solved.errors == pytest.approx(_measured(solved, _output(solved, x), y), rel=1e-3)
 
 
 def test_weights_survive_the_disk(tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -133,7 +144,7 @@ def test_weights_survive_the_disk(tmp_path) -> None:  # type: ignore[no-untyped-
     save(tmp_path / "w.safetensors", solved)
     loaded = load_weights(tmp_path / "w.safetensors")
     assert torch.equal(loaded.weight, solved.weight) and loaded.linears == ("a", "b")
-    assert (loaded.rank, loaded.out_channels, loaded.error) == (solved.rank, (16, 32), solved.error)
+    assert (loaded.rank, loaded.out_channels, loaded.errors) == (solved.rank, (16, 32), solved.errors)
     assert loaded.operand == "activation"
     pruned = solve(_group("weight"), weight, bias, moments, Sparsity())
     save(tmp_path / "w.safetensors", pruned)
@@ -146,8 +157,7 @@ def test_weights_expected_error_is_the_measured_one(method: str) -> None:
     y = x @ weight.T + bias
     solved = solve(_group("weight"), weight, bias, moments, Sparsity(method=method, operand="weight"))  # type: ignore[arg-type]
     got = x @ solved.weight.T + solved.bias
-    measured = ((got - y).square().mean() / (y - y.mean(0)).square().mean()).sqrt()
-    assert solved.error == pytest.approx(float(measured), rel=1e-3)
+    assert solved.errors == pytest.approx(_measured(solved, got, y), rel=1e-3)
     assert (solved.operand, solved.rank, solved.norm_scale, solved.in_channels) == ("weight", 0, False, K)
 
 
@@ -157,8 +167,34 @@ def test_pruned_weights_are_repaired_by_joint_and_only_masked_by_none() -> None:
         solve(_group("weight"), weight, bias, moments, Sparsity(method=method, operand="weight"))
         for method in ("joint", "none")
     )
-    assert joint.error < 0.8 * none.error
+    assert all(a < 0.8 * b for a, b in zip(joint.errors, none.errors, strict=True))
     assert torch.equal(none.weight[none.weight != 0], weight[none.weight != 0])
     assert torch.equal(none.bias, bias) and not torch.equal(joint.bias, bias)
     for solved in (joint, none):
         assert solved.weight.ne(0).unflatten(-1, (-1, 4)).sum(-1).eq(2).all()
+
+
+def test_moments_of_x_alone_are_those_that_come_with_the_pruned_ones() -> None:
+    x, *_, pruned = _data(norm_scale=False)
+    moments = Moments(K, torch.device("cpu"), pruned=False)
+    for part in range(0, TOKENS, 700):
+        moments.add(x[part : part + 700])
+    alone = moments.finish()
+    assert not isinstance(alone, PrunedStatistics) and len(moments.scatter) == 1
+    assert torch.equal(alone.xx, pruned.xx) and torch.equal(alone.x_mean, pruned.x_mean)
+
+
+@pytest.mark.parametrize(("row", "linear"), [(3, "a"), (40, "b")])
+@pytest.mark.parametrize("tensor", ["weight", "bias"])
+def test_a_weight_that_its_dtype_cannot_hold_names_its_linear(row: int, linear: str, tensor: str) -> None:
+    _, _, weight, bias, moments = _data(norm_scale=False)
+    solved = solve(_group("weight"), weight, bias, moments, Sparsity())
+    require_range(solved, torch.float16)
+    spoiled = getattr(solved, tensor)
+    spoiled.view(N, -1)[row, 0] = -1e5
+    require_range(solved, torch.bfloat16)
+    message = (
+        rf"weight of '{linear}' is 1e\+05 now, more than float16 holds \(6.55e\+04\).*model.dtype to bf16"
+    )
+    with pytest.raises(StageError, match=message):
+        require_range(solved, torch.float16)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,7 @@ def _block(dtype: torch.dtype = torch.float32, **sizes: int) -> Any:
     )
     return SimpleNamespace(
         module=module,
+        module_on_cpu=lambda dtype: copy.deepcopy(module).to(dtype),
         dtype=dtype,
         inputs={name: value.to(dtype) for name, value in inputs.items()},
         groups=groups,
@@ -87,7 +89,7 @@ def _naive(dit: Any, plan: SparsityPlan, folder: Path) -> list[Path]:
         solved = SparseLinearWeights(
             tuple(linear.path for linear in group.linears), tuple(len(linear.weight) for linear in linears),
             expand_low_rank(weight, torch.zeros(len(weight), 0)), torch.zeros(1, weight.shape[1]),
-            torch.cat([linear.bias.detach().float() for linear in linears]), 0, False, 0.0,
+            torch.cat([linear.bias.detach().float() for linear in linears]), 0, False, (0.0,) * len(linears),
         )  # fmt: skip
         files.append(folder / f"{index}.safetensors")
         save_weights(files[-1], solved)
@@ -204,7 +206,7 @@ def test_linears_with_sparse_weights_leave_their_producers(dense: DenseOnnx, tmp
             up = _block().module.up
             kept = up.weight.detach().unflatten(1, (-1, 4)) * torch.tensor([1.0, 1, 0, 0])
             solved = SparseLinearWeights(
-                ("up",), (HIDDEN,), kept.flatten(1), torch.zeros(1, CHANNELS), up.bias.detach(), 0, False, 0.0,
+                ("up",), (HIDDEN,), kept.flatten(1), torch.zeros(1, CHANNELS), up.bias.detach(), 0, False, (0.0,),
                 "weight",
             )  # fmt: skip
             save_weights(files[index], solved)

@@ -47,8 +47,8 @@ def compiled(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     recipe = recipe.model_copy(update={"sparsity": Sparsity(rank=16, norm_scale=True)})
     folder = tmp_path_factory.mktemp("compiled")
     dit = models.load(recipe)
-    statistics = calibrate(dit, recipe, folder / "statistics", lambda *_: None)
     plan = select(dit.groups, recipe.sparsity)
+    statistics = calibrate(dit, plan, recipe, folder / "statistics", lambda *_: None)
     weights = compensate(dit, plan, statistics, recipe.sparsity, folder / "weights", lambda *_: None)
     dense = export(dit, folder / "dense.onnx", torch.float32)
     return Compiled(recipe, dit, plan, weights, dense, rewrite(dense, plan, weights, folder / "tiny.onnx"))
@@ -261,7 +261,8 @@ def _single_node(feed: dict[str, torch.Tensor], **attributes: int) -> bytes:
 def test_sparse_output_is_nearer_to_dense_than_naive(compiled: Compiled, tmp_path: Path) -> None:
     feed = _feed(compiled.dit, torch.float32)
     dense, joint = _run(compiled.dense.path, feed)[0], _run(compiled.lynx.path, feed)[0]
-    statistics = calibrate(compiled.dit, compiled.recipe, tmp_path / "statistics", lambda *_: None)
+    recipe, plan = compiled.recipe, compiled.plan
+    statistics = calibrate(compiled.dit, plan, recipe, tmp_path / "statistics", lambda *_: None)
     none = Sparsity(method="none", norm_scale=True)
     weights = compensate(compiled.dit, compiled.plan, statistics, none, tmp_path / "w", lambda *_: None)
     naive = rewrite(compiled.dense, compiled.plan, weights, tmp_path / "naive.onnx")
@@ -386,7 +387,7 @@ def test_forms_of_a_linear(tmp_path: Path, form: str) -> None:
     plan = select((group,), Sparsity(operand="activation"))
     solved = SparseLinearWeights(
         ("fc",), (8,), expand_low_rank(weight, torch.zeros(8, 0)), torch.zeros(1, 16),
-        bias if has_bias else torch.zeros(8), 0, False, 0.0,
+        bias if has_bias else torch.zeros(8), 0, False, (0.0,),
     )  # fmt: skip
     save_weights(tmp_path / "w.safetensors", solved)
     lynx = rewrite(DenseOnnx(path), plan, [tmp_path / "w.safetensors"], tmp_path / "lynx.onnx")

@@ -49,7 +49,8 @@ def compile_(
 ) -> Compile:
     """Compensates and rewrites on moments that are measured once: they do not depend on the operand."""
     recipe = load_recipe(tiny / "tiny.yaml")
-    statistics = calibrate(dit, recipe, tmp_path_factory.mktemp("statistics"), lambda *_: None)
+    everything = select(dit.groups, Sparsity(operand="activation"))
+    statistics = calibrate(dit, everything, recipe, tmp_path_factory.mktemp("statistics"), lambda *_: None)
 
     def run(sparsity: Sparsity, **options: object) -> LynxOnnx:
         folder = tmp_path_factory.mktemp("compiled")
@@ -196,8 +197,8 @@ def test_half_precision_files_hold_the_rounded_values(
     dit: models.DiT, pruned: LynxOnnx, tiny: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     recipe, sparsity = load_recipe(tiny / "tiny.yaml"), Sparsity(operand="weight")
-    statistics = calibrate(dit, recipe, tmp_path / "statistics", lambda *_: None)
     plan = select(dit.groups, sparsity)
+    statistics = calibrate(dit, plan, recipe, tmp_path / "statistics", lambda *_: None)
     weights = compensate(dit, plan, statistics, sparsity, tmp_path / "weights", lambda *_: None)
     half_dense = export(dit, tmp_path / "dense.onnx", dtype)
     half = rewrite(half_dense, plan, weights, tmp_path / "half.onnx")

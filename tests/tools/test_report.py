@@ -83,10 +83,8 @@ def test_a_compilation_leaves_it(compiled_tiny: Path) -> None:
     elements = Elements(page)
     assert "17 of 30" in elements.text and "Not compared yet" in elements.text
     for node in manifest.sparse:
-        for linear in node.linears:
-            assert (
-                f"{linear}: sparse weights, expected error {node.error:.4f}, expected gain" in elements.text
-            )
+        for linear, error in zip(node.linears, node.errors, strict=True):
+            assert f"{linear}: sparse weights, expected error {error:.4f}, expected gain" in elements.text
     for linear in manifest.dense:
         assert linear.linear in elements.text and linear.reason in elements.text
     assert all(stage.name in elements.text for stage in manifest.stages)
@@ -174,7 +172,7 @@ def flux_sized(manifest: Manifest, comparison: Comparison) -> str:
             update={
                 "layer": node.layer.replace(".0.", f".{block}.", 1),
                 "linears": tuple(linear.replace(".0.", f".{block}.", 1) for linear in node.linears),
-                "error": (block + 1) * node.error,
+                "errors": tuple((block + 1) * error for error in node.errors),
             }
         )
         for nodes, count in ((double, 19), (single, 38))
