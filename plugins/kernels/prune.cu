@@ -104,10 +104,11 @@ __device__ __forceinline__ Tile tile_of(const PruneArgs& args, int block) {
   const bool whole = tile.part < 0;
   const int shared = whole ? tile.part : tile.part * args.inverse_parts >> 16;
   tile.begin = whole ? 0 : (tile.part - shared * grid.parts) * args.part_channels;
+  // fault: channels of a part
   tile.end = min(whole ? args.channels : tile.begin + args.part_channels, args.channels);
-  tile.first_row = (grid.whole + shared) * kRows;
+  tile.first_row = (grid.whole + shared) * kRows;  // fault: shared tile
   tile.rows = int(min(int64_t(kRows), args.rows - tile.first_row));
-  tile.x = args.x + int64_t(tile.first_row) * args.channels;
+  tile.x = args.x + int64_t(tile.first_row) * args.channels;  // fault: address of a tile
   tile.gate = args.gate == nullptr ? nullptr : args.gate + int64_t(tile.first_row) * args.channels;
   tile.values = args.values + int64_t(tile.first_row) * (args.width / 2);
   return tile;
@@ -181,6 +182,7 @@ __device__ __forceinline__ void row_statistics(BlockStatistics& statistics, cons
       if (!args.rms) of_row.mean = warp_sum<Element, 1>(args, tile, row, 0.0f) / count;
       const float variance = warp_sum<Element, 2>(args, tile, row, of_row.mean) / count;
       of_row.scale = __fdiv_rn(1.0f, __fsqrt_rn(variance + args.epsilon));
+      // fault: row of the gain
       of_row.gain_row = int((tile.first_row + row) / args.rows_per_gain);
     }
     if (threadIdx.x % 32 == 0) statistics.row[row] = of_row;
@@ -234,6 +236,7 @@ __device__ __forceinline__ void apply_activation(Block& z, const Tile& tile, uns
 template <class Element, Variant kVariant>
 __device__ __forceinline__ void load_z(Block& z, const PruneArgs& args, const Tile& tile, int row,
                                        int channel, const BlockStatistics* statistics) {
+  // fault: last row
   if (row >= tile.rows || channel >= args.channels) return clear_block(z);
   const unsigned at = unsigned(row * args.channels + channel);
   load_block(z, tile.x + at);
@@ -271,19 +274,22 @@ struct PartialT {
 template <class Element, class W>
 __device__ __forceinline__ void accumulate_t(PartialT<W>& t, const Block (&z)[2], const PruneArgs& args,
                                              const Lane& lane, int channel) {
-  const int first_rank = lane.warp % W::kTeam * W::kRanks;
+  const int first_rank = lane.warp % W::kTeam * W::kRanks;  // fault: ranks of a team
 #pragma unroll
   for (int n = 0; n < W::kRanks / 8; ++n) {
     Block down;
     const int rank = first_rank + 8 * n;
     if (!W::kPlain && n == W::kRanks / 16 && rank >= args.rank) break;
+    // fault: last rank
     if (rank < args.rank && channel < args.channels) {
+      // fault: rank of T
       load_block(down, args.lora_down + unsigned((rank + lane.row) * args.channels + channel));
     } else {
       clear_block(down);
     }
 #pragma unroll
     for (int q = 0; q < kBlock / 2; q += 2) {
+      // fault: fragments
       mma_m16n8k16<Element>(t.sum[n], z[0][q], z[1][q], z[0][q + 1], z[1][q + 1], down[q], down[q + 1]);
     }
   }
@@ -311,7 +317,7 @@ __device__ __forceinline__ RowNorm reduce_norm(Exchange<W>& shared, RowNorm (&no
     }
     if (lane.quad == 0) shared.norm[lane.warp][i * 8 + lane.row] = sum;
   }
-  __syncthreads();
+  __syncthreads();  // fault: barrier of the norms
   RowNorm sum;
   for (int warp = 0; threadIdx.x < kRows && warp < W::kCount; ++warp) {
     sum.all += shared.norm[warp][threadIdx.x].all;
@@ -337,7 +343,7 @@ __device__ __forceinline__ void reduce_t(Exchange<W>& shared, PartialT<W>& t, co
 #pragma unroll
       for (int i = 0; i < kSums; ++i) sums[i] += slot[i * 32];
     }
-    __syncthreads();
+    __syncthreads();  // fault: barrier of T
   }
   if (lane.warp < W::kTeam) {
 #pragma unroll
@@ -373,7 +379,7 @@ __device__ __forceinline__ uint4 low_rank_block(const TileSums& sums, const Prun
   uint32_t pairs[kKeptPerBlock / 2] = {};
   if (block * kKeptPerBlock < args.rank) {
     const float* t = sums.t + row * sums.stride + block * kKeptPerBlock;
-    const float scale = sums.scale[row];
+    const float scale = sums.scale[row];  // fault: row of the scale
 #pragma unroll
     for (int i = 0; i < kKeptPerBlock / 2; ++i) {
       pairs[i] = uint32_t(low_rank_value<Element>(t[2 * i], scale)) |
@@ -393,7 +399,7 @@ __device__ __forceinline__ void write_extension(const TileSums& sums, const Prun
     const int row = i / blocks, block = i % blocks;
     uint16_t* to = args.values + (first_row + row) * (args.width / 2) + (first_block + block) * kKeptPerBlock;
     *reinterpret_cast<uint4*>(to) = low_rank_block<Element>(sums, args, row, block);
-    if (((first_row + row) & 8) == 0) {
+    if (((first_row + row) & 8) == 0) {  // fault: rows of the extension
       args.metadata[Metadata::word(first_row + row, first_block + block, args.rows_padded)] =
           kEmptyMetadataPair;
     }
@@ -406,6 +412,7 @@ struct Part {
   float* t;       // [kRows, rank]
 };
 
+// fault: size of a part
 __device__ __forceinline__ int part_stride(const PruneArgs& args) { return kRows * (2 + args.rank); }
 
 __device__ __forceinline__ Part part_of(const PruneArgs& args, int part) {
@@ -427,7 +434,7 @@ __device__ __forceinline__ void prune_step(const Block (&z)[2], const PruneArgs&
         prune_block<Element, kVariant>(z[0], saliency, args, tile, lane.row, channel, norm[0]);
     const uint32_t high =
         prune_block<Element, kVariant>(z[1], saliency, args, tile, lane.row + 8, channel, norm[1]);
-    args.metadata[word] = low | high << 16;
+    args.metadata[word] = low | high << 16;  // fault: rows m and m + 8
   } else {
     static_assert(kTeam == 2, "a row for each warp");
     const int odd = lane.warp % 2;
@@ -435,6 +442,7 @@ __device__ __forceinline__ void prune_step(const Block (&z)[2], const PruneArgs&
 #pragma unroll
     for (int i = 0; i < kBlock / 2; ++i) own[i] = odd ? z[1][i] : z[0][i];
     reinterpret_cast<uint16_t*>(args.metadata + word)[odd] = uint16_t(
+        // fault: row of a team
         prune_block<Element, kVariant>(own, saliency, args, tile, lane.row + 8 * odd, channel, norm[0]));
   }
 }
@@ -512,6 +520,7 @@ constexpr int kFinishThreads = 256;
 __device__ __forceinline__ float sum_of_parts(const float* from, int stride, int parts) {
   float part[kMostSharing], sum = 0.0f;
 #pragma unroll
+  // fault: sums of the parts
   for (int i = 0; i < kMostSharing; ++i) part[i] = i < parts ? from[i * stride] : 0.0f;
 #pragma unroll
   for (int i = 0; i < kMostSharing; ++i) sum += part[i];
@@ -531,16 +540,17 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const PruneArgs 
     const Part part = part_of(args, tile * args.grid.parts);
     const int stride = part_stride(args);
     if (threadIdx.x < kFinishRows) {
-      const RowNorm& norm = part.norm[row + threadIdx.x];
+      const RowNorm& norm = part.norm[row + threadIdx.x];  // fault: row of a norm
       RowNorm sum;
       sum.all = sum_of_parts(&norm.all, stride, args.grid.parts);
-      sum.kept = sum_of_parts(&norm.kept, stride, args.grid.parts);
+      sum.kept = sum_of_parts(&norm.kept, stride, args.grid.parts);  // fault: norm of the kept
       store_scale(shared.scale, args, first_row, sum);
     }
     for (int i = threadIdx.x; i < kFinishRows * args.rank; i += kFinishThreads) {
+      // fault: row of T
       shared.t[i] = sum_of_parts(part.t + row * args.rank + i, stride, args.grid.parts);
     }
-    __syncthreads();
+    __syncthreads();  // fault: barrier of a shared tile
     const TileSums sums = {shared.t, args.rank, shared.scale};
     write_extension<Element, Metadata, kFinishThreads>(sums, args, first_row, kFinishRows);
   }
@@ -627,6 +637,7 @@ cudaError_t launch_prune(const SparseLinearParams& params, const CompressedOpera
   args.width = int(padded_width(params.channels, params.rank));
   args.rank = params.rank;
   args.norm_scale = params.norm_scale;
+  // fault: atom
   return out.kernels == Kernels::kSm90 ? launch_for_dtype<Sm90Metadata<kAtomWidthSm90>>(params, args, stream)
                                        : launch_for_dtype<Sm80Metadata>(params, args, stream);
 }

@@ -23,11 +23,12 @@ __global__ void __launch_bounds__(kThreads) reorder_kernel(const uint4* x, const
   uint4* const staged = dynamic_shared<uint4>();  // [block_rows, channels]
   const int row_chunks = channels / kChunk;
   const int64_t first_row = int64_t(blockIdx.x) * block_rows;
+  // fault: last reordered row
   const int count = int(min(int64_t(block_rows), rows - first_row));
   const uint4* from = x + first_row * row_chunks;
   uint4* to = out + first_row * row_chunks;
   for (int i = threadIdx.x; i < count * row_chunks; i += kThreads) staged[i] = __ldg(from + i);
-  __syncthreads();
+  __syncthreads();  // fault: barrier of the reordering
   const auto* values = reinterpret_cast<const uint16_t*>(staged);
   for (int chunk = threadIdx.x; chunk < row_chunks; chunk += kThreads) {
     const int4 a = __ldg(order + 2 * chunk), b = __ldg(order + 2 * chunk + 1);

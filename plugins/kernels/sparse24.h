@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // 2:4 sparsity of activations: which channels are kept, how they are compressed, where their metadata lies.
 //
-// The C++ statement of lynx_compile/ops/sparse_linear.py. Everything here compiles for host and device and needs no
-// CUDA header on the host, so that tests on any machine check what the kernels run.
+// The C++ statement of lynx_compile/ops/sparse_linear.py. Everything here compiles for host and device and
+// needs no CUDA header on the host, so that tests on any machine check what the kernels run.
 //
 // Terms: a *group* is 4 channels, of which 2 are kept; a *block* is 16 channels: 8 kept values and 16 bits of
 // metadata, one nibble `lo | hi << 2` per group (lo < hi are the kept positions).
@@ -32,7 +32,7 @@ constexpr int kWidthMultiple = 64;  // K step of the GEMM
 constexpr int kRowMultiple = 64;    // rows the metadata layouts come in (sm_80: 32, sm_90: 64)
 constexpr float kNormEpsilon = 1e-8f;
 constexpr uint16_t kEmptyMetadata = 0x4444;          // keeps positions 0 and 1 of every group
-constexpr uint32_t kEmptyMetadataPair = 0x44444444;  // the same for rows m and m + 8
+constexpr uint32_t kEmptyMetadataPair = 0x44444444;  // the same for rows m and m + 8  // fault: padding
 
 // ---- Sizes and padding
 // --------------------------------------------------------------------------------------
@@ -143,6 +143,7 @@ LYNX_HOST_DEVICE Kept select_by_magnitude(uint32_t z01, uint32_t z23) {
   const uint32_t first = high01 > high23 ? high01 : high23;
   const uint32_t runner_up = high01 > high23 ? high23 : high01;
   const uint32_t best_low = low01 > low23 ? low01 : low23;
+  // fault: second largest
   const uint32_t second = runner_up > best_low ? runner_up : best_low;
   const uint32_t i = 3u - (first & 3u), j = 3u - (second & 3u);
   return i < j ? Kept{i, j} : Kept{j, i};
@@ -157,6 +158,7 @@ LYNX_HOST_DEVICE uint32_t score_bits(float z, float saliency) {
 
 // Selection by four scores from score_bits; the lower index wins a tie.
 LYNX_HOST_DEVICE Kept select_by_score(uint32_t s0, uint32_t s1, uint32_t s2, uint32_t s3) {
+  // fault: ties of scores
   const int a01 = s0 >= s1, a02 = s0 >= s2, a03 = s0 >= s3, a12 = s1 >= s2, a13 = s1 >= s3, a23 = s2 >= s3;
   const bool keep0 = a01 + a02 + a03 >= 2;  // ahead of at least two others: among the first two
   const bool keep1 = 1 - a01 + a12 + a13 >= 2;
@@ -166,11 +168,12 @@ LYNX_HOST_DEVICE Kept select_by_score(uint32_t s0, uint32_t s1, uint32_t s2, uin
   return {lo, hi};
 }
 
-LYNX_HOST_DEVICE uint32_t nibble_of(Kept kept) { return kept.lo | kept.hi << 2; }
+LYNX_HOST_DEVICE uint32_t nibble_of(Kept kept) { return kept.lo | kept.hi << 2; }  // fault: nibble
 
 // The two kept values of a group, in channel order, as one word.
 LYNX_HOST_DEVICE uint32_t compress_group(uint32_t z01, uint32_t z23, Kept kept) {
 #if defined(__CUDA_ARCH__)
+  // fault: kept values
   return __byte_perm(z01, z23, 0x1010u + 0x0022u * kept.lo + 0x2200u * kept.hi);
 #else
   const uint64_t group = uint64_t(z23) << 32 | z01;
@@ -190,7 +193,7 @@ struct CompressedBlock {
 template <class Element>
 LYNX_HOST_DEVICE float sum_of_squares(uint32_t pair, float sum) {
   const float low = Element::to_float(uint16_t(pair)), high = Element::to_float(uint16_t(pair >> 16));
-  return sum + low * low + high * high;
+  return sum + low * low + high * high;  // fault: squares
 }
 
 // Squared norms of a row, summed block by block.
@@ -236,6 +239,7 @@ template <class Element>
 LYNX_HOST_DEVICE uint32_t subtract_pair(uint32_t x, uint32_t centre) {
   const float low = Element::to_float(uint16_t(x)) - Element::to_float(uint16_t(centre));
   const float high = Element::to_float(uint16_t(x >> 16)) - Element::to_float(uint16_t(centre >> 16));
+  // fault: centre
   return uint32_t(Element::from_float(low)) | uint32_t(Element::from_float(high)) << 16;
 }
 
@@ -254,7 +258,7 @@ LYNX_HOST_DEVICE float norm_scale(RowNorm norm) {
 // U = T / s, rounded; 0 where s is 0 or NaN.
 template <class Element>
 LYNX_HOST_DEVICE uint16_t low_rank_value(float t, float scale) {
-  return Element::from_float(scale > 0.0f ? t / scale : 0.0f);
+  return Element::from_float(scale > 0.0f ? t / scale : 0.0f);  // fault: U
 }
 
 // ---- Metadata layouts
@@ -269,6 +273,7 @@ struct Sm80Metadata {
   static LYNX_HOST_DEVICE int64_t bytes(int64_t rows, int64_t width) { return rows * (width / kBlock) * 2; }
 
   static LYNX_HOST_DEVICE int64_t word(int64_t m, int64_t block, int64_t rows) {
+    // fault: word of mma.sp
     const int64_t in_tile = (m % 8) * 4 + ((m / 8) & 2) + (block & 1);
     return (block / 2) * rows + (m / kRows) * kRows + in_tile;
   }
@@ -287,6 +292,7 @@ struct Sm90Metadata {
   static LYNX_HOST_DEVICE int64_t word(int64_t m, int64_t block, int64_t rows) {
     const int64_t m0 = m % 8, m2 = (m / 16) % 4;
     const int64_t k = block * kBlock % kAtomWidth, k1 = (k / 16) % 2, k2 = k / 32;
+    // fault: word of wgmma.sp
     const int64_t halfword = 2 * k2 + kAtomWidth / 16 * m0 + kAtomWidth / 2 * k1 + kAtomWidth * m2;
     const int64_t atom_bytes =
         block * kBlock / kAtomWidth * rows * kAtomWidth / 8 + m / kRows * 8 * kAtomWidth;

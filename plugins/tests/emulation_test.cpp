@@ -524,6 +524,58 @@ void run_case(const Case& c) {
   report(wrong, c.name());
 }
 
+// ---- Far addresses ----
+
+// As many rows as may be, of which three tiles run: the first, one at an element beyond 2^31, the last. They
+// must leave what the same rows leave in a small problem.
+void run_far_rows(Kernels kernels) {
+  Case near;
+  near.kernels = kernels, near.rows = 3 * lynx::kPruneRows;
+  const Inputs in = make_inputs(near);
+  Found wanted;
+  std::string wrong = prune(near, in, Schedule::kForward, 0, wanted);
+
+  Case far = near;
+  far.rows = int(lynx::kMaxRows);
+  const int64_t tiles[] = {0, (int64_t(1) << 31) / (far.channels * lynx::kPruneRows) + 1,
+                           far.rows_padded() / lynx::kPruneRows - 1};
+  const size_t elements = size_t(far.rows_padded() * far.width());
+  Guarded x("x", size_t(far.rows) * size_t(far.channels) * 2), values("values", elements);
+  Guarded metadata("metadata", elements / 8), scale("scale", size_t(far.rows_padded()) * sizeof(float));
+  const auto lora_down = input("lora_down", in.lora_down);
+  const size_t tile_elements = size_t(lynx::kPruneRows) * size_t(far.channels);
+  for (size_t i = 0; i < 3; ++i) {
+    std::memcpy(static_cast<uint16_t*>(x.data()) + size_t(tiles[i]) * tile_elements, &in.x[i * tile_elements],
+                tile_elements * 2);
+  }
+  lynx::SparseLinearParams params = {};
+  params.dtype = far.dtype, params.rows = far.rows, params.channels = far.channels, params.rank = far.rank;
+  params.norm_scale = far.norm_scale, params.x = x.data(), params.lora_down = address(lora_down);
+  lynx::CompressedOperand operand = {};
+  operand.values = values.data(), operand.metadata = static_cast<uint32_t*>(metadata.data());
+  operand.scale = static_cast<float*>(scale.data()), operand.kernels = kernels;
+  emulation::schedule = Schedule::kForward, emulation::sm_count = 132;
+  emulation::runs_block = [&](unsigned block) { return std::count(tiles, tiles + 3, int64_t(block)) > 0; };
+  if (wrong.empty() && lynx::launch_prune(params, operand, nullptr) != cudaSuccess) wrong = emulation::error;
+  emulation::runs_block = nullptr;
+
+  const auto* found_values = static_cast<const uint16_t*>(values.data());
+  const auto* found_metadata = static_cast<const uint16_t*>(metadata.data());
+  const int64_t half_width = far.width() / 2;
+  for (int64_t m = 0; wrong.empty() && m < near.rows; ++m) {
+    const int64_t at = tiles[m / lynx::kPruneRows] * lynx::kPruneRows + m % lynx::kPruneRows;
+    bool same = std::memcmp(found_values + at * half_width, &wanted.values[size_t(m * half_width)],
+                            size_t(half_width) * 2) == 0;
+    for (int64_t block = 0; block < far.width() / 16; ++block) {
+      same &= found_metadata[metadata_index(far, at, block)] ==
+              wanted.metadata[size_t(metadata_index(near, m, block))];
+    }
+    same &= static_cast<const float*>(scale.data())[at] == wanted.scale[size_t(m)];
+    if (!same) wrong = "row " + std::to_string(at) + " differs";
+  }
+  report(wrong, "tiles beyond 2^31 elements: " + far.name());
+}
+
 // ---- The whole op on the host ----
 
 // A workspace of just workspace_bytes, no matter how it is divided, takes the whole op; y is what the operand
@@ -711,6 +763,7 @@ int main(int argc, char** argv) {
     }
   }
   run_workspace();
+  for (const Kernels kernels : {Kernels::kSm80, Kernels::kSm90}) run_far_rows(kernels);
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// sparse24.h behind C functions, so that tests/plugins can hold it against lynx_compile/ops/sparse_linear.py with
-// ctypes.
+// sparse24.h behind C functions, so that tests/plugins can hold it against lynx_compile/ops/sparse_linear.py
+// with ctypes.
 #include <cstdint>
 
 #include "kernels/sparse24.h"

@@ -186,6 +186,27 @@ def test_what_the_kernels_cannot_do_is_refused(library: ctypes.CDLL) -> None:
         SparseWeightLinear(library, values, metadata, bias, rows=64, metadata_layout=80)(x, tile=99)
 
 
+@pytest.mark.parametrize("operand", ["activation", "weight"])
+def test_more_elements_than_32_bits_count(library: ctypes.CDLL, operand: str) -> None:
+    rows, channels, out_channels = 2**19 + 33, 4160, 64
+    assert rows * channels > 2**31
+    _, weight, down, bias = _operands(1, channels, out_channels, 0, torch.bfloat16)
+    x = torch.randn(rows, channels, device="cuda", dtype=torch.bfloat16)
+    sampled = torch.tensor([0, 2**31 // channels, 2**31 // channels + 1, rows - 1], device="cuda")
+    of_rows = x[sampled].double()
+    if operand == "activation":
+        op = SparseLinear(library, weight, down, bias, rows=rows, norm_scale=True)
+        wanted = sparse_linear(of_rows, weight.double(), down.double(), bias.double(), norm_scale=True)
+    else:
+        layout, keep = library.lynx_metadata_layout(CODES[torch.bfloat16]), keep_mask(weight)
+        values, metadata = pack_weight(weight, keep, layout)
+        op = SparseWeightLinear(library, values, metadata, bias, rows=rows, metadata_layout=layout)
+        wanted = torch.nn.functional.linear(of_rows, (weight * keep).double(), bias.double())
+    for tile in range(-1, library.lynx_tile_count(CODES[torch.bfloat16])):
+        y = op(x, tile)[sampled].double()
+        assert (y - wanted).norm() < 2.0**-7 * wanted.norm(), tile
+
+
 def test_two_streams_share_nothing(library: ctypes.CDLL) -> None:
     x, wide, _, bias = _operands(512, 768, 1152, 0, torch.bfloat16)
     layout = library.lynx_metadata_layout(CODES[torch.bfloat16])

@@ -43,6 +43,7 @@ namespace emulation {
 Schedule schedule = Schedule::kForward;
 int compute_capability = 80;
 int sm_count = 132;
+std::function<bool(unsigned)> runs_block;
 std::string error;
 
 namespace {
@@ -226,6 +227,7 @@ bool run_grid() {
   }
   for (size_t i = 0; i < launch.grid; ++i) {
     blockIdx = {unsigned(in_turn(i, launch.grid)), 0, 0};
+    if (runs_block && !runs_block(blockIdx.x)) continue;
     if (!run_block()) return false;
   }
   return true;
@@ -284,11 +286,12 @@ void* dynamic_shared() {
 Guarded::Guarded(std::string name, size_t bytes) : name_(std::move(name)), bytes_(bytes) {
   const size_t aligned = (bytes + 15) / 16 * 16;  // what the device allocates begins so
   inner_ = (aligned + page() - 1) / page() * page();
-  base_ =
-      static_cast<char*>(mmap(nullptr, inner_ + 2 * page(), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  base_ = static_cast<char*>(
+      mmap(nullptr, inner_ + 2 * page(), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   if (base_ == MAP_FAILED || mprotect(base_ + page(), inner_, PROT_READ | PROT_WRITE) != 0) std::abort();
-  std::memset(base_ + page(), kCanary, inner_);
   data_ = base_ + page() + (schedule == Schedule::kForward ? inner_ - aligned : 0);
+  std::memset(base_ + page(), kCanary, size_t(data_ - base_) - page());
+  std::memset(data_ + bytes_, kCanary, size_t(base_ + page() + inner_ - data_) - bytes_);
   buffers.push_back(this);
 }
 

@@ -24,6 +24,9 @@ extern Schedule schedule;
 extern int compute_capability;
 extern int sm_count;
 
+// Which blocks of a grid run, where not all of them do: of launches that would take hours.
+extern std::function<bool(unsigned block)> runs_block;
+
 // What is wrong with the last launch; empty after a good one.
 extern std::string error;
 
@@ -44,7 +47,8 @@ void* dynamic_shared();
 
 // ---- Memory of the "device" ----
 
-// A buffer whose surroundings cannot be touched: inaccessible pages, and canary bytes up to them.
+// A buffer whose surroundings cannot be touched: inaccessible pages, and canary bytes up to them. Zero where
+// nothing has been written, and such parts of it take no memory.
 class Guarded {
  public:
   Guarded(std::string name, size_t bytes);
