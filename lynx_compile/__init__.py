@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lynx_compile.engine.module import FluxEngine
+    from lynx_compile.engine.module import EngineModule
     from lynx_compile.files.progress import Progress
 
 __version__ = "0.1.0"
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 def load(
     path: str | Path, *, device: int = 0, cuda_graph: bool = False, progress: Progress | None = None
-) -> FluxEngine:
+) -> EngineModule:
     """Load an engine in the place of a diffusers transformer.
 
         pipe = FluxPipeline.from_pretrained(..., transformer=None, torch_dtype=torch.bfloat16)
@@ -30,7 +30,7 @@ def load(
 
     Raises:
         InputError: a file is missing, damaged or of another engine; TensorRT, the plugin library or the GPU is not
-            what the engine was built for; or its family has no pipeline.
+            what the engine was built for; or it was compiled from no torch module.
         EngineError: TensorRT or CUDA fails.
     """
     from lynx_compile.engine.module import load as load_module  # torch and diffusers only where they are used

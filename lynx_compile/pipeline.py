@@ -14,6 +14,7 @@ from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import file_digest, uninterrupted
 from lynx_compile.files.resume import Display, Stages, silent
+from lynx_compile.models import flux
 from lynx_compile.passes.build import BuiltEngine, build
 from lynx_compile.passes.calibrate import Statistics, calibrate, measurements
 from lynx_compile.passes.compensate import compensate
@@ -90,7 +91,7 @@ def compile(recipe: Recipe, output: Path, *, fresh: bool = False, display: Displ
             lambda progress: build(lynx, recipe.engine, cache / "engine" / output.name, progress=progress),
             stages.key("rewrite"), recipe.engine, backend.name, backend.version, plugin.sha256,
         )  # fmt: skip
-        manifest = describe(recipe, dit, lynx, built, stages.costs)
+        manifest = describe(recipe, dit, lynx, built, stages.costs, flux.call(dit.inputs))
         with uninterrupted():  # an engine never stands beside another run's manifest
             stages.publish(output.parent, "rewrite", "build")
             manifest.write(output.with_suffix(".json"))

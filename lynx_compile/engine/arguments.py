@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from lynx_compile.errors import InputError
 
 Constant = str | int | float | bool | None
 Structure = dict[str, Any]
+MOST_LEVELS = 32  # of a structure that is read from a file
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,30 @@ def unflatten(structure: Structure, tensors: Mapping[str, Any]) -> Any:
     if "tuple" in structure:
         return tuple(unflatten(node, tensors) for node in structure["tuple"])
     return [unflatten(node, tensors) for node in structure["list"]]
+
+
+def tensors_of(structure: Any) -> tuple[str, ...]:
+    """The tensors' names in a structure that may come from a file.
+
+    Raises:
+        ValueError: it is no structure.
+    """
+    return tuple(_tensors_of(structure, 0))
+
+
+def check_parameters(known: Sequence[Parameter]) -> None:
+    """Whether parameters that come from a file are those of a Python function, with plain defaults.
+
+    Raises:
+        ValueError: they are not.
+    """
+    for parameter in known:
+        if parameter.default is not None and tensors_of(parameter.default):
+            raise ValueError(f"the default of {parameter.name!r:.100} is a tensor")
+    try:
+        _signature(known)
+    except KeyError as error:
+        raise ValueError(f"{error!s:.100} is no kind of parameter") from None
 
 
 def parameters(forward: Callable[..., Any]) -> tuple[Parameter, ...]:
@@ -190,6 +215,34 @@ def _flatten(value: Any, name: str, flat: Arguments) -> Structure:
     constant = _constant(value, name)
     _put(flat.constants, name, constant, flat)
     return {"constant": constant}
+
+
+def _tensors_of(node: Any, depth: int) -> Iterator[str]:
+    if not isinstance(node, dict) or depth > MOST_LEVELS:
+        raise ValueError("a structure is no mapping, or too deep")
+    kinds = set(node)
+    if kinds == {"tensor"} and isinstance(node["tensor"], str):
+        yield node["tensor"]
+    elif kinds == {"constant"} and isinstance(node["constant"], Constant):
+        return
+    elif kinds in ({"list"}, {"tuple"}) and isinstance(members := node[min(kinds)], list):
+        for member in members:
+            yield from _tensors_of(member, depth + 1)
+    elif kinds == {"dict"} or (kinds == {"dataclass", "fields"} and isinstance(node["dataclass"], str)):
+        for member in _pairs(node["fields" if "fields" in node else "dict"]):
+            yield from _tensors_of(member, depth + 1)
+    else:
+        raise ValueError(f"a structure has {', '.join(map(repr, node)) or 'no kind'!s:.100}")
+
+
+def _pairs(values: Any) -> list[Any]:
+    """The second of each of some pairs, the first of which are keys."""
+    if not isinstance(values, list | tuple):
+        raise ValueError("a structure has no pairs")
+    for pair in values:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str | int):
+            raise ValueError("a structure has no pairs")
+    return [member for _, member in values]
 
 
 def _is_tensor(value: Any) -> bool:

@@ -12,10 +12,11 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lynx_compile.engine.arguments import Constant, Parameter, Structure, check_parameters, tensors_of
 from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import save_text, strict_json
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 LARGEST_BYTES = 16 << 20  # FLUX.1-dev's is 0.2 MB
 
 FileName = Annotated[
@@ -87,6 +88,37 @@ class Weights(_Strict):
         return self
 
 
+class Padding(_Strict):
+    """An axis of an engine input that a shorter call is padded along. ``mask``: the input that says what counts."""
+
+    tensor: str
+    axis: Annotated[int, Field(ge=0, lt=8)]
+    mask: str
+
+
+class Call(_Strict):
+    """How the transformer is called in torch, by the call that was compiled.
+
+    ``class_name``: ``module:Class`` of the transformer. ``parameters``: of its ``forward``. ``tensors``: dtypes
+    (float32, bfloat16 ...) of the call's tensors by their flat names; those that are no input of the engine are not
+    read. ``constants``: every other leaf but ``return_dict``, None included. ``result``: the result's structure, whose
+    tensors are outputs of the engine.
+    """
+
+    class_name: str
+    parameters: tuple[Parameter, ...]
+    tensors: dict[str, str]
+    constants: dict[str, Constant]
+    padding: tuple[Padding, ...]
+    result: Structure
+
+    @model_validator(mode="after")
+    def _well_formed(self) -> Self:
+        check_parameters(self.parameters)
+        tensors_of(self.result)
+        return self
+
+
 class Source(_Strict):
     """The model: as the recipe names it, its ``config.json``, and the SHA-256 over the files that were read."""
 
@@ -142,10 +174,11 @@ class Stage(_Strict):
 class Manifest(_Strict):
     """All about an engine. ``inputs`` are those that a caller gives, without ``weights.tensors``.
 
-    ``costs``: name of the file of measured times that the recipe gave, if any.
+    ``call``: how torch calls the transformer; None where it was no torch module. ``costs``: name of the file of
+    measured times that the recipe gave, if any.
     """
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     compiler: str
     engine: EngineFile
     backend: BackendVersion
@@ -158,6 +191,7 @@ class Manifest(_Strict):
     weights: Weights
     recipe_sha256: Sha256
     source: Source
+    call: Call | None
     costs: FileName | None
     sparse: tuple[SparseLinears, ...]
     dense: tuple[DenseLinear, ...]
@@ -169,6 +203,21 @@ class Manifest(_Strict):
         name, count = Counter(tensor.name for tensor in tensors).most_common(1)[0] if tensors else ("", 0)
         if count > 1:
             raise ValueError(f"the tensor {name!r:.100} is there twice")
+        return self
+
+    @model_validator(mode="after")
+    def _the_call_is_of_this_engine(self) -> Self:
+        if self.call is None:
+            return self
+        inputs = {tensor.name: len(tensor.shape) for tensor in self.inputs}
+        for name in [*inputs, *(pad.mask for pad in self.call.padding)]:
+            if name not in self.call.tensors or name not in inputs:
+                raise ValueError(f"{name!r:.100} is not both an input and a tensor of the call")
+        for pad in self.call.padding:
+            if pad.axis >= inputs.get(pad.tensor, 0):
+                raise ValueError(f"{pad.tensor!r:.100} has no axis {pad.axis} to pad")
+        if unknown := set(tensors_of(self.call.result)) - {tensor.name for tensor in self.outputs}:
+            raise ValueError(f"the result {min(unknown)!r:.100} is no output")
         return self
 
     @classmethod

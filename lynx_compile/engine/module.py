@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine in the place of a diffusers transformer."""
+"""An engine in the place of a pipeline's transformer, whichever it is: its manifest says how it is called."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from diffusers.configuration_utils import FrozenDict
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
+from lynx_compile.engine.arguments import bind, dtype_of, flatten
+from lynx_compile.engine.calls import check_constants, result_of
+from lynx_compile.engine.manifest import Call, Padding, Tensor
+from lynx_compile.engine.model_class import ModelClass
 from lynx_compile.engine.runtime import Engine
 from lynx_compile.errors import InputError
 from lynx_compile.files.progress import Progress
@@ -20,39 +22,46 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
+    "fp64": torch.float64,
     "int64": torch.int64,
     "int32": torch.int32,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
 }
+IGNORED = -10000.0  # what diffusers adds to the attention of what a mask leaves out
+Tensors = Mapping[str, torch.Tensor]
 
 
 def load(
     path: str | Path, *, device: int = 0, cuda_graph: bool = False, progress: Progress | None = None
-) -> FluxEngine:
-    """Load an engine as the ``transformer`` of a diffusers pipeline; see ``lynx_compile.load``."""
+) -> EngineModule:
+    """Load an engine as a transformer of a pipeline; see ``lynx_compile.load``."""
     engine = Engine.open(path, device=device, progress=progress)
     try:
-        family = engine.manifest.source.family
-        if family != "flux":
+        if engine.manifest.call is None:
             raise InputError(
-                f"{path} is of the family {family!r:.50}, which no pipeline here takes.",
+                f"{path} was not compiled from a torch module, so that no pipeline can call it.",
                 "Run it with lynx_compile.engine.runtime.Engine.",
             )
-        return FluxEngine(engine, cuda_graph)
+        return EngineModule(engine, engine.manifest.call, cuda_graph)
     except BaseException:
         engine.close()
         raise
 
 
-class FluxEngine(torch.nn.Module):
-    """``FluxTransformer2DModel`` for a pipeline that only runs it: no parameters, LoRA, ControlNet or IP adapter.
+class EngineModule(torch.nn.Module):
+    """The transformer, for a pipeline that only runs it: no parameters, adapters, caches or attention processors.
 
     ``engine``: what runs. ``config``: of the model that was compiled.
     """
 
-    def __init__(self, engine: Engine, cuda_graph: bool = False) -> None:
+    def __init__(self, engine: Engine, call: Call, cuda_graph: bool = False) -> None:
         super().__init__()
         self.engine = engine
-        self.config = FrozenDict(engine.manifest.source.config)
+        self.config = Config(engine.manifest.source.config)
+        self._call = call
+        self._class = ModelClass(call.class_name, self.config, torch.device("meta"))
         self._context = engine.context(cuda_graph=cuda_graph)
 
     @property
@@ -66,59 +75,37 @@ class FluxEngine(torch.nn.Module):
         return torch.device("cuda", self.engine.device)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # what runs is TensorRT's: there is nothing to trace
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        pooled_projections: torch.Tensor | None = None,
-        timestep: torch.Tensor | None = None,
-        img_ids: torch.Tensor | None = None,
-        txt_ids: torch.Tensor | None = None,
-        guidance: torch.Tensor | None = None,
-        joint_attention_kwargs: Mapping[str, Any] | None = None,
-        controlnet_block_samples: Any = None,
-        controlnet_single_block_samples: Any = None,
-        return_dict: bool = True,
-        controlnet_blocks_repeat: bool = False,
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """The velocity [batch, image tokens, channels], in the dtype and on the device of ``hidden_states``.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the transformer's own ``forward`` returns.
 
-        Takes what ``FluxTransformer2DModel.forward`` takes, at the engine's shapes. Inputs of another dtype than
-        the engine's are converted. On the GPU it runs in torch's current stream and does not wait; tensors in host
-        memory are copied.
+        A call may differ from the compiled one in its tensors' contents, in lengths that can be padded, and in dtypes:
+        results are then in the one that the pipeline computes in. On the GPU it runs in torch's current stream and does
+        not wait; tensors in host memory are copied.
 
         Raises:
-            InputError: a shape is not the engine's, an input is missing, or an argument asks for what was not
-                compiled in. EngineError: the run fails.
+            InputError: a constant, a shape or None-ness is not that of the compiled call.
+            EngineError: the run fails.
         """
-        if joint_attention_kwargs:
-            _refuse("joint_attention_kwargs", ", ".join(map(str, joint_attention_kwargs)))
-        if controlnet_block_samples is not None or controlnet_single_block_samples is not None:
-            _refuse("ControlNet's samples")
-        given = {
-            "hidden_states": hidden_states,
-            "encoder_hidden_states": encoder_hidden_states,
-            "pooled_projections": pooled_projections,
-            "timestep": timestep,
-            "img_ids": _without_batch(img_ids),
-            "txt_ids": _without_batch(txt_ids),
-            "guidance": guidance,
-        }
-        dtypes = {tensor.name: DTYPES[tensor.dtype] for tensor in self.engine.inputs}
-        inputs = {
-            name: value.detach().to(hidden_states.device, dtypes.get(name, value.dtype)).contiguous()
-            for name, value in given.items()
-            if value is not None
-        }
-        velocity = self._run(inputs, hidden_states.device).to(hidden_states.dtype)
-        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+        bound = bind(self._call.parameters, args, kwargs)
+        return_dict = bound.pop("return_dict", None)
+        given = flatten(bound)
+        check_constants(self._call, given)
+        tensors = {name: torch.as_tensor(tensor) for name, tensor in given.tensors.items()}
+        device = next((t.device for t in tensors.values() if t.device.type == "cuda"), torch.device("cpu"))
+        outputs = self._run(fitted(self._call, self.engine.inputs, tensors, device), device)
+        return result_of(self._call.result, _converted(outputs, self._call, tensors), return_dict)
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
+    def cache_context(self, name: str, **state: Any) -> Iterator[None]:
         """Nothing: an engine has no caches that conditional and unconditional runs would have to keep apart."""
         yield
 
-    def to(self, *arguments: Any, **keywords: Any) -> FluxEngine:
+    @property
+    def is_cache_enabled(self) -> bool:
+        """Never: diffusers' caches are hooks on blocks, which an engine has not."""
+        return False
+
+    def to(self, *arguments: Any, **keywords: Any) -> EngineModule:
         """Itself, if that asks for nothing else than what the engine is.
 
         Raises:
@@ -141,24 +128,105 @@ class FluxEngine(torch.nn.Module):
         """Free the engine."""
         self.engine.close()
 
-    def _run(self, inputs: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    def _run(self, inputs: Tensors, device: torch.device) -> dict[str, torch.Tensor]:
         """Outputs are torch's: their memory goes back to its allocator, which knows of its streams."""
-        (output,) = self.engine.outputs
-        batch = inputs["hidden_states"].shape[:2]
-        shape = [*batch, *output.shape[2:]]
-        velocity = torch.empty(shape, dtype=DTYPES[output.dtype], device=device)
+        shapes = self._context.output_shapes({name: tuple(tensor.shape) for name, tensor in inputs.items()})
+        outputs = {
+            tensor.name: torch.empty(shapes[tensor.name], dtype=DTYPES[tensor.dtype], device=device)
+            for tensor in self.engine.outputs
+        }
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-        self._context.run(inputs, outputs={output.name: velocity}, stream=stream)
-        return velocity
+        self._context.run(inputs, outputs=outputs, stream=stream)
+        return outputs
+
+    def __getattr__(self, name: str) -> Any:
+        """What else pipelines ask of a transformer; see ``ModelClass``."""
+        if name.startswith("_") or "_class" not in self.__dict__:
+            return super().__getattr__(name)
+        return self._class.attribute(name)
 
 
-def _without_batch(ids: torch.Tensor | None) -> torch.Tensor | None:
-    """Position ids [tokens, 3]; older pipelines repeat them for every image."""
-    return ids[0] if ids is not None and ids.ndim == 3 else ids
+class Config(dict[str, Any]):
+    """A model's configuration, whose keys are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(f"the model's configuration has no '{name}'")
+        return self[name]
 
 
-def _refuse(what: str, which: str = "") -> NoReturn:
-    raise InputError(
-        f"A compiled transformer takes no {what}{f' ({which})' if which else ''}.",
-        "Merge adapters into the checkpoint before it is compiled.",
-    )
+def fitted(
+    call: Call, inputs: tuple[Tensor, ...], given: Tensors, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """What the engine takes: its inputs in its dtypes, on ``device``, padded where the manifest says so.
+
+    Raises:
+        InputError: a length is beyond the engine's, or a number would lose its fraction.
+    """
+    given = {**given, **_whole_masks(call, given)}
+    out = {}
+    for tensor in inputs:
+        value = given[tensor.name].detach().to(device)
+        for pad in call.padding:
+            if pad.tensor == tensor.name:
+                value = _padded(value, pad, tensor)
+        out[tensor.name] = _as_dtype(value, tensor).contiguous()
+    return out
+
+
+def _whole_masks(call: Call, given: Tensors) -> dict[str, torch.Tensor]:
+    """Masks of ones for those that a call leaves out: all that it gives counts."""
+    out: dict[str, torch.Tensor] = {}
+    for pad in call.padding:
+        if pad.mask in given or pad.mask in out or pad.tensor not in given:
+            continue
+        value, axes = given[pad.tensor], [p.axis for p in call.padding if p.tensor == pad.mask]
+        dtype = call.tensors[pad.mask]
+        if axes != [1] or "float" in dtype:
+            raise InputError(
+                f"This call gives no '{pad.mask}', which the engine needs to tell padding.", "Give that mask."
+            )
+        shape = (value.shape[0], value.shape[pad.axis])
+        out[pad.mask] = torch.ones(shape, dtype=getattr(torch, dtype), device=value.device)
+    return out
+
+
+def _padded(value: torch.Tensor, pad: Padding, wanted: Tensor) -> torch.Tensor:
+    """Zeros behind ``value``; behind a mask, what leaves them out."""
+    if value.ndim != len(wanted.shape):
+        return value  # the engine says what it takes
+    length, due = value.shape[pad.axis], wanted.shape[pad.axis]
+    if length > due != -1:
+        raise InputError(
+            f"'{wanted.name}' has {length} entries, and the engine was compiled for at most {due}.",
+            "Shorten the prompt (most pipelines have max_sequence_length), or compile for longer ones.",
+        )
+    if length == due or due == -1:
+        return value
+    shape = [*value.shape]
+    shape[pad.axis] = due
+    # A mask of numbers is 1 for what counts, or is added to the attention: 0 for what counts.
+    is_added = pad.tensor == pad.mask and value.is_floating_point() and not bool((value > 0).any())
+    out = value.new_full(shape, IGNORED if is_added else 0)
+    out.narrow(pad.axis, 0, length).copy_(value)
+    return out
+
+
+def _as_dtype(value: torch.Tensor, wanted: Tensor) -> torch.Tensor:
+    dtype = DTYPES[wanted.dtype]
+    if value.is_floating_point() and not dtype.is_floating_point:
+        raise InputError(
+            f"'{wanted.name}' is {dtype_of(value)}, and the engine was compiled for {dtype_of(wanted)}.",
+            "Use the scheduler and dtypes of the recorded pipeline.",
+        )
+    return value.to(dtype)
+
+
+def _converted(outputs: Tensors, call: Call, given: Tensors) -> Tensors:
+    """Results for a pipeline that computes in another dtype than the recorded one did."""
+    for name, value in given.items():
+        if value.is_floating_point() and name in call.tensors:
+            if dtype_of(value) == call.tensors[name]:
+                return outputs
+            return {key: t.to(value.dtype) if t.is_floating_point() else t for key, t in outputs.items()}
+    return outputs

@@ -213,6 +213,21 @@ class Context:
                     raise
             return results
 
+    def output_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The outputs' shapes, by the shapes of all inputs.
+
+        Raises:
+            InputError: a shape is not the engine's. EngineError: the engine is closed, or TensorRT refuses a shape.
+        """
+        with self._lock:
+            if not self._free.alive:
+                raise _closed()
+            _check_names("input", shapes, [tensor.name for tensor in self.engine.inputs])
+            for tensor in self.engine.inputs:
+                _check_shape(tensor.dtype, shapes[tensor.name], tensor)
+            with self._gpu.current():
+                return dict(self._slot(tuple(shapes[tensor.name] for tensor in self.engine.inputs)).outputs)
+
     def close(self) -> None:
         """Free its memory, when a run that is under way is done."""
         with self._lock:
@@ -532,12 +547,16 @@ def _check_view(given: View, wanted: Tensor) -> None:
         raise InputError(
             f"'{wanted.name}' is {given.dtype}, and the engine has {said(wanted)}.", "Convert it."
         )
-    fits = len(given.shape) == len(wanted.shape) and all(
-        due in (extent, -1) for extent, due in zip(given.shape, wanted.shape, strict=True)
+    _check_shape(given.dtype, given.shape, wanted)
+
+
+def _check_shape(dtype: str, shape: tuple[int, ...], wanted: Tensor) -> None:
+    fits = len(shape) == len(wanted.shape) and all(
+        due in (extent, -1) for extent, due in zip(shape, wanted.shape, strict=True)
     )
     if not fits:
         raise InputError(
-            f"'{wanted.name}' is {given.dtype} {list(given.shape)}, and the engine has {said(wanted)}.",
+            f"'{wanted.name}' is {dtype} {list(shape)}, and the engine has {said(wanted)}.",
             "Give the shapes that the recipe names, or compile again with others.",
         )
 

@@ -9,6 +9,11 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+from lynx_compile.engine.arguments import Structure
+from lynx_compile.engine.manifest import Call
+from lynx_compile.models.calls import call_of
 
 MODEL = FluxTransformer2DModel
 PACKING = 2  # a token packs 2 x 2 latents
@@ -44,6 +49,13 @@ def example_inputs(
     if config.get("guidance_embeds"):
         inputs["guidance"] = torch.full((batch,), 3.5)
     return inputs
+
+
+def call(inputs: Mapping[str, torch.Tensor]) -> Call:
+    """How a pipeline calls the transformer; its one result is called velocity in the graph."""
+    output = f"{Transformer2DModelOutput.__module__}:{Transformer2DModelOutput.__qualname__}"
+    result: Structure = {"dataclass": output, "fields": [["sample", {"tensor": "velocity"}]]}
+    return call_of(f"{MODEL.__module__}:{MODEL.__qualname__}", MODEL.forward, inputs, result)
 
 
 def denoise(

@@ -13,6 +13,7 @@ from lynx_compile.engine import trt
 from lynx_compile.engine.manifest import (
     FORMAT_VERSION,
     BackendVersion,
+    Call,
     DenseLinear,
     EngineFile,
     Manifest,
@@ -33,9 +34,19 @@ if TYPE_CHECKING:
 
 
 def describe(
-    recipe: Recipe, dit: DiT, lynx: LynxOnnx, built: BuiltEngine, costs: Mapping[str, Cost] | None = None
+    recipe: Recipe,
+    dit: DiT,
+    lynx: LynxOnnx,
+    built: BuiltEngine,
+    costs: Mapping[str, Cost] | None = None,
+    call: Call | None = None,
 ) -> Manifest:
-    """The manifest of an engine that ``build`` has made; ``costs``: of the stages, in their order."""
+    """The manifest of an engine that ``build`` has made.
+
+    Args:
+        costs: of the stages, in their order.
+        call: how torch calls the transformer; None where it is no torch module.
+    """
     names = {tensor.name for tensor in built.inputs}
     assert names.issuperset(lynx.external_inputs), "build checks it"
     return Manifest(
@@ -66,6 +77,7 @@ def describe(
             config=dict(dit.config),
             sha256=dit.digest,
         ),
+        call=call,
         costs=Path(recipe.sparsity.costs).name if recipe.sparsity.costs else None,
         sparse=tuple(_sparse(node) for node in lynx.sparse),
         dense=tuple(DenseLinear(linear=linear.path, reason=linear.reason) for linear in lynx.dense),

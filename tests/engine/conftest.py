@@ -88,7 +88,8 @@ class Stage:
         """Replace values of the manifest: ``change(engine={"bytes": 3})``."""
         values = json.loads(self.manifest.read_text())
         for key, value in sections.items():
-            values[key] = values[key] | value if isinstance(value, dict) else value
+            both = isinstance(value, dict) and isinstance(values[key], dict)
+            values[key] = values[key] | value if both else value
         self.manifest.write_text(json.dumps(values))
 
     def expected(self, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -465,10 +465,10 @@ class IExecutionContext:
 
 class _Io:
     def __init__(self, value: onnx.ValueInfoProto, is_input: bool) -> None:
-        names = {"FLOAT16": "HALF", "FLOAT": "FLOAT", "INT32": "INT32", "INT64": "INT64"}
+        names = {"FLOAT16": "HALF"}
         kind = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type)
-        self.dtype = getattr(tensorrt_rtx.DataType, names[kind])
-        self.name = {"FLOAT16": "fp16", "FLOAT": "fp32", "INT32": "int32", "INT64": "int64"}[kind]
+        self.dtype = getattr(tensorrt_rtx.DataType, names.get(kind, kind))
+        self.name = {"FLOAT16": "fp16", "FLOAT": "fp32"}.get(kind, kind.lower())
         dims = value.type.tensor_type.shape.dim
         self.symbols = [dim.dim_param for dim in dims]
         self.shape = tuple(-1 if dim.dim_param else dim.dim_value for dim in dims)

@@ -221,7 +221,7 @@ def test_no_manifest(stage: MakeStage) -> None:
 def test_manifest_of_another_format(stage: MakeStage) -> None:
     s = stage()
     s.change(format_version=7)
-    refused(s, r"no manifest of format version 1 \(but of 7\). Compile the engine again")
+    refused(s, r"no manifest of format version 2 \(but of 7\). Compile the engine again")
 
 
 def test_stale_manifest(stage: MakeStage) -> None:
@@ -287,7 +287,7 @@ def test_hostile_manifests(stage: MakeStage, old: str, new: str, message: str) -
 
 def test_an_error_is_never_long(stage: MakeStage) -> None:
     s = stage()
-    for values in ({"format_version": ["x" * 99] * 9999}, {"format_version": 1, "y" * 99999: 1}):
+    for values in ({"format_version": ["x" * 99] * 9999}, {"format_version": 2, "y" * 99999: 1}):
         s.manifest.write_text(json.dumps(values))
         with pytest.raises(InputError) as caught:
             Engine.open(s.path)

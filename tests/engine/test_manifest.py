@@ -126,7 +126,7 @@ def change(key: str, value: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (change("format_version", 2), "no manifest of format version 1 \\(but of 2\\)"),
+        (change("format_version", 1), "no manifest of format version 2 \\(but of 1\\)"),
         (change("surprise", 1), "'surprise' is wrong \\(Extra inputs"),
         (change("engine.surprise", 1), "'engine.surprise' is wrong"),
         (change("plugin_layers", "2"), "'plugin_layers' is wrong"),
@@ -147,7 +147,7 @@ def test_wrong_values_are_named(path: Path, spoil: Callable[[dict[str, Any]], No
         Manifest.read(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\xfe", b"[" * 100_000, b'{"format_version": 1'])
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\xfe", b"[" * 100_000, b'{"format_version": 2'])
 def test_what_is_no_manifest_is_refused(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"cut off or no JSON|no manifest of format version"):

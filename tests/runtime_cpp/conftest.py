@@ -75,7 +75,7 @@ def tiny_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = path.read_bytes()
     digest = hashlib.sha256(LIBRARY.read_bytes()).hexdigest()
     manifest = {
-        "format_version": 1,
+        "format_version": 2,
         "engine": {"file": path.name, "bytes": len(plan), "sha256": hashlib.sha256(plan).hexdigest()},
         "backend": {"name": "tensorrt_rtx", "version": importlib.import_module("tensorrt_rtx").__version__},
         "gpus": ["sm80", "sm86", "sm89", "sm120"],

@@ -52,7 +52,7 @@ def write_manifest(path: Path, **backend: str) -> None:
 
     plan = path.read_bytes()
     manifest = {
-        "format_version": 1,
+        "format_version": 2,
         "engine": {"file": path.name, "bytes": len(plan), "sha256": hashlib.sha256(plan).hexdigest()},
         "backend": {"name": "tensorrt", "version": "10.14.1.48"} | backend,
         "gpus": ["sm80", "sm89"],

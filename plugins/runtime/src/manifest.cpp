@@ -12,7 +12,7 @@ namespace {
 
 using nlohmann::json;
 
-constexpr int64_t kFormatVersion = 1;
+constexpr int64_t kFormatVersion = 2;
 constexpr size_t kLargestBytes = size_t(16) << 20;  // FLUX.1-dev's is 0.2 MB
 constexpr size_t kMostDimensions = 8;               // of a TensorRT tensor
 constexpr const char* kNotOfRtx[] = {"sm90", "sm100", "sm103", "sm110"};

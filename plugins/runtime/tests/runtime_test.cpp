@@ -105,7 +105,7 @@ class Files {
         numbers);
     library = library_of(500, 'a');
     manifest = {
-        {"format_version", 1},
+        {"format_version", 2},
         {"engine", {{"file", "flux.engine"}, {"bytes", plan.size()}, {"sha256", digest(plan)}}},
         {"backend", {{"name", "tensorrt"}, {"version", "10.14.1.48"}}},
         {"gpus", {"sm80", "sm89"}},
@@ -395,11 +395,11 @@ void test_clashes() {
   clash("input of another dtype", "has no input 'x', fp16 [2, 3]", set("/inputs/0/dtype", "fp16"));
   clash("output of another shape", "has no output 'y'", set("/outputs/0/shape", {2, 4}));
   clash("input that the manifest lacks", "has an input 'x'", set("/inputs", json::array()));
-  clash("no format version", "no manifest of format version 1",
+  clash("no format version", "no manifest of format version 2",
         [](Files& f) { f.manifest.erase("format_version"); });
-  clash("another format version", "no manifest of format version 1", set("/format_version", 2));
-  clash("format version true", "no manifest of format version 1", set("/format_version", true));
-  clash("manifest no object", "no manifest of format version 1", [](Files& files) { files.manifest = 3; });
+  clash("another format version", "no manifest of format version 2", set("/format_version", 1));
+  clash("format version true", "no manifest of format version 2", set("/format_version", true));
+  clash("manifest no object", "no manifest of format version 2", [](Files& files) { files.manifest = 3; });
   for (const char* key : {"engine", "backend", "gpus", "plugin", "inputs", "outputs", "weights"}) {
     clash(std::string("manifest without ") + key, std::string("'") + key + "' is missing",
           [=](Files& files) { files.manifest.erase(key); });
@@ -436,9 +436,9 @@ void test_clashes() {
   fs::remove(files.folder / "liblynx_plugin.so");
   refuses("no library", "which is neither beside it nor inside it",
           [&] { lynx::Engine::open(files.engine()); });
-  write(files.folder / "flux.json", "{\"format_version\": 1");
+  write(files.folder / "flux.json", "{\"format_version\": 2");
   refuses("manifest cut off", "is cut off or no JSON", [&] { lynx::Engine::open(files.engine()); });
-  write(files.folder / "flux.json", R"({"format_version": 1, "format_version": 1})");
+  write(files.folder / "flux.json", R"({"format_version": 2, "format_version": 2})");
   refuses("manifest with a key twice", "is there twice", [&] { lynx::Engine::open(files.engine()); });
   write(files.folder / "flux.json", std::string((16 << 20) + 1, ' '));
   refuses("manifest too large", "larger than 16 MiB", [&] { lynx::Engine::open(files.engine()); });
