@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -108,10 +109,16 @@ def _run(pipe: Pipeline, arguments: dict[str, Any], recorder: Recorder, seed: in
     with torch.random.fork_rng(), torch.no_grad(), _without_progress_bar(pipe):
         torch.manual_seed(seed)
         try:
+            inspect.signature(type(pipe).__call__).bind(pipe, **placed)
+        except TypeError as error:
+            raise InputError(
+                f"The {name} refuses its arguments ({_first_line(error)}).", "Correct 'call:'."
+            ) from None
+        try:
             pipe(**placed)
         except LynxError:
             raise
-        except (TypeError, ValueError) as error:
+        except ValueError as error:  # what pipelines raise when they check their arguments
             raise InputError(
                 f"The {name} refuses its arguments ({_first_line(error)}).", "Correct 'call:'."
             ) from error
@@ -197,11 +204,10 @@ def _modules(pipe: Pipeline, names: Sequence[str]) -> dict[str, torch.nn.Module]
 
 def _may_denoise(name: str, module: torch.nn.Module) -> bool:
     kind = type(module)
-    is_autoencoder = kind.__module__.startswith("diffusers.models.autoencoders")
+    # What lives in a pipeline's own folder prepares its conditioning (projections, connectors, duration embedders).
+    is_other = kind.__module__.startswith(("diffusers.models.autoencoders", "diffusers.pipelines."))
     return (
-        isinstance(module, ModelMixin)
-        and not is_autoencoder
-        and "encoder" not in f"{name} {kind.__name__}".lower()
+        isinstance(module, ModelMixin) and not is_other and "encoder" not in f"{name} {kind.__name__}".lower()
     )
 
 

@@ -13,9 +13,16 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
+from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
+from PIL import Image
+from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from lynx_compile.tools.support import autoencoders as vaes
 from lynx_compile.tools.support.configurations import TINY, classes, model
-from lynx_compile.tools.support.draws import Mask, Normal, drawn
+from lynx_compile.tools.support.draws import Integers, Mask, Normal, Same, drawn
 
 LENGTHS = (12, 7)  # text tokens of the two prompts
 TEXT = 12  # text tokens where the pipeline pads every prompt to one length
@@ -28,7 +35,8 @@ class TinyPipeline:
     ``transformers``: {component: configuration}, with what of it the pipeline needs otherwise.
     ``prompt``: draws for the pipeline's own arguments of a prompt, by its number of text tokens.
     ``scheduler``: the class that the checkpoints of this pipeline name, and its settings.
-    ``parts``: other components, made anew for every pipeline.
+    ``parts``: other components, made anew for every pipeline, from a seed of their own.
+    ``adapt``: puts a stand-in for its text encoder into a pipeline that takes no encoded prompts.
     """
 
     class_name: str
@@ -38,6 +46,8 @@ class TinyPipeline:
     scheduler: tuple[str, dict[str, Any]] = ("FlowMatchEulerDiscreteScheduler", {})
     settings: dict[str, Any] = field(default_factory=dict)
     parts: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    adapt: Callable[[Any], None] | None = None
+    lengths: tuple[int, ...] = LENGTHS
 
 
 @dataclass(frozen=True)
@@ -60,74 +70,441 @@ def prepare(name: str, seed: int = 0) -> Prepared:
     }
     kind, options = tiny.scheduler
     components["scheduler"] = getattr(diffusers, kind)(**options)
-    components |= {part: make() for part, make in tiny.parts.items()}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        components |= {part: make() for part, make in tiny.parts.items()}
     pipeline = getattr(diffusers, tiny.class_name)
     missing = {
         part: None for part in pipeline._get_signature_types() if part not in components | tiny.settings
     }
     pipe = pipeline(**missing | components | tiny.settings)
-    inputs = [drawn(tiny.prompt(length), "first", seed + length) for length in LENGTHS]
+    if tiny.adapt is not None:
+        tiny.adapt(pipe)
+    inputs = [drawn(tiny.prompt(length), "first", seed + length) for length in tiny.lengths]
     return Prepared(pipe, inputs, dict(tiny.call))
 
 
-def _embeds(width: int, pooled: int = 0, negative: bool = True) -> Callable[[int], dict[str, Any]]:
-    """``prompt_embeds`` of one length, as encoders that pad make them, and those of an empty prompt for guidance."""
-
-    def prompt(length: int) -> dict[str, Any]:
-        found: dict[str, Any] = {"prompt_embeds": Normal((1, TEXT, width))}
-        if pooled:
-            found["pooled_prompt_embeds"] = Normal((1, pooled))
-        if negative:
-            found |= {f"negative_{name}": draw for name, draw in found.items()}
-        return found
-
-    return prompt
+def _both(draws: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a prompt, and those of the empty one for guidance."""
+    return dict(draws) | {f"negative_{name}": draw for name, draw in draws.items()}
 
 
-def _masked(mask: str, width: int, negative_length: int | None = None) -> Callable[[int], dict[str, Any]]:
-    """``prompt_embeds`` with their mask, of one length unless ``negative_length`` gives another to the empty prompt."""
+def _fixed(negative: bool = True, **draws: Any) -> Callable[[int], dict[str, Any]]:
+    """Encoded prompts of one length, as encoders that pad make them."""
+    return lambda length: _both(draws) if negative else dict(draws)
 
-    def prompt(length: int) -> dict[str, Any]:
-        length, other = (length, negative_length) if negative_length else (TEXT, TEXT)
-        return {
-            "prompt_embeds": Normal((1, length, width)), mask: Mask((1, length), torch.int64),
-            "negative_prompt_embeds": Normal((1, other, width)), f"negative_{mask}": Mask((1, other), torch.int64),
-        }  # fmt: skip
 
-    return prompt
+def _text(*shape: int) -> Normal:
+    """An encoding of the text, [1, ..., width]."""
+    return Normal((1, *shape))
+
+
+def _mask(length: int = TEXT, dtype: torch.dtype = torch.int64) -> Mask:
+    return Mask((1, length), dtype)
+
+
+def _without_padding(mask: str, width: int) -> Callable[[int], dict[str, Any]]:
+    """``prompt_embeds`` as long as the prompt, and those of an empty prompt of 5 tokens."""
+    return lambda length: {
+        "prompt_embeds": _text(length, width), mask: _mask(length),
+        "negative_prompt_embeds": _text(5, width), f"negative_{mask}": _mask(5),
+    }  # fmt: skip
+
+
+def _embeds(width: int = 32) -> Callable[[int], dict[str, Any]]:
+    return _fixed(prompt_embeds=_text(TEXT, width))
+
+
+def _masked(
+    mask: str = "prompt_attention_mask", dtype: torch.dtype = torch.int64
+) -> Callable[[int], dict[str, Any]]:
+    return lambda length: _both({"prompt_embeds": _text(TEXT, 32), mask: _mask(dtype=dtype)})
+
+
+def _bytes(length: int) -> dict[str, Any]:
+    """A prompt as text, for pipelines that encode it themselves."""
+    return {"prompt": "a long prompt"[:length]}
+
+
+def _encode_bytes(method: str, width: int) -> Callable[[Any], None]:
+    """Put a random embedding of each byte in the place of a text encoder."""
+
+    def adapt(pipe: Any) -> None:
+        table = torch.randn(256, width, generator=torch.Generator().manual_seed(0))
+
+        def encode(prompt: list[str], *more: Any) -> torch.Tensor:
+            return torch.stack([table[list(text.encode() or b" ")] for text in prompt])
+
+        setattr(pipe, method, encode)
+
+    return adapt
+
+
+def _image(pipeline: str, configuration: str, prompt: Any, call: Any = None, **more: Any) -> TinyPipeline:
+    changes = more.pop("changes", {})
+    return TinyPipeline(
+        pipeline, {"transformer": (configuration, changes)}, IMAGE | (call or {}), prompt, **more
+    )
+
+
+def _video(pipeline: str, configuration: str, prompt: Any, call: Any = None, **more: Any) -> TinyPipeline:
+    return _image(pipeline, configuration, prompt, VIDEO | (call or {}), **more)
+
+
+class Unchecked:
+    """In the place of a safety checker that is a package of its own: encoded prompts are not checked."""
+
+    def to(self, *place: Any) -> None:
+        """Nowhere: it holds nothing."""
+
+
+def picture() -> Image.Image:
+    """An image of 64 x 64 pixels for pipelines that start from one."""
+    pixels = torch.randint(256, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def _ltx2_connectors() -> Any:
+    return LTX2TextConnectors(
+        caption_channels=32,
+        text_proj_in_factor=2,
+        video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=16,
+        video_connector_num_layers=1,
+        video_connector_num_learnable_registers=None,
+        audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=16,
+        audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=None,
+        connector_rope_base_seq_len=32,
+        rope_double_precision=False,
+    )
+
+
+def _stable_audio_projection() -> Any:
+    return StableAudioProjectionModel(text_encoder_dim=32, conditioning_dim=32, min_value=0, max_value=32)
+
+
+def _siglip() -> Any:
+    config = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+    )
+    return SiglipVisionModel(config)
+
+
+def _siglip_processor() -> Any:
+    return SiglipImageProcessorPil(size={"height": 32, "width": 32})
 
 
 IMAGE = {"height": 64, "width": 64, "num_inference_steps": 3}
 VIDEO = {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 3}
+UNIPC = ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True})
+DPM: tuple[str, dict[str, Any]] = ("DPMSolverMultistepScheduler", {})
+BINNED = {"use_resolution_binning": False, "negative_prompt": None}
+PEM = "prompt_embeds_mask"
 
 PIPELINES = {
-    "Flux": TinyPipeline(
-        "FluxPipeline", {"transformer": ("Flux", {})}, IMAGE | {"true_cfg_scale": 2.0}, _embeds(32, 32)
+    "Flux": _image(
+        "FluxPipeline",
+        "Flux",
+        _fixed(prompt_embeds=_text(TEXT, 32), pooled_prompt_embeds=_text(32)),
+        {"true_cfg_scale": 2.0},
     ),
-    "SD3": TinyPipeline("StableDiffusion3Pipeline", {"transformer": ("SD35", {})}, IMAGE, _embeds(32, 64)),
-    "Wan": TinyPipeline("WanPipeline", {"transformer": ("Wan", {})}, VIDEO, _embeds(32)),
+    "Flux2": _image("Flux2Pipeline", "Flux2", _fixed(False, prompt_embeds=_text(TEXT, 32))),
+    "Chroma": _image("ChromaPipeline", "Chroma", _masked(dtype=torch.bool)),
+    "Bria": _image("BriaPipeline", "Bria", _embeds(), parts={"vae": vaes.kl}),
+    "BriaFibo2": _image(
+        "BriaFibo2Pipeline",
+        "BriaFibo2",
+        _fixed(prompt_embeds=_text(2, TEXT, 32), prompt_embeds_mask=_mask(dtype=torch.bool)),
+    ),
+    "SD3": _image(
+        "StableDiffusion3Pipeline",
+        "SD35",
+        _fixed(prompt_embeds=_text(TEXT, 32), pooled_prompt_embeds=_text(64)),
+    ),
+    "QwenImage": _image("QwenImagePipeline", "QwenImage", _without_padding(PEM, 32)),
+    "ZImage": _image(
+        "ZImagePipeline",
+        "ZImage",
+        lambda length: {"prompt_embeds": [Normal((length, 32))], "negative_prompt_embeds": [Normal((5, 32))]},
+    ),
+    "Sana": _image(
+        "SanaPipeline",
+        "Sana",
+        _masked(),
+        {"use_resolution_binning": False, "negative_prompt": None},
+        scheduler=DPM,
+    ),
+    "HiDream": _image(
+        "HiDreamImagePipeline",
+        "HiDream",
+        _fixed(
+            prompt_embeds_t5=_text(TEXT, 32),
+            prompt_embeds_llama3=Normal((2, 1, TEXT, 32)),
+            pooled_prompt_embeds=_text(32),
+        ),
+    ),
+    "CogView4": _image("CogView4Pipeline", "CogView4", _embeds()),
+    "CogView3Plus": _image(
+        "CogView3PlusPipeline", "CogView3Plus", _embeds(), scheduler=("CogVideoXDDIMScheduler", {})
+    ),
+    "PixArtSigma": _image("PixArtSigmaPipeline", "PixArt", _masked(), BINNED, scheduler=DPM),
+    "AuraFlow": _image("AuraFlowPipeline", "AuraFlow", _masked()),
+    "HunyuanDiT": _image(
+        "HunyuanDiTPipeline",
+        "HunyuanDiT",
+        _fixed(
+            prompt_embeds=_text(6, 32),
+            prompt_attention_mask=_mask(6),
+            prompt_embeds_2=_text(6, 32),
+            prompt_attention_mask_2=_mask(6),
+        ),
+        {"use_resolution_binning": False},
+        scheduler=("DDPMScheduler", {}),
+    ),
+    "HunyuanImage": _image(
+        "HunyuanImagePipeline",
+        "HunyuanImage",
+        _fixed(
+            prompt_embeds=_text(TEXT, 32),
+            prompt_embeds_mask=_mask(),
+            prompt_embeds_2=_text(8, 32),
+            prompt_embeds_mask_2=_mask(8),
+        ),
+        {"height": 128, "width": 128},
+    ),
+    "Lumina2": _image("Lumina2Pipeline", "Lumina2", _masked()),
+    "LuminaNext": _image("LuminaPipeline", "LuminaNext", _masked(), changes={"learn_sigma": True}),
+    "PRX": _image(
+        "PRXPipeline",
+        "PRX",
+        _masked(dtype=torch.bool),
+        {"use_resolution_binning": False, "negative_prompt": None},
+    ),
+    "NucleusMoEImage": _image("NucleusMoEImagePipeline", "NucleusMoEImage", _masked(PEM)),
+    "ErnieImage": _image(
+        "ErnieImagePipeline",
+        "ErnieImage",
+        lambda length: {"prompt_embeds": [Normal((length, 32))], "negative_prompt_embeds": [Normal((5, 32))]},
+    ),
+    "Krea2": _image(
+        "Krea2Pipeline",
+        "Krea2",
+        _fixed(prompt_embeds=_text(8, 3, 32), prompt_embeds_mask=_mask(8, torch.bool)),
+        settings={"text_encoder_select_layers": (0, 1, 2), "patch_size": 2, "is_distilled": False},
+    ),
+    "LongCatImage": _image(
+        "LongCatImagePipeline",
+        "LongCatImage",
+        _bytes,
+        {"enable_prompt_rewrite": False},
+        changes={"in_channels": 64},
+        adapt=_encode_bytes("_encode_prompt", 32),
+    ),
+    "OvisImage": _image("OvisImagePipeline", "OvisImage", _embeds(), {"negative_prompt": None}),
+    "GlmImage": _image(
+        "GlmImagePipeline",
+        "GlmImage",
+        lambda length: _both({"prompt_embeds": _text(TEXT, 32)}) | {"prior_token_ids": Integers((1, 16), 64)},
+    ),
+    "DiT": TinyPipeline(
+        "DiTPipeline",
+        {"transformer": ("DiT", {"num_embeds_ada_norm": 1000})},
+        {"num_inference_steps": 3},
+        lambda length: {"class_labels": [length % 8]},
+        ("DDIMScheduler", {}),
+        parts={"vae": vaes.kl},
+    ),
+    "Wan": _video("WanPipeline", "Wan", _embeds(), scheduler=UNIPC),
     "Wan22": TinyPipeline(
         "WanPipeline",
         {"transformer": ("Wan", {}), "transformer_2": ("Wan", {})},
         VIDEO,
-        _embeds(32),
-        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}),
+        _embeds(),
+        UNIPC,
         settings={"boundary_ratio": 0.875},
     ),
-    "QwenImage": TinyPipeline(
-        "QwenImagePipeline", {"transformer": ("QwenImage", {})}, IMAGE, _masked("prompt_embeds_mask", 32, 5)
+    "WanVACE": _video(
+        "WanVACEPipeline",
+        "WanVACE",
+        _embeds(),
+        parts={"vae": vaes.wan},
+        changes={"vace_in_channels": 72},
+        scheduler=UNIPC,
     ),
-    "ZImage": TinyPipeline(
-        "ZImagePipeline",
-        {"transformer": ("ZImage", {})},
-        IMAGE,
-        lambda length: {"prompt_embeds": [Normal((length, 32))], "negative_prompt_embeds": [Normal((5, 32))]},
+    "SkyReelsV2": _video("SkyReelsV2Pipeline", "SkyReelsV2", _embeds(), scheduler=UNIPC),
+    "AnyFlow": _video(
+        "AnyFlowPipeline", "AnyFlow", _embeds(), scheduler=("FlowMapEulerDiscreteScheduler", {})
     ),
-    "PixArtSigma": TinyPipeline(
-        "PixArtSigmaPipeline",
-        {"transformer": ("PixArt", {})},
-        IMAGE | {"use_resolution_binning": False, "negative_prompt": None},
-        _masked("prompt_attention_mask", 32),
-        ("DPMSolverMultistepScheduler", {}),
+    "Helios": _video(
+        "HeliosPipeline",
+        "Helios",
+        _embeds(),
+        {"num_frames": 9, "num_latent_frames_per_chunk": 3},
+        parts={"vae": vaes.wan},
+        scheduler=("HeliosScheduler", {"stage_range": [0, 1], "stages": 1}),
+    ),
+    "Allegro": _video("AllegroPipeline", "Allegro", _masked(), {"negative_prompt": None}, scheduler=DPM),
+    "CogVideoX": _video(
+        "CogVideoXPipeline",
+        "CogVideoX",
+        _fixed(prompt_embeds=_text(8, 32)),
+        scheduler=("CogVideoXDDIMScheduler", {}),
+    ),
+    "EasyAnimate": _video("EasyAnimatePipeline", "EasyAnimate", _masked(), parts={"vae": vaes.magvit}),
+    "HunyuanVideo": _video(
+        "HunyuanVideoPipeline",
+        "HunyuanVideo",
+        _fixed(prompt_embeds=_text(TEXT, 32), pooled_prompt_embeds=_text(16), prompt_attention_mask=_mask()),
+    ),
+    "Kandinsky5": _video(
+        "Kandinsky5T2VPipeline",
+        "Kandinsky5",
+        _fixed(
+            prompt_embeds_qwen=_text(TEXT, 32),
+            prompt_embeds_clip=_text(16),
+            prompt_cu_seqlens=Same([0, TEXT], torch.int32),
+        ),
+    ),
+    "Latte": _image(
+        "LattePipeline",
+        "Latte",
+        _embeds(),
+        {"video_length": 2, "negative_prompt": None},
+        scheduler=("DDIMScheduler", {}),
+    ),
+    "LTX": _video("LTXPipeline", "LTX", _masked()),
+    "Mochi": _video("MochiPipeline", "Mochi", _masked(dtype=torch.bool)),
+    "SanaVideo": _image(
+        "SanaVideoPipeline",
+        "SanaVideo",
+        _masked(),
+        {"frames": 5, "use_resolution_binning": False, "negative_prompt": None},
+        scheduler=DPM,
+    ),
+    "HunyuanVideo15": _video(
+        "HunyuanVideo15Pipeline",
+        "HunyuanVideo15",
+        _fixed(
+            prompt_embeds=_text(8, 32),
+            prompt_embeds_mask=_mask(8),
+            prompt_embeds_2=_text(4, 32),
+            prompt_embeds_mask_2=_mask(4),
+        ),
+        changes={"in_channels": 9},
+        parts={"vae": vaes.hunyuan15, "guider": diffusers.ClassifierFreeGuidance},
+    ),
+    "MotifVideo": _video(
+        "MotifVideoPipeline",
+        "MotifVideo",
+        _masked(),
+        parts={"guider": diffusers.ClassifierFreeGuidance, "vae": vaes.wan},
+    ),
+    "LTX2": _video(
+        "LTX2Pipeline",
+        "LTX2",
+        _fixed(prompt_embeds=_text(TEXT, 32, 2), prompt_attention_mask=_mask()),
+        {"height": 32, "width": 32, "num_frames": 3, "spatio_temporal_guidance_blocks": [1]},
+        parts={"connectors": _ltx2_connectors, "audio_vae": vaes.ltx2_audio, "vae": vaes.ltx2},
+    ),
+    "StableAudio": TinyPipeline(
+        "StableAudioPipeline",
+        {"transformer": ("StableAudio", {"global_states_input_dim": 64})},
+        {"num_inference_steps": 3},
+        _embeds(),
+        ("EDMDPMSolverMultistepScheduler", {}),
+        parts={"vae": vaes.oobleck, "projection_model": _stable_audio_projection},
+    ),
+    "StableAudio3": TinyPipeline(
+        "StableAudio3Pipeline",
+        {"transformer": ("StableAudio3", {"global_cond_dim": 32})},
+        {"num_inference_steps": 3, "duration": 1.0},
+        _fixed(prompt_embeds=_text(4, 32), encoder_attention_mask=_mask(4)),
+        ("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1}),
+        parts={
+            "vae": vaes.same,
+            "duration_embedder": lambda: StableAudio3DurationEmbedder(output_dim=32, fourier_dim=16),
+        },
+    ),
+    "Cosmos": _video(
+        "CosmosTextToWorldPipeline",
+        "Cosmos",
+        _embeds(),
+        scheduler=("EDMEulerScheduler", {}),
+        parts={"safety_checker": Unchecked},
+    ),
+    "Cosmos2": _image(
+        "Cosmos2TextToImagePipeline",
+        "Cosmos",
+        _embeds(),
+        parts={"safety_checker": Unchecked},
+        scheduler=("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    ),
+    "Kandinsky6": _video(
+        "Kandinsky6TI2VAPipeline",
+        "Kandinsky6",
+        _fixed(prompt_embeds=_text(TEXT, 32), pooled_prompt_embeds=_text(16)),
+        {"sample_audio": False},
+        changes={"visual_cond": True},
+    ),
+    "JoyImageEdit": _image("JoyImageEditPipeline", "JoyImageEdit", _masked(PEM)),
+    "Flux2Klein": _image(
+        "Flux2KleinPipeline",
+        "Flux2",
+        _embeds(),
+        parts={"vae": vaes.flux2},
+        changes={"in_channels": 16, "guidance_embeds": False},
+    ),
+    "HunyuanVideoFramepack": _video(
+        "HunyuanVideoFramepackPipeline",
+        "HunyuanVideoFramepack",
+        _fixed(prompt_embeds=_text(TEXT, 32), pooled_prompt_embeds=_text(16), prompt_attention_mask=_mask()),
+        {"image": picture(), "latent_window_size": 3},
+        parts={"vae": vaes.hunyuan, "image_encoder": _siglip, "feature_extractor": _siglip_processor},
+    ),
+    "Flux2KleinKV": _image(
+        "Flux2KleinKVPipeline",
+        "Flux2",
+        _fixed(False, prompt_embeds=_text(TEXT, 32)),
+        {"image": picture()},
+        parts={"vae": vaes.flux2},
+        changes={"in_channels": 16, "guidance_embeds": False},
+    ),
+    "FluxKontext": _image(
+        "FluxKontextPipeline",
+        "Flux",
+        _fixed(False, prompt_embeds=_text(TEXT, 32), pooled_prompt_embeds=_text(32)),
+        {"image": picture(), "_auto_resize": False},
+        parts={"vae": vaes.kl},
+        changes={"in_channels": 16},
+    ),
+    "QwenImageEdit": _image(
+        "QwenImageEditPipeline",
+        "QwenImage",
+        _without_padding(PEM, 32),
+        {"image": picture()},
+        parts={"vae": vaes.qwen},
+    ),
+    "QwenImageEditPlus": _image(
+        "QwenImageEditPlusPipeline",
+        "QwenImage",
+        _without_padding(PEM, 32),
+        {"image": [picture(), picture()]},
+        parts={"vae": vaes.qwen},
+    ),
+    "WanImageToVideo": _video(
+        "WanImageToVideoPipeline",
+        "Wan",
+        _embeds(),
+        {"image": picture()},
+        parts={"vae": vaes.wan},
+        changes={"in_channels": 12},
+        scheduler=UNIPC,
     ),
 }
