@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 ``compare`` missed a threshold, 2 bad recipe or input, 3 a
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -50,6 +51,7 @@ out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highli
 
 def main() -> None:
     """Entry point of the console script; errors end in one line and their exit code."""
+    _speak_utf8()
     try:
         # A recipe without a command compiles, so these are no subcommands.
         commands = {"bench": bench_app, "inspect": inspect_app, "compare": compare_app}
@@ -63,6 +65,20 @@ def main() -> None:
             raise
         err.print(f"[bold red]error:[/] {escape(str(shown))}")
         sys.exit(shown.exit_code)
+
+
+def _speak_utf8() -> None:
+    """Names of files may hold any character, whatever the locale.
+
+    An ASCII locale would have them fail in the middle of the work, in the file system's calls and when they are shown;
+    Python decides on it when it starts. What is no UTF-8 at all is shown escaped.
+    """
+    if sys.getfilesystemencoding().lower() != "utf-8" and not sys.flags.utf8_mode:
+        environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": ""}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _version(show: bool) -> None:

@@ -24,7 +24,12 @@ from pydantic import (
 )
 
 from lynx_compile.errors import InputError
+from lynx_compile.files import plain_yaml
 
+HUB_PAGE = re.compile(
+    r"^(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+?)(?:\.git)?"
+    r"(?:/(?P<kind>tree|blob|resolve)/(?P<revision>[^/?#]+)[^?#]*)?/?(?:[?#].*)?$"
+)
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 GpuTarget = Literal["sm80", "sm86", "sm89", "sm120"]
 GPU_TARGETS: tuple[GpuTarget, ...] = get_args(GpuTarget)
@@ -42,15 +47,7 @@ def load_recipe(path: Path) -> Recipe:
             the file, the line and the key.
     """
     text = _read(path)
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_aliases_and_duplicates(path, text, node)
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or str(error).split("\n")[0] or type(error).__name__
-        raise InputError(f"{where}: this is not valid YAML ({problem}).", "Correct the file.") from None
+    values, node = plain_yaml.parse(path, text)
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is a mapping of sections.", f"Start with '{_SECTIONS[0]}:'.")
     try:
@@ -66,13 +63,96 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _listed(value: Any) -> Any:
+    """YAML's lists are tuples here; one text is a list of itself."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
 class Model(_Strict):
-    """Where the transformer comes from: a local diffusers folder or a hub id (safetensors only)."""
+    """A pipeline or model of diffusers: a local folder or a hub id (safetensors only).
+
+    ``variant``: of the weight files' names (``fp16``); null: plain ones, else the only ones there are.
+    ``pipeline``: class to run instead of the one that ``model_index.json`` names. ``components``: the denoisers to
+    compile; null: every one that the pipeline calls.
+    """
 
     source: str = Field(min_length=1)
     subfolder: str = "transformer"
     revision: str | None = None
+    variant: Annotated[str, Field(pattern=r"^[\w-]+$")] | None = None
+    pipeline: Annotated[str, Field(pattern=r"^\w+$")] | None = None
+    components: tuple[str, ...] | None = None
     dtype: Literal["bf16", "fp16"] = "bf16"
+
+    _lists = field_validator("components", mode="before")(_listed)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pages_of_the_hub_are_its_ids(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(source := values.get("source"), str):
+            return values
+        if not (page := HUB_PAGE.match(source)):
+            if "://" in source:
+                raise ValueError(
+                    f"source is a URL ({_short(source)}); give a hub id (owner/name) or a folder"
+                )
+            return values
+        if page["kind"] in ("blob", "resolve"):
+            raise ValueError(
+                f"source is one file; give its repository ({page['id']}), if that holds a pipeline"
+            )
+        revision = values.get("revision") or (page["revision"] if page["revision"] != "main" else None)
+        return {**values, "source": page["id"], "revision": revision}
+
+    def resolved(self, folder: Path) -> Model:
+        local = folder / Path(self.source).expanduser()
+        if HUB_ID.match(self.source) and not local.exists():
+            return self
+        return self.model_copy(update={"source": str(local.resolve())})
+
+
+class ModuleModel(_Strict):
+    """A torch module of the user's own package, which is imported because the recipe says so.
+
+    ``module``: ``package.module:Class``. ``config``: the arguments it is made with, or a JSON file of them.
+    ``weights``: a safetensors file, an index of several, or a folder that holds either.
+    """
+
+    module: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    config: Annotated[str, Field(min_length=1)] | dict[str, Any] = {}
+    weights: Annotated[str, Field(min_length=1)]
+    dtype: Literal["bf16", "fp16"] = "bf16"
+
+    def resolved(self, folder: Path) -> ModuleModel:
+        names = ["weights"] if isinstance(self.config, dict) else ["weights", "config"]
+        return self.model_copy(update={name: _absolute(folder, getattr(self, name)) for name in names})
+
+
+class OnnxModel(_Strict):
+    """A transformer that is ONNX already. ``onnx``: the file; its external data lie beside it."""
+
+    onnx: Annotated[str, Field(min_length=1)]
+    dtype: Literal["bf16", "fp16"] = "bf16"
+
+    def resolved(self, folder: Path) -> OnnxModel:
+        return self.model_copy(update={"onnx": _absolute(folder, self.onnx)})
+
+
+def _absolute(folder: Path, name: str) -> str:
+    return str((folder / Path(name).expanduser()).resolve())
+
+
+FORMS: dict[str, type[Model | ModuleModel | OnnxModel]] = {
+    "form[source]": Model,
+    "form[module]": ModuleModel,
+    "form[onnx]": OnnxModel,
+}
+
+
+def _form(value: Any) -> str:
+    """Which of ``FORMS`` a model section is, by its key; a misspelt one is the first."""
+    keys = value if isinstance(value, dict) else getattr(type(value), "model_fields", ())
+    return next((name for name in FORMS if name[5:-1] in keys), "form[source]")
 
 
 class Shapes(_Strict):
@@ -146,10 +226,7 @@ class Sparsity(_Strict):
             return value
         raise ValueError("it must be 'auto' or a multiple of 16 from 0 to 128")
 
-    @field_validator("include", "exclude", mode="before")
-    @classmethod
-    def _lists_are_fine(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+    _lists = field_validator("include", "exclude", mode="before")(_listed)
 
     @model_validator(mode="after")
     def _none_has_no_low_rank(self) -> Sparsity:
@@ -213,10 +290,7 @@ class Engine(_Strict):
     plugin: str | None = None
     workspace_gib: Annotated[float, Field(gt=0)] | None = None
 
-    @field_validator("gpus", mode="before")
-    @classmethod
-    def _lists_are_fine(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+    _lists = field_validator("gpus", mode="before")(_listed)
 
 
 class Compare(_Strict):
@@ -243,7 +317,12 @@ class Compare(_Strict):
 class Recipe(_Strict):
     """A whole recipe."""
 
-    model: Model
+    model: Annotated[
+        Annotated[Model, Tag("form[source]")]
+        | Annotated[ModuleModel, Tag("form[module]")]
+        | Annotated[OnnxModel, Tag("form[onnx]")],
+        Discriminator(_form),
+    ]
     shapes: Shapes
     calibration: Calibration
     sparsity: Sparsity = Sparsity()
@@ -257,21 +336,17 @@ class Recipe(_Strict):
 
     def resolved(self, folder: Path) -> Recipe:
         """The same recipe with local paths made absolute; a hub id stays as it is."""
-        source = self.model.source
-        local = folder / Path(source).expanduser()
-        if local.exists() or not HUB_ID.match(source):
-            source = str(local.resolve())
         update: dict[str, Any] = {
-            "model": self.model.model_copy(update={"source": source}),
+            "model": self.model.resolved(folder),
             "calibration": self.calibration.model_copy(
-                update={"source": str((folder / Path(self.calibration.source).expanduser()).resolve())}
+                update={"source": _absolute(folder, self.calibration.source)}
             ),
         }
         if self.sparsity.costs is not None:
-            costs = str((folder / Path(self.sparsity.costs).expanduser()).resolve())
+            costs = _absolute(folder, self.sparsity.costs)
             update["sparsity"] = self.sparsity.model_copy(update={"costs": costs})
         if self.engine.plugin is not None:
-            plugin = str((folder / Path(self.engine.plugin).expanduser()).resolve())
+            plugin = _absolute(folder, self.engine.plugin)
             update["engine"] = self.engine.model_copy(update={"plugin": plugin})
         return self.model_copy(update=update)
 
@@ -301,35 +376,14 @@ def _read(path: Path) -> str:
         ) from None
 
 
-def _refuse_aliases_and_duplicates(path: Path, text: str, node: yaml.Node | None) -> None:
-    """A recipe needs no aliases (few of them expand to gigabytes), and a later key replaces no earlier one."""
-    for token in yaml.scan(text, Loader=yaml.SafeLoader):
-        if isinstance(token, yaml.AliasToken):
-            line = token.start_mark.line + 1
-            raise InputError(
-                f"{path}:{line}: aliases (*{token.value}) are not allowed.", "Write the value out."
-            )
-    _refuse_duplicate_keys(path, node)
-
-
-def _refuse_duplicate_keys(path: Path, node: yaml.Node | None) -> None:
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen: set[str] = set()
-    for key, value in node.value:
-        if str(key.value) in seen:
-            line = key.start_mark.line + 1
-            raise InputError(f"{path}:{line}: the key '{key.value}' is there twice.", "Keep one of them.")
-        seen.add(str(key.value))
-        _refuse_duplicate_keys(path, value)
-
-
 def _explain(path: Path, node: yaml.Node | None, error: Any) -> tuple[str, str]:
     """Cause and remedy of pydantic's first complaint, with the line that the key stands in."""
     keys = [str(key) for key in error["loc"] if not _is_union_branch(key)]
     where, key = f"{path}:{_line(node, keys)}", ".".join(keys)
     if error["type"] == "extra_forbidden":
-        known = list(_section(keys[:-1]).model_fields)
+        known = list(_section(error["loc"][:-1]).model_fields)
+        if keys[0] == "model" and keys[-1] in ("source", "module", "onnx"):
+            return f"{where}: 'model' has both '{keys[-1]}' and '{known[0]}'.", "Keep one of them."
         close = difflib.get_close_matches(keys[-1], known, 1)
         hint = f"Did you mean '{close[0]}'?" if close else f"Known keys here: {', '.join(known)}."
         return f"{where}: unknown key '{key}'.", hint
@@ -338,26 +392,39 @@ def _explain(path: Path, node: yaml.Node | None, error: Any) -> tuple[str, str]:
             f"{where}: the key '{key}' is missing.",
             f"Add '{keys[-1]}:' under '{'.'.join(keys[:-1]) or 'the top'}'.",
         )
-    message = error["msg"].removeprefix("Value error, ")
+    message = WORDS.get(error["type"], error["msg"].removeprefix("Value error, "))
     return (
         f"{where}: '{key}' is wrong: {message} (got {_short(error['input'])}).",
         "See the README's recipe reference.",
     )
 
 
+# pydantic speaks of Python's types.
+WORDS = {
+    "tuple_type": "it should be a list, such as [a, b]",
+    "string_type": "it should be text; quote what looks like a number",
+    "bool_type": "it should be true or false",
+    "int_type": "it should be a whole number",
+    "float_type": "it should be a number",
+    "dict_type": "it should be a section, with keys of its own",
+    "model_type": "it should be a section, with keys of its own",
+}
+
+
 def _is_union_branch(key: Any) -> bool:
     """pydantic puts the name of a union's branch into ``loc``; it is no key of the file."""
     return isinstance(key, str) and (
-        key.startswith(("literal[", "constrained-", "dict[")) or key in ("int", "float")
+        key.startswith(("literal[", "constrained-", "dict[", "form[")) or key in ("int", "float", "str")
     )
 
 
-def _section(keys: list[str]) -> type[BaseModel]:
+def _section(loc: tuple[Any, ...]) -> type[BaseModel]:
+    """The section that a place in pydantic's terms is in."""
     section: type[BaseModel] = Recipe
-    for key in keys:
-        annotation = section.model_fields[key].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        section = annotation
+    for key in loc:
+        annotation = FORMS.get(key) or section.model_fields[key].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
     return section
 
 

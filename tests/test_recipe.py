@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from lynx_compile.models import Linear, LinearGroup, find_groups
 from lynx_compile.models.flux import example_inputs
 from lynx_compile.passes.calibrate import TOKENS_PER_CHANNEL, measurements
 from lynx_compile.passes.select import select
-from lynx_compile.recipe import Sparsity, load_recipe
+from lynx_compile.recipe import Model, ModuleModel, OnnxModel, Sparsity, load_recipe
 from tests.conftest import FLUX_DEV, RECIPE, tiny_groups
 
 ENGINES = Path(__file__).parents[1] / "engines"
@@ -70,7 +73,11 @@ def _error(folder: Path, text: str) -> str:
             "r.yaml:13: 'sparsity' is wrong: method 'none'",
         ),
         ("  steps: 4", "  steps: 4\nsparsity: {method: best}", "'sparsity.method' is wrong"),
-        ("  steps: 4", "  steps: 4\nsparsity: {include: attn}", "'sparsity.include' is wrong"),
+        (
+            "  steps: 4",
+            "  steps: 4\nsparsity: {include: 3}",
+            "'sparsity.include' is wrong: it should be a list, such",
+        ),
         (
             "  steps: 4",
             "  steps: 4\nsparsity:\n  operand: weights",
@@ -107,7 +114,11 @@ def _error(folder: Path, text: str) -> str:
         ("model:", "model: !!python/object/apply:os.system ['true']\nx:", "this is not valid YAML"),
         (RECIPE, "", "a recipe is a mapping of sections. Start with 'model:'."),
         (RECIPE, "- a\n- b\n", "a recipe is a mapping of sections."),
-        (RECIPE, "a: &a [*a, *a]\n", "r.yaml:1: aliases (*a) are not allowed."),
+        (
+            RECIPE,
+            "a: &a [*a, *a]\n",
+            "r.yaml:1: YAML takes *a for an alias, since it begins with *. Quote it: '*a'.",
+        ),
         ("  steps: 4", "  1: 4", "r.yaml:12: 'calibration.1' is wrong: Keys should be strings"),
         (RECIPE, "\x00", "this is not valid YAML"),
     ],
@@ -128,6 +139,150 @@ def test_unreadable_files(tmp_path: Path) -> None:
         (tmp_path / "huge.yaml").write_bytes(b" " * (2 << 20))
         with pytest.raises(InputError, match=message):
             load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "  samples: 016",
+            "r.yaml:11: 016 can be read as more than one number. Write it in decimal digits alone",
+        ),
+        ("  samples: 1_6", "r.yaml:11: 1_6 can be read as more than one number."),
+        ("  samples: 0x10", "r.yaml:11: 0x10 can be read as more than one number."),
+        (
+            "  samples: 16:9",
+            "r.yaml:11: 'calibration.samples' is wrong: it should be a whole number (got '16:9')",
+        ),
+        (
+            "  samples: yes",
+            "r.yaml:11: yes is read differently by YAML's versions. Write true; or quote it if it is",
+        ),
+        (
+            "sparsity:\n  norm_scale: off",
+            "r.yaml:12: off is read differently by YAML's versions. Write false; or",
+        ),
+        (
+            "sparsity:\n  norm_scale: 1",
+            "r.yaml:12: 'sparsity.norm_scale' is wrong: it should be true or false",
+        ),
+        (
+            "sparsity:\n  exclude: [*.ff.*]",
+            "r.yaml:12: YAML takes *.ff.* for an alias, since it begins with *.",
+        ),
+        (
+            "sparsity:\n  operand:\n    *.ff.*: weight",
+            "r.yaml:13: YAML takes *.ff.* for an alias, .* Quote it: '*.ff.*'.",
+        ),
+        ("sparsity:\n  exclude: *", "YAML takes * for an alias, since it begins with *. Quote it: '*'."),
+        ("sparsity:\n  exclude: {a: b}", "'sparsity.exclude' is wrong: it should be a list, such as [a, b]"),
+        ("sparsity: weight", "r.yaml:11: 'sparsity' is wrong: it should be a section, with keys of its own"),
+        (
+            "sparsity:\n\tridge: 0.1",
+            "is not valid YAML (found character '\\t' that cannot start any token). Indent",
+        ),
+        (
+            "engine:\n  plugin: a: b",
+            "mapping values are not allowed here). Indent the keys of one section",
+        ),
+        ("engine:\n  plugin: @a", "that cannot start any token). Quote the value."),
+        (
+            "engine:\n  plugin: 3",
+            "'engine.plugin' is wrong: it should be text; quote what looks like a number (got 3)",
+        ),
+    ],
+)
+def test_what_yaml_reads_otherwise_than_people(tmp_path: Path, line: str, message: str) -> None:
+    found = _error(tmp_path, RECIPE.replace("  samples: 6\n  steps: 4", line))
+    assert all(part in found for part in message.split(" .* ")), found
+
+
+def test_what_is_plain_to_people_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        RECIPE.replace("  dtype: fp16", "  dtype: fp16\n  revision: '0123456'\n  components: transformer")
+        + "sparsity: {ridge: 1e-3, exclude: '*.ff.*'}\nengine: {gpus: sm80}\n"
+    )
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert isinstance(recipe.model, Model)
+    assert (recipe.model.revision, recipe.model.components) == ("0123456", ("transformer",))
+    assert (recipe.sparsity.ridge, recipe.sparsity.exclude) == (1e-3, ("*.ff.*",))
+    assert recipe.engine.gpus == ("sm80",)
+
+
+@pytest.mark.parametrize(
+    ("source", "taken", "revision"),
+    [
+        ("https://huggingface.co/black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev", None),
+        ("https://huggingface.co/black-forest-labs/FLUX.1-dev/", "black-forest-labs/FLUX.1-dev", None),
+        ("huggingface.co/black-forest-labs/FLUX.1-dev/tree/main", "black-forest-labs/FLUX.1-dev", None),
+        ("https://hf.co/owner/name/tree/v2?x=1", "owner/name", "v2"),
+        ("owner/name", "owner/name", None),
+    ],
+)
+def test_a_page_of_the_hub_is_its_id(tmp_path: Path, source: str, taken: str, revision: str | None) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("source: model", f"source: {source}"))
+    model = load_recipe(tmp_path / "r.yaml").model
+    assert isinstance(model, Model)
+    assert (model.source, model.revision) == (taken, revision)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("{source: 'https://huggingface.co/a/b/blob/main/c.safetensors'}", "source is one file; give its repository"),
+        ("{source: 'https://example.com/a/b'}", "source is a URL ('https://example.com/a/b'); give a"),
+        ("{module: 'mine.net:Net'}", "r.yaml:1: the key 'model.weights' is missing."),
+        ("{module: mine.net, weights: w.safetensors}", "'model.module' is wrong"),
+        ("{module: 'mine:Net', weights: w, config: 3}", "'model.config' is wrong"),
+        ("{module: 'mine:Net', weights: w, revision: main}", "unknown key 'model.revision'. Known keys here: module"),
+        ("{onnx: a.onnx, source: a/b}", "r.yaml:1: 'model' has both 'onnx' and 'source'. Keep one of them."),
+        ("{onnx: a.onnx, weight: b}", "unknown key 'model.weight'. Known keys here: onnx, dtype."),
+        ("{onnx: ''}", "'model.onnx' is wrong"),
+        ("{sorce: a/b}", "unknown key 'model.sorce'. Did you mean 'source'?"),
+        ("a/b", "'model' is wrong: it should be a section, with keys of its own (got 'a/b')"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_three_forms_of_a_model(tmp_path: Path, model: str, message: str) -> None:
+    assert message in _error(tmp_path, f"model: {model}\n{RECIPE[RECIPE.index('shapes') :]}")
+
+
+def test_the_other_forms_of_a_model(tmp_path: Path) -> None:
+    def load(model: str) -> Model | ModuleModel | OnnxModel:
+        (tmp_path / "r.yaml").write_text(f"model: {model}\n{RECIPE[RECIPE.index('shapes') :]}")
+        return load_recipe(tmp_path / "r.yaml").model
+
+    assert load("{onnx: a/b.onnx}") == OnnxModel(onnx=str(tmp_path / "a" / "b.onnx"))
+    weights = str(tmp_path / "w.safetensors")
+    assert load(
+        "{module: 'mine.net:Net', weights: w.safetensors, config: {depth: 2, name: a}}"
+    ) == ModuleModel(module="mine.net:Net", weights=weights, config={"depth": 2, "name": "a"})
+    assert load("{module: 'mine:Net', weights: w.safetensors, config: c.json}") == ModuleModel(
+        module="mine:Net", weights=weights, config=str(tmp_path / "c.json")
+    )
+
+
+COMMAND = str(Path(sys.executable).parent / "lynx-compile")
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("environment", [ASCII, {"PYTHONIOENCODING": "ascii"}])
+def test_names_of_any_script_under_any_locale(tmp_path: Path, environment: dict[str, str]) -> None:
+    folder = tmp_path / "modèle"
+    folder.mkdir()
+    recipe = folder / "モデル.yaml"
+    recipe.write_text(RECIPE.replace("source: model", "source: ./größe"), encoding="utf-8")
+    command = [COMMAND, recipe, "-o", folder / "é.engine"]
+    found = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, check=False)
+    text = found.stderr.decode()
+    assert (found.returncode, "Traceback" in text) == (2, False), text
+    assert "does not exist. Correct model.source" in text
+
+
+def test_a_name_that_is_no_text_is_shown_escaped(tmp_path: Path) -> None:
+    command = [COMMAND.encode(), b"\xff.yaml", b"-o", b"x.engine"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert found.returncode == 2
+    assert found.stderr == b"error: The recipe \\udcff.yaml does not exist. Check the path.\n"
 
 
 def test_paths_are_relative_to_the_recipe_and_the_digest_is_not(tmp_path: Path) -> None:

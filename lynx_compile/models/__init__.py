@@ -111,19 +111,20 @@ def load(recipe: Recipe) -> DiT:
         InputError: the source is missing, is of no supported class, lacks safetensors, or does not fit the
             recipe's shapes. ``module`` raises it for weights that are damaged or not finite.
     """
-    folder = _snapshot(recipe.model)
-    config = _config(folder, recipe.model)
-    _require_safetensors(folder / recipe.model.subfolder)
+    model = _of_diffusers(recipe)
+    folder = _snapshot(model)
+    config = _config(folder, model)
+    _require_safetensors(folder / model.subfolder)
     inputs = example_inputs(folder, config, recipe.shapes, DTYPES[recipe.model.dtype])
     return DiT(
         folder=folder,
-        model=recipe.model,
+        model=model,
         scheduler=_scheduler(folder),
         inputs=inputs,
         groups=find_groups(config, inputs),
         family="flux",
         config=config,
-        digest=_digest(folder, recipe.model),
+        digest=_digest(folder, model),
     )
 
 
@@ -150,15 +151,22 @@ def to_images(recipe: Recipe, latents: torch.Tensor) -> torch.Tensor:
     Raises:
         InputError: the VAE cannot be loaded.
     """
-    folder = _snapshot(recipe.model)
+    model = _of_diffusers(recipe)
+    folder = _snapshot(model)
     pixels = flux.PACKING * _vae_scale(folder)
     unpacked = flux.unpack(latents.float(), recipe.shapes.height // pixels, recipe.shapes.width // pixels)
     if (folder / "vae" / "config.json").exists():
-        vae: Any = _vae(recipe.model)
+        vae: Any = _vae(model)
         unpacked = unpacked / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         with torch.inference_mode():
             unpacked = torch.cat([vae.decode(image[None], return_dict=False)[0] for image in unpacked])
     return (unpacked / 2 + 0.5).clamp(0, 1)
+
+
+def _of_diffusers(recipe: Recipe) -> Model:
+    if isinstance(recipe.model, Model):
+        return recipe.model
+    raise InputError("Only pipelines of diffusers are compiled so far.", "Give 'source' under 'model'.")
 
 
 def _vae(model: Model) -> torch.nn.Module:

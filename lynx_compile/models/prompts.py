@@ -123,6 +123,12 @@ def _encoded(path: Path) -> list[dict[str, Any]]:
         raise InputError(
             f"{path} cannot be read ({_first_line(error)}).", "Write it with safetensors."
         ) from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.itemsize == 1:
+            raise InputError(
+                f"{path}: '{name}' is {str(tensor.dtype)[6:]}, in which text embeddings lose most of their digits.",
+                "Write it in the dtype that the text encoder gave (bf16, fp16 or fp32).",
+            )
     counts = {name: tensor.shape[0] if tensor.ndim else 0 for name, tensor in tensors.items()}
     if len(set(counts.values())) > 1:
         raise InputError(

@@ -163,12 +163,12 @@ def _encode(path: Path, dit: DiT, recipe: Recipe) -> dict[str, torch.Tensor]:
     prompts = prompts[: recipe.calibration.samples]
     try:
         return flux.encode_prompts(
-            recipe.model.source, recipe.model.revision, prompts, recipe.shapes.text_length, dit.dtype
+            dit.model.source, dit.model.revision, prompts, recipe.shapes.text_length, dit.dtype
         )
     except Exception as error:  # a missing encoder, tokenizer or network: diffusers raises many kinds
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"The prompts in {path} cannot be encoded: {recipe.model.source} has no usable text encoders ({reason}).",
+            f"The prompts in {path} cannot be encoded: {dit.model.source} has no usable text encoders ({reason}).",
             "Use a complete checkpoint, or give encoded prompts as safetensors.",
         ) from None
 

@@ -87,3 +87,9 @@ def test_missing_files_and_uneven_rows(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2, 1), "b": torch.zeros(3, 1)}, tmp_path / "p.safetensors")
     with pytest.raises(InputError, match="do not have the same number of rows"):
         prompts.read(tmp_path / "p.safetensors")
+
+
+def test_embeddings_in_float8_are_refused(tmp_path: Path) -> None:
+    save_file({"prompt_embeds": torch.zeros(2, 4, 8).to(torch.float8_e4m3fn)}, tmp_path / "p.safetensors")
+    with pytest.raises(InputError, match="'prompt_embeds' is float8_e4m3fn, .* Write it in the dtype"):
+        prompts.read(tmp_path / "p.safetensors")
