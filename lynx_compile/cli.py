@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``lynx-compile RECIPE.yaml -o OUT.engine``, and ``bench``, ``inspect``, ``compare``: parses, shows, returns a code.
 
-Exit codes: 0 done, 1 ``compare`` missed a threshold, 2 bad recipe or input, 3 a stage failed, 130 interrupted.
+Exit codes: 0 done, 1 ``compare`` missed a threshold, 2 bad recipe or input, 3 a stage failed, 130 interrupted,
+143 ended by SIGTERM.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rich.table import Table
 
 from lynx_compile import __version__
 from lynx_compile.errors import InputError, LynxError, is_out_of_memory, out_of_memory
+from lynx_compile.files.outputs import Outputs
 
 if TYPE_CHECKING:
     from lynx_compile.engine.manifest import Stage
@@ -89,37 +91,43 @@ def _version(show: bool) -> None:
 
 @contextmanager
 def _interruptible(left: str) -> Iterator[None]:
-    """Ctrl-C inside ends the command with exit code 130 and a word on what it ``left``.
+    """Ctrl-C or SIGTERM inside ends the command with exit code 130 or 143 and a word on what it ``left``.
 
     The signal itself is remembered, since not every KeyboardInterrupt comes out as one: torch's C++ turns one
     that strikes it into a ValueError, and diffusers that into a damaged checkpoint.
     """
-    interrupted = False
+    received: int | None = None
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        signal.default_int_handler(number, frame)
+        nonlocal received
+        received = number
+        raise KeyboardInterrupt
 
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # not where the caller has it ignored, as a shell's & does
-        signal.signal(signal.SIGINT, interrupt)
+    # Not where the caller has it ignored, as a shell's & does.
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.getsignal(number) for number in defaults}
+    taken = [number for number, default in defaults.items() if before[number] is default]
+    for number in taken:
+        signal.signal(number, interrupt)
     try:
         yield
     except BaseException as error:
-        if not (interrupted or isinstance(error, KeyboardInterrupt)):
+        if received is None and not isinstance(error, KeyboardInterrupt):
             raise
         err.print(f"[bold red]interrupted:[/] {left}")
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + (received or signal.SIGINT)) from None
     finally:
-        if before is signal.default_int_handler:
-            signal.signal(signal.SIGINT, before)
+        for number in taken:
+            signal.signal(number, before[number])
 
 
 @app.command()
 def compile_(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The engine to write.", show_default=False)],
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of what the stages leave. Default: beside the engine.")
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh/--resume", help="Run every stage again, or only what changed.")
     ] = False,
@@ -136,11 +144,12 @@ def compile_(
         from lynx_compile.recipe import load_recipe
 
         values = load_recipe(recipe)
-        _check_output(output, recipe)
+        if output.resolve() == recipe.resolve():
+            raise InputError(f"The output {output} would take the place of the recipe.", "Give another name.")
         _configure_logging(verbose)
         from lynx_compile import pipeline  # torch takes seconds to import; a bad recipe need not wait
 
-        manifest = pipeline.compile(values, output, fresh=fresh, display=_stage)
+        manifest = pipeline.compile(values, output, cache=cache, fresh=fresh, display=_stage)
     out.print(manifest.summary())
 
 
@@ -306,6 +315,9 @@ def compare_(
     engine: Annotated[
         Path, typer.Argument(help="The engine, with what its compilation left beside it.", show_default=False)
     ],
+    cache: Annotated[
+        Path | None, typer.Option(help="The cache that the engine was compiled with, if not beside it.")
+    ] = None,
     metric: Annotated[
         bool, typer.Option("--metric/--no-metric", help="Call the recipe's own metric, which is code.")
     ] = False,
@@ -315,9 +327,10 @@ def compare_(
     with _interruptible("nothing was written."):
         from lynx_compile.tools import compare
 
-        found = compare.compare(engine, run_metric=metric, display=_stage)
+        found = compare.compare(engine, cache=cache, run_metric=metric, display=_stage)
     _show_comparison(found)
-    out.print(f"wrote {escape(str(engine.with_suffix('.compare.json')))} and {escape(engine.stem)}.html")
+    written = Outputs.find(engine)
+    out.print(f"wrote {escape(str(written.comparison))} and {escape(written.report.name)}")
     for sentence in found.missed:
         err.print(f"[bold red]missed:[/] {escape(sentence)}")
     if found.missed:
@@ -355,19 +368,6 @@ def _show_comparison(found: Comparison) -> None:
         out.print(f"metric {escape(name)}: {value:.6g}")
     for what, reason in found.not_measured.items():
         out.print(f"not measured: {escape(what)} ({escape(reason)})")
-
-
-def _check_output(output: Path, recipe: Path) -> None:
-    if output.is_dir():
-        raise InputError(f"The output {output} is a folder.", "Give a file name, such as -o flux.engine.")
-    if (
-        output.suffix
-        in (".yaml", ".yml", ".json", ".onnx", ".safetensors", ".log", ".cache", ".html", ".png")
-        or output == recipe
-    ):
-        raise InputError(
-            f"The output {output} would take the place of another file.", "Give a name that ends in .engine."
-        )
 
 
 def _configure_logging(verbose: bool) -> None:

@@ -41,6 +41,10 @@ class OutOfMemoryError(LynxError):
     """Memory ran out on the host or on a GPU (exit code 3); ``out_of_memory`` makes it."""
 
 
+class DiskFullError(LynxError):
+    """There is no room for a file (exit code 3)."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: in ``error``, or in what was being handled when it was raised.
 

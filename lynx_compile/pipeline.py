@@ -5,22 +5,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from lynx_compile import __version__, models
 from lynx_compile.engine import trt
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError
-from lynx_compile.files.atomic import file_digest, uninterrupted
+from lynx_compile.files.digest import file_digest
+from lynx_compile.files.lock import lock, this_process
+from lynx_compile.files.outputs import Outputs
+from lynx_compile.files.ownership import claimed
 from lynx_compile.files.resume import Display, Stages, silent
 from lynx_compile.models import flux
-from lynx_compile.passes.build import BuiltEngine, build
-from lynx_compile.passes.calibrate import Statistics, calibrate, measurements
-from lynx_compile.passes.compensate import compensate
+from lynx_compile.passes.build import BUILD, BuiltEngine, build
+from lynx_compile.passes.calibrate import CALIBRATE, Statistics, calibrate, measurements
+from lynx_compile.passes.compensate import COMPENSATE, compensate
 from lynx_compile.passes.describe import describe
-from lynx_compile.passes.export import DenseOnnx, export
-from lynx_compile.passes.rewrite import LynxOnnx, rewrite
+from lynx_compile.passes.export import EXPORT, DenseOnnx, export
+from lynx_compile.passes.rewrite import REWRITE, LynxOnnx, rewrite
 from lynx_compile.passes.select import select
 from lynx_compile.recipe import Recipe
 from lynx_compile.tools import report
@@ -29,98 +33,129 @@ from lynx_compile.tools.compiled import Compiled
 log = logging.getLogger(__name__)
 
 
-def compile(recipe: Recipe, output: Path, *, fresh: bool = False, display: Display | None = None) -> Manifest:
+def compile(
+    recipe: Recipe,
+    output: Path,
+    *,
+    cache: Path | None = None,
+    fresh: bool = False,
+    display: Display | None = None,
+) -> Manifest:
     """Compile ``recipe`` into the engine ``output``, with its manifest, ONNX, weights and log beside it.
 
-    A stage whose inputs are unchanged since the last run for this output is taken from ``OUT.cache``. Nothing
-    beside ``output`` is touched before every stage has succeeded, but for the log.
+    A stage whose inputs are unchanged since the last run is taken from the cache. Nothing beside ``output`` is
+    touched before every stage has succeeded, but for the log.
 
     Args:
+        cache: folder of what the stages leave; OUT.cache by default.
         fresh: run every stage again.
         display: gets a stage's name, yields a callable that takes (what, done, total).
 
     Raises:
-        InputError: the recipe, the model or a file is wrong. StageError: a stage failed.
+        InputError: the recipe, the model or a file is wrong, or an output is not this run's to write.
+        StageError: a stage failed. DiskFullError: there is no room.
     """
-    cache = output.with_suffix(".cache")
-    with _logged(output.with_suffix(".log")):
-        log.info("lynx-compile %s, output %s, recipe %s", __version__, output, recipe.model_dump_json())
-        stages = Stages(cache, fresh, display or silent)
+    outputs = Outputs.chosen(output, cache)
+    with claimed(outputs, recipe.files, recipe.checkpoint), _logged(outputs.log):
+        log.info("output %s, recipe %s", outputs.engine, recipe.model_dump_json())
+        stages = Stages(outputs, fresh, display or silent)
         backend = trt.backend(recipe.engine.backend)
         plugin = trt.plugin_library(recipe.engine.plugin)
         dit = models.load(recipe)
         plan = select(dit.groups, recipe.sparsity, None if backend.ahead_of_time else trt.gpu())
         statistics = stages.run(
-            "calibrate",
+            CALIBRATE,
             Statistics,
-            lambda progress: calibrate(dit, plan, recipe, cache / "statistics", progress),
-            dit.digest, recipe.model.dtype, recipe.shapes, recipe.calibration,
+            lambda progress: calibrate(dit, plan, recipe, outputs.cache / "statistics", progress),
+            dit.digest, recipe.model.dtype, recipe.shapes, recipe.calibration.model_copy(update={"source": ""}),
             file_digest(Path(recipe.calibration.source)), recipe.sparsity.uses_norm_scale,
             measurements(plan),
         )  # fmt: skip
         weights = stages.run(
-            "compensate",
+            COMPENSATE,
             tuple[Path, ...],
-            lambda progress: compensate(dit, plan, statistics, recipe.sparsity, cache / "weights", progress),
+            lambda progress: compensate(
+                dit, plan, statistics, recipe.sparsity, outputs.cache / "weights", progress
+            ),
             # The costs count through what they decide.
-            stages.key("calibrate"), recipe.sparsity.model_copy(update={"costs": None}),
+            stages.key(CALIBRATE), recipe.sparsity.model_copy(update={"costs": None}),
             tuple((decision.linear.path, decision.operand) for decision in plan.decisions),
+            reads=(CALIBRATE,),
         )  # fmt: skip
         dit.release()  # a large model and its copy in the exporter would not fit together
         dense = stages.run(
-            "export",
+            EXPORT,
             DenseOnnx,
-            lambda _: export(dit, cache / "dense" / "dense.onnx"),
+            lambda _: export(dit, outputs.dense),
             dit.digest, recipe.model.dtype, recipe.shapes,
         )  # fmt: skip
         dit.release()
         external = recipe.engine.weights == "external"
         layout = trt.metadata_layout(backend)
         lynx = stages.run(
-            "rewrite",
+            REWRITE,
             LynxOnnx,
             lambda _: rewrite(
-                dense, plan, weights, cache / "lynx" / f"{output.stem}.onnx",
+                dense, plan, weights, outputs.cache / "lynx" / outputs.onnx.name,
                 external=external, metadata_layout=layout,
             ),
-            stages.key("compensate"), stages.key("export"), plan, output.name, external, layout,
+            stages.key(COMPENSATE), stages.key(EXPORT), plan, outputs.onnx.name, external, layout,
+            reads=(COMPENSATE, EXPORT), published=True,
         )  # fmt: skip
         built = stages.run(
-            "build",
+            BUILD,
             BuiltEngine,
-            lambda progress: build(lynx, recipe.engine, cache / "engine" / output.name, progress=progress),
-            stages.key("rewrite"), recipe.engine, backend.name, backend.version, plugin.sha256,
+            lambda progress: build(
+                lynx, recipe.engine, outputs.cache / "engine" / outputs.engine.name, progress=progress
+            ),
+            stages.key(REWRITE), recipe.engine.model_copy(update={"plugin": None}), plugin.sha256,
+            backend.name, backend.version, trt.build_gpu(backend), outputs.engine.name,
+            reads=(REWRITE,), published=True,
         )  # fmt: skip
-        manifest = describe(recipe, dit, lynx, built, stages.costs, flux.call(dit.inputs))
-        with uninterrupted():  # an engine never stands beside another run's manifest
-            stages.publish(output.parent, "rewrite", "build")
-            manifest.write(output.with_suffix(".json"))
-            Compiled(recipe, dense.path, stages.key("export"), built.sha256).write(output)
-        report.write(output)
+        written = stages.written(REWRITE, BUILD)
+        manifest = describe(recipe, dit, lynx, built, written, stages.costs, flux.call(dit.inputs))
+        with stages.publish(REWRITE, BUILD):  # an engine never stands beside another run's manifest
+            manifest.write(outputs.manifest)
+            Compiled(recipe, stages.key(EXPORT), built.sha256).write(outputs)
+        report.write(outputs)
         log.info("done: %s", manifest.summary())
         return manifest
 
 
 @contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """The package's log (TensorRT's messages too) into ``path`` as well, with the error that ends the run."""
+    """The package's log (TensorRT's messages too) into ``path`` as well, with the error that ends the run.
+
+    The file is locked meanwhile: another run for this output may have another cache.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+        file = path.open("a", encoding="utf-8")
     except OSError as error:
         raise InputError(
             f"The log {path} cannot be written ({error.strerror}).",
             "Check the output's folder and its permissions.",
         ) from None
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("lynx_compile")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    handler, logger = _Handler(file), logging.getLogger("lynx_compile")
     try:
+        lock(file.fileno(), path)
+        file.truncate(0)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        log.info("lynx-compile %s, %s", __version__, this_process())
         yield
     except BaseException as error:
         log.info("ended by %s: %s", type(error).__name__, error)  # the caller shows it
         raise
     finally:
         logger.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            file.close()
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """A log that falls silent where the disk is full: the run's own error says so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        pass

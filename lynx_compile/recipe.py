@@ -351,6 +351,19 @@ class Recipe(_Strict):
         return self.model_copy(update=update)
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that it names, once it is ``resolved``."""
+        named = [self.calibration.source, self.sparsity.costs, self.engine.plugin]
+        named += [getattr(self.model, key, None) for key in ("weights", "config", "onnx")]
+        return tuple(Path(name) for name in named if isinstance(name, str))
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The local folder (or file) of a diffusers pipeline, once it is ``resolved``; None where there is none."""
+        source = self.model.source if isinstance(self.model, Model) else ""
+        return Path(source) if Path(source).is_absolute() else None
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the recipe's values as the file gives them."""
         return self._digest

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from lynx_compile import cli, pipeline
 from lynx_compile.engine.manifest import Manifest
-from lynx_compile.errors import InputError
+from lynx_compile.errors import InputError, StageError
 from lynx_compile.ops.functions import DOMAIN, GELU_OP, NORM_OP, OP, WEIGHT_OP
 
 pytestmark = pytest.mark.slow
@@ -62,6 +62,7 @@ def test_everything_lies_beside_the_engine(project: Path) -> None:
     out = project / "out"
     assert {path.name for path in out.iterdir()} == {
         "tiny.engine", "tiny.json", "tiny.html", "tiny.onnx", "tiny.safetensors", "tiny.log", "tiny.cache",
+        "tiny.liblynx_plugin.so",
     }  # fmt: skip
     manifest = Manifest.read(out / "tiny.json")
     model = onnx.load(out / "tiny.onnx", load_external_data=False)
@@ -82,10 +83,8 @@ def test_nothing_is_done_twice_and_a_change_runs_what_depends_on_it(
     project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     shutil.copytree(project, tmp_path, dirs_exist_ok=True)
-    # The copy lies elsewhere: stages name their files, so it starts anew; from then on nothing is done twice.
     recipe = (tmp_path / "tiny.yaml").read_text()
     for text, expected in (
-        (recipe, None),
         (recipe, []),
         (recipe + "sparsity: {rank: 16}\n", ["compensate", "rewrite", "build"]),
         (recipe + "sparsity: {rank: 16}\nengine: {gpus: [sm80]}\n", ["build"]),
@@ -97,8 +96,7 @@ def test_nothing_is_done_twice_and_a_change_runs_what_depends_on_it(
         with pytest.raises(SystemExit) as caught:
             cli.main()
         assert not caught.value.code
-        if expected is not None:
-            assert _stages_run(tmp_path) == expected
+        assert _stages_run(tmp_path) == expected
     # A damaged file is made again; --fresh makes all of them again.
     (tmp_path / "out" / "tiny.engine").write_bytes(b"cut")
     assert _main(monkeypatch, tmp_path, "tiny.yaml", "-o", "out/tiny.engine") == 0
@@ -107,17 +105,21 @@ def test_nothing_is_done_twice_and_a_change_runs_what_depends_on_it(
     assert _stages_run(tmp_path) == STAGES
 
 
-def test_a_failed_build_leaves_the_old_engine_and_its_files(project: Path, tmp_path: Path) -> None:
+def test_a_failed_build_leaves_the_old_engine_and_its_files(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(project, tmp_path, dirs_exist_ok=True)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("tiny.[ejos]*")}
-    (tmp_path / "wrong.so").write_bytes(b"\x7fELF, but no library")
-    text = (tmp_path / "tiny.yaml").read_text() + "sparsity: {rank: 0}\nengine: {plugin: wrong.so}\n"
+    text = (tmp_path / "tiny.yaml").read_text() + "sparsity: {rank: 0}\nengine: {gpus: [sm80]}\n"
     (tmp_path / "tiny.yaml").write_text(text)
-    failed = _run(tmp_path, "tiny.yaml", "-o", "out/tiny.engine")
-    assert failed.returncode == 3
-    message = " ".join(failed.stderr.split())
-    assert "Stage 'build' failed" in message and "wrong.so cannot be loaded" in message
+    monkeypatch.setattr("lynx_compile.passes.build._serialize", _cannot_build)
+    assert _main(monkeypatch, tmp_path, "tiny.yaml", "-o", "out/tiny.engine") == 3
+    assert "Stage 'build' failed: TensorRT built no engine" in " ".join(capsys.readouterr().err.split())
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("tiny.[ejos]*")} == before
+
+
+def _cannot_build(*_: object) -> None:
+    raise StageError("build", "TensorRT built no engine.", "See the log.")
 
 
 @pytest.mark.parametrize("moment", ["calibrate", "build"])
@@ -170,7 +172,7 @@ def test_ctrl_c_that_a_library_takes_for_a_failure_is_still_ctrl_c(
         (["none.yaml", "-o", "x.engine"], 2, "The recipe none.yaml does not exist"),
         (["tiny.yaml"], 2, "Missing option"),
         (["tiny.yaml", "-o", "model"], 2, "is a folder"),
-        (["tiny.yaml", "-o", "tiny.yaml"], 2, "would take the place of another file"),
+        (["tiny.yaml", "-o", "tiny.yaml"], 2, "would take the place of the recipe"),
         (["tiny.yaml", "-o", "out/tiny.onnx"], 2, "would take the place of another file"),
         (["tiny.yaml", "-o", "prompts.safetensors/x.engine"], 2, "cannot be written"),
         (["--version"], 0, ""),
@@ -193,6 +195,9 @@ def test_wrong_use(
     [
         ("engine: {backend: tensorrt}", 2, "tensorrt is not installed|there is none"),
         ("engine: {plugin: none.so}", 2, "none.so does not exist"),
+        ("engine: {plugin: prompts.safetensors}", 2, "prompts.safetensors is no plugin library"),
+        ("engine: {plugin: elf.so}", 2, "elf.so cannot be loaded"),
+        ("engine: {plugin: /lib/x86_64-linux-gnu/libm.so.6}", 2, "libm.so.6 is no plugin library"),
         ("sparsity: {exclude: ['*']}", 2, "No linear would become sparse"),
         ("sparsity: {include: ['blocks.*']}", 2, "'blocks.*' matches no linear"),
     ],
@@ -206,6 +211,7 @@ def test_wrong_recipe_values(
     message: str,
 ) -> None:
     (project / "wrong.yaml").write_text((project / "tiny.yaml").read_text() + change + "\n")
+    (project / "elf.so").write_bytes(b"\x7fELF, but no library")
     assert _main(monkeypatch, project, "wrong.yaml", "-o", "elsewhere/x.engine") == code
     shown = " ".join(capsys.readouterr().err.split())
     assert any(part in shown for part in message.split("|"))

@@ -175,7 +175,8 @@ class Manifest(_Strict):
     """All about an engine. ``inputs`` are those that a caller gives, without ``weights.tensors``.
 
     ``call``: how torch calls the transformer; None where it was no torch module. ``costs``: name of the file of
-    measured times that the recipe gave, if any.
+    measured times that the recipe gave, if any. ``files``: the ONNX file that the engine was built
+    from and its weights, as they were written.
     """
 
     format_version: Literal[2]
@@ -195,6 +196,7 @@ class Manifest(_Strict):
     costs: FileName | None
     sparse: tuple[SparseLinears, ...]
     dense: tuple[DenseLinear, ...]
+    files: tuple[EngineFile, ...] = ()
     stages: tuple[Stage, ...] = ()
 
     @model_validator(mode="after")

@@ -28,7 +28,8 @@ from lynx_compile.engine.cuda import ALIGNMENT, Gpu, Handle, Memory
 from lynx_compile.engine.manifest import Manifest, Tensor, runs_on
 from lynx_compile.engine.weights import PIECE, open_weights, said, upload
 from lynx_compile.errors import EngineError, InputError
-from lynx_compile.files.atomic import file_digest
+from lynx_compile.files.digest import file_digest
+from lynx_compile.files.outputs import Outputs
 from lynx_compile.files.progress import Progress
 
 ELF = re.compile(rb"\x7fELF[\x01\x02][\x01\x02]\x01.{2}\x00{7}.{2}(..)", re.DOTALL)  # group 1: the machine
@@ -74,7 +75,8 @@ class Engine:
         if not path.is_file():
             raise InputError(f"The engine {path} does not exist.", "Check the path, or compile it.")
         progress = progress or _silent
-        manifest = Manifest.read(path.with_suffix(".json"))
+        files = Outputs.find(path)
+        path, manifest = files.engine, Manifest.read(files.manifest)
         _check_tensors(manifest, path)
         gpu = Gpu(device)
         _check_gpu(manifest, gpu, path)
@@ -426,7 +428,7 @@ def _plugin_library(manifest: Manifest, path: Path) -> trt.PluginLibrary:
             f"{trt.PLUGIN_NAMESPACE}.",
             "Compile the engine again with this version of lynx-compile.",
         )
-    places = (path.with_name(plugin.library), trt.LIBRARIES / plugin.library)
+    places = (path.with_name(plugin.library), trt.LIBRARIES / trt.LIBRARY)
     found = [trt.PluginLibrary(place, file_digest(place)) for place in places if place.is_file()]
     for library in found:
         if library.sha256 == plugin.sha256:

@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from lynx_compile.errors import EngineError, InputError
-from lynx_compile.files.atomic import file_digest
+from lynx_compile.files.digest import file_digest
 
 PLUGIN_NAMES = (
     "LynxSparseLinear",
@@ -34,6 +34,8 @@ PLUGIN_NAMES = (
 )
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = "lynx"
+EXPORTED = "lynx_sparse_linear"  # by every plugin library
+LIBRARY = "liblynx_plugin.so"
 LIBRARIES = Path(__file__).resolve().parents[1] / "lib"
 
 PIP_PACKAGE = {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}
@@ -49,6 +51,7 @@ OLDEST = {
 }  # the first with every function used here; tested: 11.4, 1.7
 
 DTYPE_NAMES = {"HALF": "fp16", "FLOAT": "fp32"}  # TensorRT's names where they are not ours
+_CHOSEN = "Check 'engine.plugin', or leave it out."
 _REBUILD = "Build the library again from this version of lynx-compile."
 
 log = logging.getLogger("lynx_compile.tensorrt")
@@ -108,15 +111,14 @@ def plugin_library(chosen: str | None = None) -> PluginLibrary:
     """The plugin library that the recipe names, else the installed one.
 
     Raises:
-        InputError: the file does not exist. EngineError: the installed one does not.
+        InputError: the file does not exist, or is no plugin library. EngineError: the installed one does not exist.
     """
     if chosen is None:
-        return PluginLibrary(path := _shipped("liblynx_plugin.so"), file_digest(path))
+        return PluginLibrary(path := _shipped(LIBRARY), file_digest(path))
     path = Path(chosen)
     if not path.is_file():
-        raise InputError(
-            f"The plugin library {path} does not exist.", "Check 'engine.plugin', or leave it out."
-        )
+        raise InputError(f"The plugin library {path} does not exist.", _CHOSEN)
+    _check_library(path)
     return PluginLibrary(path, file_digest(path))
 
 
@@ -129,6 +131,11 @@ def dtype_name(data_type: Any) -> str:
 def metadata_layout(backend: Backend) -> Literal[80, 90]:
     """How 2:4 metadata lie for what ``backend`` builds for: 90 on Hopper, which TensorRT for RTX does not target."""
     return 90 if not backend.ahead_of_time and gpu() == "sm90" else 80
+
+
+def build_gpu(backend: Backend) -> str | None:
+    """The GPU that ``backend`` builds for and no other; None for TensorRT for RTX, whose targets the recipe names."""
+    return None if backend.ahead_of_time else f"{gpu()} {_gpu_name()}"
 
 
 def load_plugin(
@@ -177,6 +184,26 @@ def gpu() -> str | None:
         if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
             return None
     return f"sm{major.value}{minor.value}"
+
+
+def _check_library(path: Path) -> None:
+    """Opening it is what a build does too, hours later."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+        held = magic == b"\x7fELF" and hasattr(ctypes.CDLL(str(path)), EXPORTED)
+    except OSError as error:
+        raise InputError(f"The plugin library {path} cannot be loaded ({error}).", _CHOSEN) from None
+    if not held:
+        raise InputError(f"{path} is no plugin library of lynx-compile.", _CHOSEN)
+
+
+def _gpu_name() -> str:
+    driver, device = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
+    if driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDeviceGetName(name, len(name), device):
+        return "unknown"
+    return name.value.decode(errors="replace")
 
 
 _loaded: dict[str, str] = {}  # backend name: SHA-256 of the plugin library in its registry

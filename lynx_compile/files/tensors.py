@@ -3,32 +3,26 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import onnx
 import torch
-from safetensors.torch import save_file
 
-from lynx_compile.files.atomic import atomic_path
+from lynx_compile.files import disk
+from lynx_compile.files.atomic import atomic_file
 
 
 def save_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file atomically."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        try:
-            save_file(contiguous, temporary, dict(metadata) if metadata else None)
-        except Exception as error:  # safetensors wraps the system's errors in its own
-            if "os error 28" in str(error):
-                raise OSError(errno.ENOSPC, "No space left on device") from error
-            raise
+    specs = [TensorSpec(name, x.dtype, tuple(x.shape), partial(_same, x)) for name, x in tensors.items()]
+    write_tensors(path, specs, metadata)
 
 
 @dataclass(frozen=True)
@@ -41,13 +35,18 @@ class TensorSpec:
     read: Callable[[], torch.Tensor]
 
 
-def write_tensors(path: Path, specs: Sequence[TensorSpec]) -> dict[str, tuple[int, int]]:
+def write_tensors(
+    path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None
+) -> dict[str, tuple[int, int]]:
     """Write a safetensors file one tensor at a time; returns {name: (offset in the file, bytes)}.
 
-    The library's own writer wants all tensors in memory and does not tell where it put them.
+    The library's own writer wants all tensors in memory and neither tells where it put them nor takes their digest.
+
+    Raises:
+        DiskFullError: there is no room for it; known before it is begun.
     """
     ordered = sorted(specs, key=lambda spec: (-spec.dtype.itemsize, spec.name))  # keeps every start aligned
-    header: dict[str, object] = {}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for spec in ordered:
         start, end = end, end + math.prod(spec.shape) * spec.dtype.itemsize
@@ -59,7 +58,9 @@ def write_tensors(path: Path, specs: Sequence[TensorSpec]) -> dict[str, tuple[in
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 64)
     offsets: dict[str, tuple[int, int]] = {}
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    disk.require_room(path, 8 + len(text) + end)
+    with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for spec in ordered:
             tensor = spec.read().contiguous()
@@ -75,6 +76,10 @@ def refer(initializer: onnx.TensorProto, location: str, offset: int, length: int
     del initializer.external_data[:]
     for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
         initializer.external_data.add(key=key, value=value)
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 _SAFETENSORS = {

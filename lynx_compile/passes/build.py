@@ -18,12 +18,16 @@ from lynx_compile.engine import trt
 from lynx_compile.engine.manifest import Tensor
 from lynx_compile.engine.plan import MAGIC, Plan, embeds
 from lynx_compile.errors import StageError
-from lynx_compile.files.atomic import atomic_path
+from lynx_compile.files.atomic import atomic_path, copy_file
+from lynx_compile.files.digest import remember
+from lynx_compile.files.outputs import Outputs
 from lynx_compile.files.progress import Progress, no_progress
+from lynx_compile.files.resume import StageVersion
 
 if TYPE_CHECKING:
     from lynx_compile.passes.rewrite import LynxOnnx
 
+BUILD = StageVersion("build", 1)  # TensorRT's version, the plugin and the GPU are inputs
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +36,8 @@ log = logging.getLogger(__name__)
 class BuiltEngine:
     """An engine on disk, and what its manifest tells of it.
 
-    ``plugin_embedded``: whether it holds a copy of the plugin library. ``plugin_layers``: how many it holds. ``gpus``:
-    what it runs on. ``inputs`` include the external weights.
+    ``plugin``: a copy of the library, beside it. ``plugin_embedded``: whether the engine holds a copy as well.
+    ``plugin_layers``: how many it holds. ``gpus``: what it runs on. ``inputs`` include the external weights.
     """
 
     path: Path
@@ -84,6 +88,7 @@ def build(
         plan = _serialize(backend, builder, network, config, temporary, progress)
         plugin_layers = _plugin_layers(backend, plan, lynx)
         del parser
+    copy_file(library.path, Outputs.of(output).plugin)
     return BuiltEngine(
         path=output,
         bytes=plan.bytes,
@@ -91,7 +96,7 @@ def build(
         backend=backend.name,
         backend_version=backend.version,
         gpus=engine.gpus if backend.ahead_of_time else (trt.gpu() or "unknown",),
-        plugin=library.path,
+        plugin=Outputs.of(output).plugin,
         plugin_sha256=library.sha256,
         plugin_embedded=embeds(output, library.path),
         plugin_layers=plugin_layers,
@@ -177,6 +182,7 @@ def _serialize(
         plan = Plan(file)
         writer = _writer(backend.module, plan)
         done = _in_thread(builder.build_serialized_network_to_stream, network, config, writer, stop=stop)
+        remember(file, plan.digest.hexdigest())
     if failure := writer.failure or monitor.failure:
         raise failure
     if not done:

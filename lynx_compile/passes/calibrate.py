@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from lynx_compile.errors import InputError, StageError
 from lynx_compile.files.progress import Progress
+from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import save_tensors
 from lynx_compile.models import DiT, flux
 from lynx_compile.ops.sparse_linear import keep_mask, norm_scale_of
@@ -22,6 +23,7 @@ from lynx_compile.passes.select import SparsityPlan
 from lynx_compile.recipe import Calibration, Recipe, Sparsity
 from lynx_compile.solve.moments import LayerStatistics, Moments, PrunedStatistics
 
+CALIBRATE = StageVersion("calibrate", 1, ("torch", "diffusers", "transformers"))
 TOKENS_PER_CHANNEL = 10  # fewer calibration tokens than this leave the solves badly determined (measured)
 
 log = logging.getLogger(__name__)

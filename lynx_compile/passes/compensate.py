@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 
 from lynx_compile.errors import StageError
 from lynx_compile.files.progress import Progress
+from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import save_tensors
 from lynx_compile.models import DiT, LinearGroup
 from lynx_compile.ops.sparse_linear import expand_low_rank
@@ -38,6 +39,8 @@ from lynx_compile.recipe import Operand, Sparsity
 from lynx_compile.solve.linalg import cholesky
 from lynx_compile.solve.moments import LayerStatistics, PrunedStatistics, dense_squares, relative_error
 from lynx_compile.solve.weight_refit import prune, wanda_mask
+
+COMPENSATE = StageVersion("compensate", 1, ("torch",))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lynx_compile.engine.manifest import (
     Stage,
     Weights,
 )
-from lynx_compile.files.atomic import file_digest
+from lynx_compile.files.digest import Written
 from lynx_compile.passes.build import BuiltEngine
 from lynx_compile.passes.rewrite import LynxOnnx, SparseNode
 
@@ -38,12 +38,14 @@ def describe(
     dit: DiT,
     lynx: LynxOnnx,
     built: BuiltEngine,
+    written: Mapping[str, Written],
     costs: Mapping[str, Cost] | None = None,
     call: Call | None = None,
 ) -> Manifest:
     """The manifest of an engine that ``build`` has made.
 
     Args:
+        written: the files of ``lynx`` and ``built`` by their names, as they were written.
         costs: of the stages, in their order.
         call: how torch calls the transformer; None where it is no torch module.
     """
@@ -67,7 +69,7 @@ def describe(
         dtype=recipe.model.dtype,
         inputs=tuple(tensor for tensor in built.inputs if tensor.name not in lynx.external_inputs),
         outputs=built.outputs,
-        weights=_weights(lynx, built),
+        weights=_weights(lynx, built, written),
         recipe_sha256=recipe.digest,
         source=Source(
             model=dit.model.source,
@@ -81,16 +83,21 @@ def describe(
         costs=Path(recipe.sparsity.costs).name if recipe.sparsity.costs else None,
         sparse=tuple(_sparse(node) for node in lynx.sparse),
         dense=tuple(DenseLinear(linear=linear.path, reason=linear.reason) for linear in lynx.dense),
+        files=tuple(
+            EngineFile(file=name, bytes=file.bytes, sha256=file.sha256)
+            for name, file in written.items()
+            if name not in (built.path.name, built.plugin.name)
+        ),
         stages=tuple(Stage(name=name, **asdict(cost)) for name, cost in (costs or {}).items()),
     )
 
 
-def _weights(lynx: LynxOnnx, built: BuiltEngine) -> Weights:
+def _weights(lynx: LynxOnnx, built: BuiltEngine, written: Mapping[str, Written]) -> Weights:
     if not lynx.external_inputs:
         return Weights(mode="embedded", file=None, sha256=None, tensors=())
     tensors = tuple(tensor for tensor in built.inputs if tensor.name in lynx.external_inputs)
-    path = lynx.weights_path
-    return Weights(mode="external", file=path.name, sha256=file_digest(path), tensors=tensors)
+    name = lynx.weights_path.name
+    return Weights(mode="external", file=name, sha256=written[name].sha256, tensors=tensors)
 
 
 def _sparse(node: SparseNode) -> SparseLinears:

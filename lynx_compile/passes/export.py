@@ -18,8 +18,10 @@ import onnxscript.optimizer
 import torch
 
 from lynx_compile.errors import StageError
+from lynx_compile.files.resume import StageVersion
 from lynx_compile.models import DiT
 
+EXPORT = StageVersion("export", 1, ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir"))
 OPSET = 18
 LINEAR_KEY = "lynx.linear"  # metadata of a node that came from a torch.nn.Linear: its module path
 FOLDED_BYTES = (
@@ -32,6 +34,7 @@ class DenseOnnx:
     """An ONNX file with its weights as external data beside it; nodes of linears carry ``LINEAR_KEY``."""
 
     path: Path
+    data: Path | None = None
 
 
 def export(dit: DiT, path: Path, dtype: torch.dtype | None = None) -> DenseOnnx:
@@ -70,7 +73,8 @@ def export(dit: DiT, path: Path, dtype: torch.dtype | None = None) -> DenseOnnx:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise StageError("export", f"the exported ONNX is invalid ({error}).", "Report the model.") from None
-    return DenseOnnx(path)
+    data = path.with_name(f"{path.name}.data")
+    return DenseOnnx(path, data if data.exists() else None)
 
 
 @contextmanager

@@ -47,7 +47,9 @@ import torch
 from onnx.external_data_helper import uses_external_data
 
 from lynx_compile.errors import StageError
-from lynx_compile.files.atomic import atomic_path
+from lynx_compile.files.atomic import save_bytes
+from lynx_compile.files.ownership import PRODUCER
+from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import TensorSpec, refer, write_tensors
 from lynx_compile.ops.functions import (
     DOMAIN,
@@ -68,6 +70,7 @@ from lynx_compile.passes.match import DenseGraph, Match, Producer, find_producer
 from lynx_compile.passes.select import SparseGroup, SparsityPlan
 from lynx_compile.recipe import Operand
 
+REWRITE = StageVersion("rewrite", 1, ("torch", "numpy", "onnx", "onnx-graphsurgeon"))
 OPS: dict[Operand, str] = {"activation": OP, "weight": WEIGHT_OP}
 PRODUCER_OPS: dict[Producer, str] = {"layer norm": NORM_OP, "gelu": GELU_OP, "gated": GATED_OP}
 ACTIVATION_MULTIPLE = 64  # kGeluMultiple of plugins/kernels/tile_config.h
@@ -149,7 +152,7 @@ def rewrite(
     external: bool = False,
     metadata_layout: MetadataLayout = 80,
 ) -> LynxOnnx:
-    """Write ``path`` (.onnx) and ``path`` with suffix .safetensors from a dense file and compensated weights.
+    """Write ``path`` (.onnx) and, beside it, NAME.safetensors from a dense file and compensated weights.
 
     Args:
         weights: what ``compensate`` wrote, one file per group.
@@ -199,7 +202,13 @@ def rewrite(
     ops = {node.op for node in nodes}
     _save(gs.export_onnx(graph), dense.path.parent, [*tensors, *constants], external_inputs, ops, path)
     left = tuple(DenseLinear(linear, reason) for linear, reason in refused.items())
-    return LynxOnnx(path, path.with_suffix(".safetensors"), external_inputs, tuple(nodes), left)
+    return LynxOnnx(
+        path,
+        path.with_name(f"{path.name.removesuffix('.onnx')}.safetensors"),
+        external_inputs,
+        tuple(nodes),
+        left,
+    )
 
 
 def _readers_of_one_tensor(matches: dict[str, Match]) -> list[tuple[str, ...]]:
@@ -387,9 +396,10 @@ def _save(
     path: Path,
 ) -> None:
     """Write all tensors into one safetensors file, refer to them from the model by offset, check and write it."""
-    weights = path.with_suffix(".safetensors")
+    weights = path.with_name(f"{path.name.removesuffix('.onnx')}.safetensors")
     large = [initializer for initializer in model.graph.initializer if uses_external_data(initializer)]
-    offsets = write_tensors(weights, [*tensors, *(_kept(initializer, folder) for initializer in large)])
+    kept = [_kept(initializer, folder) for initializer in large]
+    offsets = write_tensors(weights, [*tensors, *kept], {"producer": PRODUCER})
     for initializer in large:
         refer(initializer, weights.name, *offsets[initializer.name])
     for tensor in tensors:
@@ -404,9 +414,8 @@ def _save(
     model.functions.extend(lynx_functions(ops))
     if DOMAIN not in {entry.domain for entry in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, int(OP_VERSION)))
-    model.producer_name = "lynx-compile"
-    with atomic_path(path) as temporary:
-        onnx.save(model, temporary)
+    model.producer_name = PRODUCER
+    save_bytes(path, model.SerializeToString())
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

@@ -39,6 +39,9 @@ from lynx_compile.engine import trt
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError, LynxError, StageError
 from lynx_compile.files.atomic import atomic_path
+from lynx_compile.files.lock import locked
+from lynx_compile.files.outputs import Outputs
+from lynx_compile.files.ownership import LOCK, PRODUCER, SCRATCH
 from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import Display, silent
 from lynx_compile.models import DiT, flux
@@ -87,18 +90,22 @@ class Squares:
         return relative_error(self.lost, self.dense)
 
 
-def compare(output: Path, *, run_metric: bool = False, display: Display | None = None) -> Comparison:
-    """Compare the engine ``output`` with the dense model; writes ``OUT.compare.json``, ``.png`` and ``OUT.html``.
+def compare(
+    engine: Path, *, cache: Path | None = None, run_metric: bool = False, display: Display | None = None
+) -> Comparison:
+    """Compare an engine with the dense model; writes ``OUT.compare.json``, ``.png`` and ``OUT.html``.
 
     Args:
+        cache: folder that its compilation left; OUT.cache by default.
         run_metric: call the recipe's ``compare.metric``, which is somebody's code.
         display: gets what is done, yields a callable that takes (what, done, total).
 
     Raises:
         InputError: a file is missing, damaged or of another run. StageError: a model cannot be run.
     """
-    manifest = Manifest.read(output.with_suffix(".json"))
-    compiled = Compiled.read(output, manifest.engine.sha256)
+    outputs = Outputs.find(engine, cache)
+    manifest = Manifest.read(outputs.manifest)
+    compiled = Compiled.read(outputs, manifest.engine.sha256)
     recipe, limits = compiled.recipe, compiled.recipe.compare
     display = display or silent
     dit = models.load(recipe)
@@ -106,12 +113,13 @@ def compare(output: Path, *, run_metric: bool = False, display: Display | None =
     not_measured: dict[str, str] = {}
     with (
         _quiet(),
-        tempfile.TemporaryDirectory(prefix="compare-", dir=output.with_suffix(".cache")) as scratch,
+        locked(outputs.cache / LOCK),
+        tempfile.TemporaryDirectory(prefix=SCRATCH, dir=outputs.cache) as scratch,
     ):
         folder = Path(scratch)
         with display("float32") as progress:
-            dense = float32_copy(compiled.dense, folder / "dense.onnx")
-            lynx = float32_copy(output.with_suffix(".onnx"), folder / "lynx.onnx")
+            dense = float32_copy(outputs.dense, folder / "dense.onnx")
+            lynx = float32_copy(outputs.onnx, folder / "lynx.onnx")
             parts = linear_graphs(dense, lynx, manifest, recipe.calibration.memory_gib, folder)
             progress("copied", 1, 1)
         with display("dense") as progress:
@@ -123,11 +131,11 @@ def compare(output: Path, *, run_metric: bool = False, display: Display | None =
         with display("images") as progress:
             _, lynx_latents = _trajectory(_runner(lynx, "lynx"), recipe, dit, conditioning, progress)
             images, metric, reasons = _images(
-                recipe, dense_latents, lynx_latents, conditioning, output, run_metric
+                recipe, dense_latents, lynx_latents, conditioning, outputs.sheet, run_metric
             )
             not_measured |= reasons
         with display("engines") as progress:
-            engines, reason = _engines(output, compiled, manifest, states, folder, progress)
+            engines, reason = _engines(outputs, recipe, manifest, states, folder, progress)
             not_measured |= {"engines": reason} if reason else {}
     comparison = Comparison(
         format_version=1,
@@ -145,8 +153,8 @@ def compare(output: Path, *, run_metric: bool = False, display: Display | None =
         not_measured=not_measured,
         missed=missed(limits, linears, on_output, images, metric),
     )
-    comparison.write(output.with_suffix(".compare.json"))
-    report.write(output)
+    comparison.write(outputs.comparison)
+    report.write(outputs)
     return comparison
 
 
@@ -308,7 +316,7 @@ def _images(
     dense_latents: torch.Tensor,
     lynx_latents: torch.Tensor,
     conditioning: Mapping[str, torch.Tensor],
-    output: Path,
+    sheet: Path,
     run_metric: bool,
 ) -> tuple[Images | None, dict[str, float] | None, dict[str, str]]:
     """PSNR, LPIPS and the sheet; the recipe's metric; and what could not be measured, with reasons."""
@@ -332,7 +340,6 @@ def _images(
         lpips = statistics.fmean(s for s in scores if s is not None) if None not in scores else None
         if lpips is None:
             reasons["LPIPS"] = "lpips cannot use these images"
-    sheet = output.with_suffix(".compare.png")
     _write_sheet(dense, lynx, sheet)
     metric = None
     if recipe.compare.metric is not None and run_metric:
@@ -357,7 +364,7 @@ def _value(pair: tuple[np.ndarray, np.ndarray], field: str, compare_func: Any) -
 
 def _write_sheet(dense: np.ndarray, lynx: np.ndarray, path: Path) -> None:
     """A row of the dense model's images, one of the Lynx model's, one of their differences, made stronger."""
-    from PIL import Image
+    from PIL import Image, PngImagePlugin
 
     columns = min(len(dense), SHEET_COLUMNS)
     difference = np.clip(DIFFERENCE_GAIN * np.abs(lynx - dense), 0, 1)
@@ -375,13 +382,15 @@ def _write_sheet(dense: np.ndarray, lynx: np.ndarray, path: Path) -> None:
     else:
         factor = max(SHEET_PIXELS // 2 // side, 1)
         picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    facts = PngImagePlugin.PngInfo()
+    facts.add_text("Software", PRODUCER)
     with atomic_path(path) as temporary:
-        picture.save(temporary, format="PNG")
+        picture.save(temporary, format="PNG", pnginfo=facts)
 
 
 def _engines(
-    output: Path,
-    compiled: Compiled,
+    outputs: Outputs,
+    recipe: Recipe,
     manifest: Manifest,
     states: Sequence[State],
     folder: Path,
@@ -394,8 +403,11 @@ def _engines(
 
     found = []
     try:
-        dense = build_dense_engine(compiled, manifest, folder / "dense.engine")
-        kinds: tuple[tuple[Literal["dense", "lynx"], Path], ...] = (("dense", dense), ("lynx", output))
+        dense = build_dense_engine(recipe, outputs.dense, manifest, folder / "dense.engine")
+        kinds: tuple[tuple[Literal["dense", "lynx"], Path], ...] = (
+            ("dense", dense),
+            ("lynx", outputs.engine),
+        )
         for kind, path in kinds:
             velocities, times = run_engine(path, [state.feed for state in states], OUTPUT)
             given = [

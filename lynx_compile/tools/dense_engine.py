@@ -11,24 +11,26 @@ import numpy as np
 
 from lynx_compile.engine.arrays import DTYPES
 from lynx_compile.engine.manifest import EngineFile, Manifest, Weights
+from lynx_compile.files.outputs import Outputs
 from lynx_compile.passes.build import build
 from lynx_compile.passes.rewrite import LynxOnnx
-from lynx_compile.tools.compiled import Compiled
+from lynx_compile.recipe import Recipe
 
 
-def build_dense_engine(compiled: Compiled, manifest: Manifest, path: Path) -> Path:
-    """Build ``path`` from the dense ONNX, with a manifest beside it as the Lynx engine has."""
-    engine = compiled.recipe.engine.model_copy(update={"backend": manifest.backend.name})
-    built = build(LynxOnnx(compiled.dense, compiled.dense, (), (), ()), engine, path)
+def build_dense_engine(recipe: Recipe, dense: Path, manifest: Manifest, path: Path) -> Path:
+    """Build ``path`` from the ``dense`` ONNX, with a manifest beside it as the Lynx engine has."""
+    engine = recipe.engine.model_copy(update={"backend": manifest.backend.name})
+    built = build(LynxOnnx(dense, dense, (), (), ()), engine, path)
     update = {
         "engine": EngineFile(file=path.name, bytes=built.bytes, sha256=built.sha256),
+        "plugin": manifest.plugin.model_copy(update={"library": built.plugin.name}),
         "plugin_layers": built.plugin_layers,
         "inputs": built.inputs,
         "outputs": built.outputs,
         "weights": Weights(mode="embedded", file=None, sha256=None, tensors=()),
         "sparse": (),
     }
-    manifest.model_copy(update=update).write(path.with_suffix(".json"))
+    manifest.model_copy(update=update).write(Outputs.of(path).manifest)
     return path
 
 

@@ -16,7 +16,8 @@ from lynx_compile.engine.arrays import DTYPES
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.engine.plan import MAGIC, read_plan
 from lynx_compile.errors import InputError, LynxError
-from lynx_compile.files.atomic import file_digest
+from lynx_compile.files.digest import file_digest
+from lynx_compile.files.outputs import Outputs
 
 ITEM_BYTES = {dtype.safetensors: dtype.numpy.itemsize for dtype in DTYPES.values()}
 
@@ -47,9 +48,10 @@ def inspect(path: Path) -> Inspection:
     """Look into the engine at ``path``, its manifest and the files that belong to them.
 
     Raises:
-        InputError: the manifest is missing or damaged. What else is wrong is in ``problems``.
+        InputError: ``path`` is a folder, or the manifest is missing or damaged. What else is wrong is in ``problems``.
     """
-    manifest = Manifest.read(path.with_suffix(".json"))
+    outputs = Outputs.find(path)
+    path, manifest = outputs.engine, Manifest.read(outputs.manifest)
     problems: list[str] = []
     engine_bytes = plugin_layers = None
     try:
@@ -64,27 +66,33 @@ def inspect(path: Path) -> Inspection:
             problems.append(
                 f"{path} is not the engine of its manifest ({plan.bytes} bytes, {manifest.engine.bytes} are due)."
             )
-    problems += _weights_problems(path.parent, manifest)
+    problems += _file_problems(outputs.folder, manifest)
     return Inspection(
         manifest=manifest,
         engine_bytes=engine_bytes,
         plugin_layers=plugin_layers,
-        weight_bytes=_weight_bytes(path.with_suffix(".safetensors"), manifest),
+        weight_bytes=_weight_bytes(outputs.weights, manifest),
         installed_plugin=_installed_plugin(manifest),
         problems=tuple(problems),
     )
 
 
-def _weights_problems(folder: Path, manifest: Manifest) -> list[str]:
-    if manifest.weights.file is None:
-        return []
-    try:
-        digest = file_digest(folder / manifest.weights.file)
-    except InputError as error:
-        return [error.cause]
-    if digest != manifest.weights.sha256:
-        return [f"{folder / manifest.weights.file} does not hold the weights of this engine."]
-    return []
+def _file_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """External weights must be there; what else a compilation leaves may be gone, but not be another's."""
+    due = {file.file: file.sha256 for file in manifest.files if (folder / file.file).exists()}
+    if manifest.weights.file is not None and manifest.weights.sha256 is not None:
+        due[manifest.weights.file] = manifest.weights.sha256
+    problems = []
+    for name, sha256 in due.items():
+        try:
+            digest = file_digest(folder / name)
+        except InputError as error:
+            problems.append(error.cause)
+            continue
+        if digest != sha256:
+            what = "hold the weights" if name == manifest.weights.file else "belong to the compilation"
+            problems.append(f"{folder / name} does not {what} of this engine.")
+    return problems
 
 
 def _weight_bytes(path: Path, manifest: Manifest) -> dict[str, int]:

@@ -21,6 +21,7 @@ import jinja2
 from lynx_compile.engine.manifest import Manifest, SparseLinears
 from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import save_text
+from lynx_compile.files.outputs import Outputs
 from lynx_compile.passes.speed_table import roofline
 from lynx_compile.tools.comparison import Comparison, StepError
 
@@ -92,18 +93,17 @@ class Line:
         return " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in self.points)
 
 
-def write(output: Path) -> Path:
-    """Write the page of the engine ``output`` beside it, from its manifest and, if it is there, its comparison.
+def write(outputs: Outputs) -> Path:
+    """Write the page of an engine beside it, from its manifest and, if it is there, its comparison.
 
     Raises:
         InputError: the manifest is missing or damaged. LynxError: the page cannot be written.
     """
-    manifest = Manifest.read(output.with_suffix(".json"))
-    path = output.with_suffix(".html")
-    comparison = _comparison(output, manifest)
-    sheet = output.parent / comparison.images.sheet if comparison and comparison.images else None
-    save_text(path, render(manifest, comparison, sheet))
-    return path
+    manifest = Manifest.read(outputs.manifest)
+    comparison = _comparison(outputs, manifest)
+    sheet = outputs.folder / comparison.images.sheet if comparison and comparison.images else None
+    save_text(outputs.report, render(manifest, comparison, sheet))
+    return outputs.report
 
 
 def render(manifest: Manifest, comparison: Comparison | None, sheet: Path | None) -> str:
@@ -136,10 +136,10 @@ def render(manifest: Manifest, comparison: Comparison | None, sheet: Path | None
     )
 
 
-def _comparison(output: Path, manifest: Manifest) -> Comparison | None:
+def _comparison(outputs: Outputs, manifest: Manifest) -> Comparison | None:
     """What ``compare`` found, unless it was of another engine."""
     try:
-        found = Comparison.read(output.with_suffix(".compare.json"))
+        found = Comparison.read(outputs.comparison)
     except InputError as error:
         log.warning("%s", error)
         return None

@@ -26,7 +26,7 @@ from lynx_compile.engine import cuda as cuda_module
 from lynx_compile.engine import trt
 from lynx_compile.engine import weights as weights_module
 from lynx_compile.engine.manifest import Tensor
-from lynx_compile.files.atomic import file_digest
+from lynx_compile.files.digest import Written, file_digest, written
 from lynx_compile.ops.functions import lynx_function
 from lynx_compile.ops.sparse_linear import padded_width
 from lynx_compile.passes.build import BuiltEngine
@@ -119,8 +119,12 @@ def set_stage(monkeypatch: pytest.MonkeyPatch, lynx: LynxOnnx, cuda: FakeCuda) -
     )  # fmt: skip
     sparsity = SimpleNamespace(costs=None)
     recipe: Any = SimpleNamespace(model=SimpleNamespace(dtype="fp16"), digest="cd" * 32, sparsity=sparsity)
-    describe(recipe, dit, lynx, built).write(stage.manifest)
+    describe(recipe, dit, lynx, built, _written(lynx)).write(stage.manifest)
     return stage
+
+
+def _written(lynx: LynxOnnx) -> dict[str, Written]:
+    return {path.name: written(path) for path in (lynx.path, lynx.weights_path) if path.exists()}
 
 
 HOST_ELF = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00\x3e\x00" + bytes(44)

@@ -17,6 +17,7 @@ from lynx_compile import __version__
 from lynx_compile.engine import manifest as manifest_module
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError
+from lynx_compile.files.digest import written
 from lynx_compile.passes.build import build
 from lynx_compile.passes.describe import describe
 from lynx_compile.passes.rewrite import LynxOnnx
@@ -37,7 +38,9 @@ def described(lynx: LynxOnnx, output: Path, costs: str | None = None) -> Manifes
         }
     )
     dit: Any = SimpleNamespace(model=recipe.model, family="flux", config={"in_channels": 4}, digest="ab" * 32)
-    return describe(recipe, dit, lynx, build(lynx, Engine.model_validate(engine), output))
+    built = build(lynx, Engine.model_validate(engine), output)
+    files = {path.name: written(path) for path in (lynx.path, lynx.weights_path)}
+    return describe(recipe, dit, lynx, built, files)
 
 
 @pytest.fixture

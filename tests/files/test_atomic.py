@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from lynx_compile.errors import LynxError
+from lynx_compile.errors import DiskFullError, LynxError
+from lynx_compile.files import disk
 from lynx_compile.files.atomic import atomic_path, save_text, uninterrupted
 from lynx_compile.files.tensors import TensorSpec, save_tensors, write_tensors
 
@@ -65,13 +67,27 @@ def test_files_written_tensor_by_tensor_are_what_the_library_reads(tmp_path: Pat
 
 
 def test_a_full_disk_while_tensors_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr("lynx_compile.files.tensors.save_file", full)
-    with pytest.raises(LynxError, match="The disk is full"):
-        save_tensors(tmp_path / "w.safetensors", {"a": torch.zeros(1)})
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10**6))
+    with pytest.raises(
+        DiskFullError, match=r"takes 4\.00 MB, and 1\.00 MB are free in .*; 3\.00 MB are missing"
+    ):
+        save_tensors(tmp_path / "w.safetensors", {"a": torch.zeros(10**6)})
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_known_in_what_libraries_make_of_it(error: Exception) -> None:
+    with pytest.raises(ValueError, match="cannot write") as caught:
+        _wrap(error)
+    assert disk.is_full(caught.value)
+    assert not disk.is_full(OSError(errno.EACCES, "Permission denied"))
 
 
 def test_what_a_runtime_needs_imports_neither_torch_nor_diffusers() -> None:
@@ -81,3 +97,10 @@ def test_what_a_runtime_needs_imports_neither_torch_nor_diffusers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def _wrap(error: Exception) -> None:
+    try:
+        raise error
+    except Exception:
+        raise ValueError("cannot write") from None

@@ -20,10 +20,13 @@ namespace {
 constexpr uintptr_t kAlignment = 256;
 constexpr const char* kFiles = "Copy the engine's files again, all of them, or compile it again.";
 
+// As files/outputs.py names it: beside the engine, by its whole name but for ".engine".
 std::string manifest_path(const std::string& engine) {
-  const size_t dot = engine.rfind('.');
-  const bool suffix = dot != std::string::npos && engine.find('/', dot) == std::string::npos;
-  return (suffix ? engine.substr(0, dot) : engine) + ".json";
+  const std::string suffix = ".engine";
+  const size_t name = engine.rfind('/') + 1;
+  if (engine.size() <= name + suffix.size()) return engine + ".json";
+  const size_t base = engine.size() - suffix.size();
+  return (engine.compare(base, suffix.size(), suffix) == 0 ? engine.substr(0, base) : engine) + ".json";
 }
 
 // TensorRT runs only engines of its very own version.
