@@ -16,7 +16,14 @@ from typing import Any, Literal, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from lynx_compile.errors import DiskFullError, EngineError, LynxError, StageError, is_out_of_memory, out_of_memory
+from lynx_compile.errors import (
+    DiskFullError,
+    EngineError,
+    LynxError,
+    StageError,
+    is_out_of_memory,
+    out_of_memory,
+)
 from lynx_compile.files import disk
 from lynx_compile.files.atomic import moved, save_text
 from lynx_compile.files.digest import Written, changed, written

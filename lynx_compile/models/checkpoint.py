@@ -23,7 +23,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import safe_open
 
 from lynx_compile.errors import InputError
-from lynx_compile.files.atomic import file_digest
+from lynx_compile.files.digest import file_digest
 from lynx_compile.files.progress import Progress, no_progress
 from lynx_compile.models.original import convert_original
 from lynx_compile.models.weight_files import UNQUANTIZED, StoredTensor, find_weights, read_headers
