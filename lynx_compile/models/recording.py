@@ -325,11 +325,22 @@ def _axes(signatures: Sequence[Signature]) -> tuple[Axis, ...]:
     }
     varying = {place: values for place, values in sizes.items() if len(set(values)) > 1}
     symbols = {values: f"s{i}" for i, values in enumerate(dict.fromkeys(varying.values()))}
-    masks = {values: name for (name, _), values in varying.items() if "mask" in name.rpartition(".")[2]}
+    names = {values: [name for (name, _), v in varying.items() if v == values] for values in symbols}
+    masks = {
+        values: mask
+        for values, of_size in names.items()
+        for mask in of_size
+        if _is_mask(mask)
+        and not all(map(_is_mask, of_size))  # a mask of nothing but masks marks something else
+    }
     return tuple(
         Axis(name, axis, min(values), max(values), symbols[values], masks.get(values))
         for (name, axis), values in varying.items()
     )
+
+
+def _is_mask(name: str) -> bool:
+    return "mask" in name.rpartition(".")[2]
 
 
 def _described(groups: Sequence[Group]) -> list[str]:

@@ -72,8 +72,12 @@ def blobs(folder: Path) -> int:
     return count
 
 
-REFUSED = {"GlmImage": "kv_caches", "Flux2KleinKV": "kv_cache"}
-LARGE = ("QwenImageEdit", "QwenImageEditPlus")  # they enlarge every image to a megapixel
+REFUSED = {
+    "GlmImage": "'kv_caches' is a .*GlmImageKVCache: a cache that the model reads",
+    "Flux2KleinKV": "'kv_cache' is a .*Flux2KVCache: a cache that the model reads",
+    "AnyFlowFAR": "'attention_mask' is a .*BlockMask: a mask of flex_attention",
+}
+LARGE = ("QwenImageEdit", "QwenImageEditPlus", "JoyImageEditPlus")  # they enlarge every image to a megapixel
 
 
 @pytest.mark.parametrize(
@@ -102,11 +106,34 @@ def test_a_replay_is_the_pipeline_bit_for_bit(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_caches_are_refused_by_name(name: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=f"Of 'transformer', '{REFUSED[name]}' is a .*: a cache that the model reads"
-    ):
+def test_what_no_graph_takes_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"Of 'transformer', {REFUSED[name]}"):
         record(pipelines.prepare(name), tmp_path)
+
+
+def test_a_cache_that_can_be_switched_off_says_how(tmp_path: Path) -> None:
+    prepared = pipelines.prepare("QwenImage21")
+    with pytest.raises(
+        InputError, match=r"QwenImage21KVCache: a cache .* Set 'use_kv_cache: false' under 'call:'"
+    ):
+        capture(prepared.pipe, prepared.inputs, tmp_path, call=prepared.call | {"use_kv_cache": True})
+
+
+def test_a_controlnet_is_a_component_of_its_own(tmp_path: Path) -> None:
+    found = record(pipelines.prepare("FluxControlNet"), tmp_path)
+    assert {name: len(found.calls(name)) for name in found.components} == {"transformer": 12, "controlnet": 6}
+    first, second, later = (call.blobs for call in found.calls("transformer")[:3])
+    residual = "controlnet_block_samples.0"
+    assert (
+        first[residual] == second[residual] != later[residual]
+    )  # one for both branches, another at each step
+    shared = record(
+        pipelines.prepare("ZImageControlNet"), tmp_path / "shared"
+    )  # shares modules with its transformer
+    assert {name: len(shared.calls(name)) for name in shared.components} == {
+        "transformer": 6,
+        "controlnet": 6,
+    }
 
 
 def test_the_pipeline_is_left_as_it_was(tmp_path: Path) -> None:

@@ -13,16 +13,19 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
 from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
 from PIL import Image
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from lynx_compile.tools.support import autoencoders as vaes
 from lynx_compile.tools.support.configurations import TINY, classes, model
 from lynx_compile.tools.support.draws import Integers, Mask, Normal, Same, drawn
+from lynx_compile.tools.support.image_models import FLUX
 
 LENGTHS = (12, 7)  # text tokens of the two prompts
 TEXT = 12  # text tokens where the pipeline pads every prompt to one length
@@ -32,7 +35,8 @@ TEXT = 12  # text tokens where the pipeline pads every prompt to one length
 class TinyPipeline:
     """How a pipeline of diffusers becomes a tiny one.
 
-    ``transformers``: {component: configuration}, with what of it the pipeline needs otherwise.
+    ``transformers``: {component: a configuration, and what of it the pipeline needs otherwise}; for a ControlNet its
+    class and its whole configuration.
     ``prompt``: draws for the pipeline's own arguments of a prompt, by its number of text tokens.
     ``scheduler``: the class that the checkpoints of this pipeline name, and its settings.
     ``parts``: other components, made anew for every pipeline, from a seed of their own.
@@ -59,13 +63,21 @@ class Prepared:
     call: dict[str, Any]
 
 
+def names(class_name: str) -> list[str]:
+    """The tiny pipelines in which a transformer class of diffusers runs."""
+    configurations = {name for name, tiny in TINY.items() if tiny.class_name == class_name}
+    return [
+        name
+        for name, tiny in PIPELINES.items()
+        if configurations & {configuration for configuration, _ in tiny.transformers.values()}
+    ]
+
+
 def prepare(name: str, seed: int = 0) -> Prepared:
     """A tiny pipeline, the same for the same seed."""
     tiny = PIPELINES[name]
     components: dict[str, Any] = {
-        component: model(
-            classes()[TINY[configuration].class_name], TINY[configuration].config | changes, seed + i
-        )
+        component: _model(configuration, changes, seed + i)
         for i, (component, (configuration, changes)) in enumerate(tiny.transformers.items())
     }
     kind, options = tiny.scheduler
@@ -82,6 +94,14 @@ def prepare(name: str, seed: int = 0) -> Prepared:
         tiny.adapt(pipe)
     inputs = [drawn(tiny.prompt(length), "first", seed + length) for length in tiny.lengths]
     return Prepared(pipe, inputs, dict(tiny.call))
+
+
+def _model(configuration: str, changes: dict[str, Any], seed: int) -> torch.nn.Module:
+    """A tiny transformer with changes, or another model of diffusers by its class."""
+    if configuration not in TINY:
+        return model(getattr(diffusers, configuration), changes, seed)
+    tiny = TINY[configuration]
+    return model(classes()[tiny.class_name], tiny.config | changes, seed)
 
 
 def _both(draws: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,18 +146,21 @@ def _bytes(length: int) -> dict[str, Any]:
     return {"prompt": "a long prompt"[:length]}
 
 
-def _encode_bytes(method: str, width: int) -> Callable[[Any], None]:
-    """Put a random embedding of each byte in the place of a text encoder."""
+def _embedded(prompt: str | list[str], width: int) -> torch.Tensor:
+    """In the place of a text encoder: a random embedding [prompts, bytes, width] of each byte."""
+    table = torch.randn(256, width, generator=torch.Generator().manual_seed(0))
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    rows = [table[list(text.encode() or b" ")] for text in texts]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
-    def adapt(pipe: Any) -> None:
-        table = torch.randn(256, width, generator=torch.Generator().manual_seed(0))
 
-        def encode(prompt: list[str], *more: Any) -> torch.Tensor:
-            return torch.stack([table[list(text.encode() or b" ")] for text in prompt])
+def _encoder(method: str, encode: Callable[..., Any]) -> Callable[[Any], None]:
+    """Put ``encode`` in the place of a method of the pipeline that runs its text encoder."""
+    return lambda pipe: setattr(pipe, method, encode)
 
-        setattr(pipe, method, encode)
 
-    return adapt
+def _valid(embeds: torch.Tensor) -> torch.Tensor:
+    return torch.ones(embeds.shape[:2], dtype=torch.bool)
 
 
 def _image(pipeline: str, configuration: str, prompt: Any, call: Any = None, **more: Any) -> TinyPipeline:
@@ -156,6 +179,98 @@ class Unchecked:
 
     def to(self, *place: Any) -> None:
         """Nowhere: it holds nothing."""
+
+
+class Encoder(torch.nn.Module):
+    """A text encoder that is asked for its dtype and nothing else."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+
+class Processor:
+    """A processor that is asked how it tokenizes a template and nothing else."""
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> list[list[int]]:
+        """Three tokens."""
+        return [[1, 2, 3]]
+
+    def encode(self, text: str) -> list[int]:
+        """One token."""
+        return [4]
+
+
+def _longcat_audio_prompt(prompt: str | list[str], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    embeds = _embedded(prompt, 32)
+    return embeds, _valid(embeds).sum(1)
+
+
+def _ace_step_prompt(prompt: str | list[str], *more: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+    embeds = _embedded(prompt, 32)
+    return embeds, _valid(embeds), embeds[:, :2], _valid(embeds[:, :2])
+
+
+def _ace_step_conditions() -> Any:
+    return AceStepConditionEncoder(
+        hidden_size=32,
+        intermediate_size=64,
+        text_hidden_dim=32,
+        timbre_hidden_dim=8,
+        num_lyric_encoder_hidden_layers=1,
+        num_timbre_encoder_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+
+
+def _ideogram4_prompt(pipe: Any) -> None:
+    def encode(
+        prompt: list[str], grid_h: int, grid_w: int, max_sequence_length: int, device: Any
+    ) -> tuple[torch.Tensor, ...]:
+        embeds = _embedded(prompt, 32)
+        padded = torch.nn.functional.pad(
+            embeds, (0, 0, max_sequence_length - embeds.shape[1], grid_h * grid_w)
+        )
+        lengths = [embeds.shape[1]] * len(embeds)
+        return padded, *pipe._prepare_ids(lengths, grid_h, grid_w, max_sequence_length, device)
+
+    pipe.encode_prompt = encode
+
+
+def _bria_fibo_prompt(
+    prompt: list[str], **options: Any
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    embeds = _embedded(prompt, 64)
+    return embeds, [embeds[..., :32], embeds[..., 32:]], _valid(embeds)
+
+
+def _joy_image_prompt(prompt: list[str], **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    embeds = _embedded(prompt, 32)
+    return embeds, _valid(embeds)
+
+
+def _kandinsky_prior(pipe: Any) -> None:
+    def encode(prompt: list[str], *more: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        embeds = torch.nn.functional.pad(_embedded(["", *prompt], 32), (0, 0, 0, 7))[:, :7]
+        return embeds.mean(1), embeds, torch.ones(2, 7, dtype=torch.bool)
+
+    pipe._encode_prompt = encode
+    pipe.get_zero_embed = lambda count, device: torch.zeros(count, 32)
+
+
+def _clip() -> Any:
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=224,
+        patch_size=112,
+    )
+    return CLIPVisionModel(config)
 
 
 def picture() -> Image.Image:
@@ -305,7 +420,7 @@ PIPELINES = {
         _bytes,
         {"enable_prompt_rewrite": False},
         changes={"in_channels": 64},
-        adapt=_encode_bytes("_encode_prompt", 32),
+        adapt=_encoder("_encode_prompt", lambda prompt: _embedded(prompt, 32)),
     ),
     "OvisImage": _image("OvisImagePipeline", "OvisImage", _embeds(), {"negative_prompt": None}),
     "GlmImage": _image(
@@ -506,5 +621,137 @@ PIPELINES = {
         parts={"vae": vaes.wan},
         changes={"in_channels": 12},
         scheduler=UNIPC,
+    ),
+    "LongCatAudioDiT": TinyPipeline(
+        "LongCatAudioDiTPipeline",
+        {"transformer": ("LongCatAudioDiT", {})},
+        {"num_inference_steps": 3, "audio_duration_s": 0.1},
+        _bytes,
+        parts={"vae": vaes.longcat_audio},
+        adapt=_encoder("encode_prompt", _longcat_audio_prompt),
+    ),
+    "AceStep": TinyPipeline(
+        "AceStepPipeline",
+        {"transformer": ("AceStep", {})},
+        {"num_inference_steps": 3, "audio_duration": 1.0},
+        _bytes,
+        parts={"condition_encoder": _ace_step_conditions, "text_encoder": Encoder},
+        adapt=_encoder("encode_prompt", _ace_step_prompt),
+    ),
+    "Ideogram4": TinyPipeline(
+        "Ideogram4Pipeline",
+        {"transformer": ("Ideogram4", {}), "unconditional_transformer": ("Ideogram4", {})},
+        IMAGE | {"guidance_scale": 3.0, "guidance_schedule": None, "max_sequence_length": 16},
+        _bytes,
+        parts={"vae": vaes.flux2},
+        adapt=_ideogram4_prompt,
+    ),
+    "BriaFibo": _image(
+        "BriaFiboPipeline",
+        "BriaFibo",
+        _bytes,
+        parts={"vae": vaes.wan, "text_encoder": Encoder},
+        adapt=_encoder("get_prompt_embeds", _bria_fibo_prompt),
+    ),
+    "JoyImageEditPlus": _image(
+        "JoyImageEditPlusPipeline",
+        "JoyImageEditPlus",
+        _bytes,
+        {"images": [[picture()]]},
+        parts={"vae": lambda: vaes.wan(16)},
+        adapt=_encoder("encode_prompt_multiple_images", _joy_image_prompt),
+    ),
+    "QwenImage21": _image(
+        "QwenImage21Pipeline",
+        "QwenImage21",
+        _without_padding(PEM, 32),
+        {"use_kv_cache": False, "true_cfg_scale": 4.0},
+        parts={"processor": Processor},
+    ),
+    "WanAnimate": _image(
+        "WanAnimatePipeline",
+        "WanAnimate",
+        _embeds(),
+        {
+            "image": picture(),
+            "pose_video": [picture()] * 5,
+            "face_video": [picture()] * 5,
+            "segment_frame_length": 5,
+        },
+        parts={"vae": vaes.wan, "image_encoder": _clip, "image_processor": CLIPImageProcessorPil},
+    ),
+    "ChronoEdit": _video(
+        "ChronoEditPipeline",
+        "ChronoEdit",
+        _embeds(),
+        {"image": picture()},
+        parts={"vae": vaes.wan, "image_encoder": _clip, "image_processor": CLIPImageProcessorPil},
+        changes={"in_channels": 12, "image_dim": 32, "added_kv_proj_dim": 32},
+    ),
+    "SanaWM": _video(
+        "SanaWMPipeline",
+        "SanaWM",
+        lambda length: (
+            {"prompt": ""} | _both({"prompt_embeds": _text(1, TEXT, 32), "prompt_attention_mask": _mask()})
+        ),
+        {
+            "height": 32,
+            "width": 32,
+            "image": picture(),
+            "action": "w-4",
+            "intrinsics": [64.0, 64.0, 32.0, 32.0],
+        },
+        parts={"vae": lambda: vaes.ltx2(8)},
+        changes={"chunk_plucker_channels": 12},
+    ),
+    "AnyFlowFAR": _video(
+        "AnyFlowFARPipeline",
+        "AnyFlowFAR",
+        _embeds(),
+        {"chunk_partition": [1, 1], "guidance_scale": 6.0},
+        scheduler=("FlowMapEulerDiscreteScheduler", {}),
+    ),
+    "FluxControlNet": TinyPipeline(
+        "FluxControlNetPipeline",
+        {
+            "transformer": ("Flux", {"in_channels": 16, "num_layers": 2}),
+            "controlnet": (
+                "FluxControlNetModel",
+                FLUX | {"in_channels": 16, "pooled_projection_dim": 32, "guidance_embeds": True},
+            ),
+        },
+        IMAGE | {"control_image": picture(), "true_cfg_scale": 2.0},
+        _fixed(prompt_embeds=_text(TEXT, 32), pooled_prompt_embeds=_text(32)),
+        parts={"vae": vaes.kl},
+    ),
+    "ZImageControlNet": TinyPipeline(
+        "ZImageControlNetPipeline",
+        {
+            "transformer": ("ZImage", {}),
+            "controlnet": (
+                "ZImageControlNetModel",
+                {
+                    "control_layers_places": [0, 1],
+                    "control_refiner_layers_places": [0],
+                    "control_in_dim": 16,
+                    "dim": 48,
+                    "n_refiner_layers": 1,
+                    "n_heads": 3,
+                    "n_kv_heads": 3,
+                },
+            ),
+        },
+        IMAGE | {"control_image": picture()},
+        lambda length: {"prompt_embeds": [Normal((length, 32))], "negative_prompt_embeds": [Normal((5, 32))]},
+        parts={"vae": lambda: vaes.kl(16)},
+    ),
+    "KandinskyPrior": TinyPipeline(
+        "KandinskyV22PriorPipeline",
+        {"prior": ("Prior", {})},
+        {"num_inference_steps": 3, "output_type": "pt"},
+        _bytes,
+        ("UnCLIPScheduler", {}),
+        parts={"image_encoder": _clip},
+        adapt=_kandinsky_prior,
     ),
 }
