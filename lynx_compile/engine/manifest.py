@@ -96,6 +96,17 @@ class Padding(_Strict):
     mask: str
 
 
+class Fixed(_Strict):
+    """A tensor of the call that every call must repeat: the graph has constants for what the model made of it.
+
+    ``sha256``: of its content as the engine takes it. ``where``: the line of the model that decides on it.
+    """
+
+    tensor: str
+    sha256: Sha256
+    where: str
+
+
 class Call(_Strict):
     """How the transformer is called in torch, by the call that was compiled.
 
@@ -110,12 +121,15 @@ class Call(_Strict):
     tensors: dict[str, str]
     constants: dict[str, Constant]
     padding: tuple[Padding, ...]
+    fixed: tuple[Fixed, ...]
     result: Structure
 
     @model_validator(mode="after")
     def _well_formed(self) -> Self:
         check_parameters(self.parameters)
         tensors_of(self.result)
+        if unknown := {fixed.tensor for fixed in self.fixed} - self.tensors.keys():
+            raise ValueError(f"{min(unknown)!r:.100} is fixed, and no tensor of the call")
         return self
 
 

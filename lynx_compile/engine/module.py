@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +64,9 @@ class EngineModule(torch.nn.Module):
         self.config = Config(engine.manifest.source.config)
         self._call = call
         self._class = ModelClass(call.class_name, self.config, torch.device("meta"))
+        self._checked: dict[
+            str, tuple[weakref.ref[torch.Tensor], int]
+        ] = {}  # fixed tensors: object and version
         self._context = engine.context(cuda_graph=cuda_graph)
 
     @property
@@ -92,7 +97,9 @@ class EngineModule(torch.nn.Module):
         check_constants(self._call, given)
         tensors = {name: torch.as_tensor(tensor) for name, tensor in given.tensors.items()}
         device = next((t.device for t in tensors.values() if t.device.type == "cuda"), torch.device("cpu"))
-        outputs = self._run(fitted(self._call, self.engine.inputs, tensors, device), device)
+        inputs = fitted(self._call, self.engine.inputs, tensors, device)
+        self._check_fixed(tensors, inputs)
+        outputs = self._run(inputs, device)
         return result_of(self._call.result, _converted(outputs, self._call, tensors), return_dict)
 
     @contextmanager
@@ -127,6 +134,26 @@ class EngineModule(torch.nn.Module):
     def close(self) -> None:
         """Free the engine."""
         self.engine.close()
+
+    def _check_fixed(self, given: Tensors, inputs: Tensors) -> None:
+        """Whether tensors whose content the graph fixes are the compiled call's. A pipeline gives the same objects in
+        every step: each is read once.
+        """
+        for fixed in self._call.fixed:
+            whole = inputs.get(fixed.tensor, given.get(fixed.tensor))
+            source = given.get(fixed.tensor, whole)
+            if source is None or whole is None:
+                continue  # its absence was compared
+            seen, version = self._checked.get(fixed.tensor, (lambda: None, -1))
+            if seen() is source and version == source._version:
+                continue
+            if digest_of(whole) != fixed.sha256:
+                raise InputError(
+                    f"'{fixed.tensor}' is not that of the compiled call, which {fixed.where} decides on: the engine "
+                    "was compiled for that one alone.",
+                    "Call it as it was recorded (prompts of one length, one size), or compile another engine for this.",
+                )
+            self._checked[fixed.tensor] = weakref.ref(source), source._version
 
     def _run(self, inputs: Tensors, device: torch.device) -> dict[str, torch.Tensor]:
         """Outputs are torch's: their memory goes back to its allocator, which knows of its streams."""
@@ -172,6 +199,13 @@ def fitted(
                 value = _padded(value, pad, tensor)
         out[tensor.name] = _as_dtype(value, tensor).contiguous()
     return out
+
+
+def digest_of(value: torch.Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and content."""
+    head = f"{dtype_of(value)} {list(value.shape)} ".encode()
+    content = value.detach().cpu().contiguous().flatten().clone().view(torch.uint8)
+    return hashlib.sha256(head + content.numpy().tobytes()).hexdigest()
 
 
 def _whole_masks(call: Call, given: Tensors) -> dict[str, torch.Tensor]:

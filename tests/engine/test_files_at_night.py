@@ -285,6 +285,68 @@ def test_hostile_manifests(stage: MakeStage, old: str, new: str, message: str) -
     refused(s, message)
 
 
+CALL: dict[str, Any] = {
+    "class_name": "diffusers:Any",
+    "parameters": [
+        {"name": "x", "kind": "POSITIONAL_OR_KEYWORD", "default": None},
+        {"name": "scale", "kind": "KEYWORD_ONLY", "default": {"constant": 1.0}},
+    ],
+    "tensors": {"x": "float16"},
+    "constants": {"scale": 1.0},
+    "padding": [],
+    "fixed": [],
+    "result": {"tuple": [{"tensor": "blocks.1.proj.relu"}, {"constant": None}]},
+}
+PARAMETER = {"name": "y", "kind": "POSITIONAL_OR_KEYWORD", "default": None}
+
+
+def nodes(depth: int) -> dict[str, Any]:
+    return {"list": [nodes(depth - 1)]} if depth else {"constant": None}
+
+
+def test_a_call_in_the_manifest(stage: MakeStage) -> None:
+    s = stage()
+    s.change(call=CALL)
+    with Engine.open(s.path) as engine:
+        assert engine.manifest.call is not None
+        assert engine.manifest.call.parameters[1].default == {"constant": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tensors": {}}, "'x' is not both an input and a tensor of the call"),
+        ({"tensors": {"x": 3}}, "'call.tensors.x' is wrong"),
+        ({"constants": {"scale": [1]}}, "'call.constants.scale"),
+        ({"padding": [{"tensor": "x", "axis": 3, "mask": "x"}]}, "'x' has no axis 3 to pad"),
+        ({"padding": [{"tensor": "x", "axis": 1, "mask": "m"}]}, "'m' is not both an input and a tensor"),
+        ({"padding": [{"tensor": "x", "axis": -1, "mask": "x"}]}, "'call.padding.0.axis' is wrong"),
+        ({"fixed": [{"tensor": "y", "sha256": "a" * 64, "where": ""}]}, "'y' is fixed, and no tensor"),
+        ({"fixed": [{"tensor": "x", "sha256": "abc", "where": ""}]}, "'call.fixed.0.sha256' is wrong"),
+        ({"result": {"tensor": "z"}}, "the result 'z' is no output"),
+        ({"result": {}}, "a structure has no kind"),
+        ({"result": {"tensor": 3}}, "a structure has 'tensor'"),
+        ({"result": {"tuple": [3]}}, "a structure is no mapping"),
+        ({"result": {"dict": [[1]]}}, "a structure has no pairs"),
+        ({"result": {"dict": [[None, {"constant": 1}]]}}, "a structure has no pairs"),
+        ({"result": {"dataclass": 3, "fields": []}}, "a structure has 'dataclass', 'fields'"),
+        ({"result": {"constant": [1]}}, "a structure has 'constant'"),
+        ({"result": nodes(33)}, "a structure is no mapping, or too deep"),
+        ({"parameters": [PARAMETER | {"kind": "NONE"}]}, "'NONE' is no kind of parameter"),
+        ({"parameters": [PARAMETER | {"name": "a b"}]}, "is not a valid parameter name"),
+        ({"parameters": [PARAMETER, PARAMETER]}, "duplicate parameter name"),
+        ({"parameters": [PARAMETER | {"default": {"tensor": "x"}}]}, "the default of 'y' is a tensor"),
+        ({"parameters": [PARAMETER | {"default": {"what": "x"}}]}, "a structure has 'what'"),
+        ({"parameters": [{"name": "x"}]}, "'call.parameters.0.kind' is wrong"),
+        ({"more": 1}, "'call.more' is wrong"),
+    ],
+)
+def test_hostile_calls(stage: MakeStage, change: dict[str, Any], message: str) -> None:
+    s = stage()
+    s.change(call=CALL | change)
+    refused(s, message)
+
+
 def test_an_error_is_never_long(stage: MakeStage) -> None:
     s = stage()
     for values in ({"format_version": ["x" * 99] * 9999}, {"format_version": 2, "y" * 99999: 1}):

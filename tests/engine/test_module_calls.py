@@ -16,9 +16,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_ltx2 import AudioVisualModelOutput
 
 import lynx_compile
+from lynx_compile.engine import module as module_file
 from lynx_compile.engine.arguments import bind, flatten, parameters, unflatten
-from lynx_compile.engine.manifest import Padding
-from lynx_compile.engine.module import EngineModule
+from lynx_compile.engine.manifest import Fixed, Padding
+from lynx_compile.engine.module import EngineModule, digest_of
 from lynx_compile.errors import InputError
 from lynx_compile.models.calls import call_of
 from lynx_compile.passes.rewrite import LynxOnnx
@@ -101,13 +102,15 @@ def engine_of(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         module: torch.nn.Module,
         given: Mapping[str, Any],
         padding: Sequence[Padding] = (),
+        fixed: Sequence[Fixed] = (),
         config: Mapping[str, Any] | None = None,
     ) -> tuple[EngineModule, Stage]:
         original, result = exported(module, given)
         path = Path(shutil.copy(original, tmp_path))
         s = set_stage(monkeypatch, LynxOnnx(path, path, (), (), ()), FakeCuda())
         kind = f"{type(module).__module__}:{type(module).__qualname__}"
-        call = call_of(kind, type(module).forward, given, result, padding)
+        changes = {"padding": tuple(padding), "fixed": tuple(fixed)}
+        call = call_of(kind, type(module).forward, given, result).model_copy(update=changes)
         s.change(call=call.model_dump(), source={"config": dict(config or {})})
         return lynx_compile.load(s.path), s
 
@@ -122,6 +125,8 @@ def to_onnx(module: torch.nn.Module, given: Mapping[str, Any], path: Path) -> di
     flat = flatten(bound | whole)
     structure: dict[str, Any] = {}
 
+    module.eval()
+
     class Flat(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -135,7 +140,7 @@ def to_onnx(module: torch.nn.Module, given: Mapping[str, Any], path: Path) -> di
 
     result = flatten(module(**unflatten(flat.structure, flat.tensors)), "output")
     program = torch.onnx.export(
-        Flat(), tuple(flat.tensors.values()), dynamo=True, opset_version=18, verbose=False,
+        Flat().eval(), tuple(flat.tensors.values()), dynamo=True, opset_version=18, verbose=False,
         input_names=list(flat.tensors), output_names=list(result.tensors),
     )  # fmt: skip
     assert program is not None
@@ -247,6 +252,40 @@ def test_what_is_refused(nested: Pair, change: dict[str, Any], message: str) -> 
     with pytest.raises(InputError, match=message):
         engine(**arguments() | change)
     assert "execute" not in s.trt.log
+
+
+def test_what_the_graph_fixes(engine_of: Compile) -> None:
+    """The model's own line decides on the mask: only the compiled one is right. It is read once, not in every step."""
+    module, given = Nested().eval().requires_grad_(False), arguments()
+    fixed = [Fixed(tensor="mask", sha256=digest_of(given["mask"]), where="model.py:7")]
+    engine, s = engine_of(module, given, PADDING, fixed)
+    assert_same(engine(**given), module(**given))
+    other = arguments()
+    other["mask"][0, 0] = False
+    message = (
+        "'mask' is not that of the compiled call, which model.py:7 decides on: .* Call it as it was recorded"
+    )
+    with pytest.raises(InputError, match=message):
+        engine(**other)
+    other["mask"][0, 0] = True
+    assert_same(engine(**other), module(**other))
+    other["mask"][0, 0] = False  # in place
+    with pytest.raises(InputError, match=message):
+        engine(**other)
+    with pytest.raises(InputError, match=message):
+        engine(**arguments(mask=None))
+    assert s.trt.log.count("execute") == 2
+
+
+def test_fixed_tensors_are_read_once(engine_of: Compile, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = arguments()
+    fixed = [Fixed(tensor="mask", sha256=digest_of(given["mask"]), where="model.py:7")]
+    engine, _ = engine_of(Nested().eval().requires_grad_(False), given, (), fixed)
+    read: list[torch.Tensor] = []
+    monkeypatch.setattr(module_file, "digest_of", lambda value: read.append(value) or digest_of(value))
+    for _ in range(3):
+        engine(**given)
+    assert len(read) == 1
 
 
 def test_an_absent_dict_is_none(engine_of: Compile) -> None:
