@@ -3,27 +3,33 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import onnx
 import onnx_ir
 import onnxscript.optimizer
 import torch
+from onnxscript import rewriter
+from onnxscript.rewriter.rules.common import _no_op
 
-from lynx_compile.errors import StageError
+from lynx_compile.engine.arguments import Arguments, Structure, flatten, unflatten
+from lynx_compile.errors import LynxError, StageError
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.models import DiT
+from lynx_compile.models.trace import Baked, exportable
 
-EXPORT = StageVersion("export", 1, ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir"))
+EXPORT = StageVersion("export", 2, ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir"))
 OPSET = 18
-LINEAR_KEY = "lynx.linear"  # metadata of a node that came from a torch.nn.Linear: its module path
+LINEAR_KEY = "lynx.linear"  # metadata of a node that came from a linear: its module path
 FOLDED_BYTES = (
     4096  # constants larger than this are weights; folding those would copy them and lose their names
 )
@@ -31,10 +37,16 @@ FOLDED_BYTES = (
 
 @dataclass(frozen=True)
 class DenseOnnx:
-    """An ONNX file with its weights as external data beside it; nodes of linears carry ``LINEAR_KEY``."""
+    """An ONNX file with its weights as external data beside it; nodes of linears carry ``LINEAR_KEY``.
+
+    ``output``: what ``forward`` returns, with the graph's outputs as its tensors.
+    ``baked``: values of the example's arguments that the graph holds as constants.
+    """
 
     path: Path
     data: Path | None = None
+    output: Structure | None = None
+    baked: tuple[Baked, ...] = ()
 
 
 def export(dit: DiT, path: Path, dtype: torch.dtype | None = None) -> DenseOnnx:
@@ -47,55 +59,139 @@ def export(dit: DiT, path: Path, dtype: torch.dtype | None = None) -> DenseOnnx:
         StageError: torch cannot trace the module, or the result is not valid ONNX.
     """
     dtype = dtype or dit.dtype
-    inputs = {
-        name: value.to(dtype) if value.dtype == dit.dtype else value for name, value in dit.inputs.items()
-    }
-    with _quiet(), _ready(dit.module_on_cpu(dtype), tuple(inputs)) as module:
-        try:
-            program = torch.onnx.export(
-                module, tuple(inputs.values()), input_names=list(inputs), output_names=["velocity"],
-                dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-            )  # fmt: skip
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            raise StageError(
-                "export", f"torch could not trace the model ({reason}).", "Report the model and this message."
-            ) from error
-        assert program is not None
-        # Folding resolves shapes, and turns the sequence ops that `chunk` leaves into splits.
-        onnxscript.optimizer.optimize_ir(
-            program.model, input_size_limit=FOLDED_BYTES, output_size_limit=FOLDED_BYTES
-        )
-        _mark_linears(program.model, {linear.path for linear in dit.linears})
+    arguments = {**dit.inputs, "return_dict": False}
+    return export_module(dit.module_on_cpu(dtype), arguments, path, dtype, {"output.0": "velocity"})
+
+
+def export_module(
+    module: torch.nn.Module,
+    arguments: Mapping[str, Any],
+    path: Path,
+    dtype: torch.dtype | None = None,
+    renamed: Mapping[str, str] | None = None,
+) -> DenseOnnx:
+    """Trace any module at the (static) shapes of one call of it.
+
+    Args:
+        module: on the CPU, in the dtype that the graph is to have.
+        arguments: of ``forward``, by name, nested as the caller gives them. Tensors become graph inputs, named by
+            their path (``x.0``); everything else is constant.
+        dtype: of the inputs in half precision; what they have by default.
+        renamed: other names for outputs, which are ``output``, or ``output.0`` and so on of a tuple.
+
+    Raises:
+        InputError: an argument is neither a tensor nor a plain constant.
+        StageError: torch cannot trace the module, or the result is not valid ONNX.
+    """
+    flat = flatten(arguments)
+    example = {name: _ready_input(tensor, dtype) for name, tensor in flat.tensors.items()}
+    results: list[Arguments] = []
+    with _quiet(), torch.no_grad(), _tensors_only(module, flat.structure, example, results):
+        with exportable(module, example) as baked:
+            program = _traced(module, tuple(example.values()))
+        renamed = renamed or {}
+        outputs = [renamed.get(name, name) for name in results[-1].tensors]
+        onnx_program = _translated(program, tuple(example.values()), list(example), outputs)
+        _fold(onnx_program.model)
+        _mark_linears(onnx_program.model, _linear_paths(module))
         path.parent.mkdir(parents=True, exist_ok=True)
-        program.save(path, external_data=True)
+        onnx_program.save(path, external_data=True)
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise StageError("export", f"the exported ONNX is invalid ({error}).", "Report the model.") from None
     data = path.with_name(f"{path.name}.data")
-    return DenseOnnx(path, data if data.exists() else None)
+    return DenseOnnx(path, data if data.exists() else None, results[-1].structure, tuple(baked))
+
+
+def _ready_input(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """On the CPU, in memory of its own; what is in half precision becomes ``dtype``."""
+    halves = (torch.bfloat16, torch.float16)
+    return tensor.detach().to("cpu", dtype if tensor.dtype in halves else None).contiguous().clone()
 
 
 @contextmanager
-def _ready(module: torch.nn.Module, names: tuple[str, ...]) -> Iterator[torch.nn.Module]:
-    """The module with a ``forward`` of plain tensors that returns one tensor.
+def _tensors_only(
+    module: torch.nn.Module, structure: Structure, names: Mapping[str, Any], results: list[Arguments]
+) -> Iterator[None]:
+    """While this is open, ``forward`` takes tensors only and returns a tuple of tensors; ``results`` has the rest.
 
-    diffusers' own ``forward`` takes non-tensor keywords, with which the exporter loses the inputs' names.
+    diffusers' own takes other arguments too, with which the exporter loses the inputs' names. The module is not
+    wrapped in another, so that the module paths stay.
     """
     original = module.forward
 
-    def forward(*arguments: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = original(**dict(zip(names, arguments, strict=True)), return_dict=False)[0]
-        return result
+    def forward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        result = original(**unflatten(structure, dict(zip(names, tensors, strict=True))))
+        results.append(flatten(result, "output"))
+        return tuple(results[-1].tensors.values())
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(f"input_{i}", kind) for i in range(len(names))]
+    )
     module.forward = forward
     try:
-        yield module
+        yield
     finally:
         del module.forward
+
+
+def _traced(module: torch.nn.Module, tensors: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
+    """Never by ``torch.onnx.export`` itself: it falls back to strict tracing, which renames every scope."""
+    try:
+        return torch.export.export(module, tensors, strict=False)
+    except LynxError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise StageError(
+            "export", f"torch could not trace the model ({reason}).", "Report the model and this message."
+        ) from error
+
+
+def _translated(
+    program: torch.export.ExportedProgram,
+    tensors: tuple[torch.Tensor, ...],
+    inputs: list[str],
+    outputs: list[str],
+) -> torch.onnx.ONNXProgram:
+    try:
+        translated = torch.onnx.export(
+            program, tensors, input_names=inputs, output_names=outputs,
+            dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
+        )  # fmt: skip
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        raise StageError(
+            "export", f"ONNX has no form of the model ({reason}).", "Report the model and this message."
+        ) from error
+    assert translated is not None
+    return translated
+
+
+def _fold(model: onnx_ir.Model) -> None:
+    """Resolve shapes, and turn the sequence ops that ``chunk`` leaves into splits.
+
+    onnxscript's rules for x + 0 and x * 1 are left out: they take 1e-15 for 0, and a division by 0 + 1e-15 for one
+    by 0.
+    """
+    rules = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in list(_no_op.rules))
+    with patch.object(rewriter, "_DEFAULT_REWRITE_RULES", rules):
+        onnxscript.optimizer.optimize_ir(model, input_size_limit=FOLDED_BYTES, output_size_limit=FOLDED_BYTES)
+
+
+def _linear_paths(module: torch.nn.Module) -> set[str]:
+    """Linears, and convolutions of 1x1, which are linears over channels."""
+    return {path for path, m in module.named_modules() if isinstance(m, torch.nn.Linear) or _is_pointwise(m)}
+
+
+def _is_pointwise(module: torch.nn.Module) -> bool:
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    if not isinstance(module, convolutions):
+        return False
+    ones = {*module.kernel_size, *module.stride, *module.dilation, module.groups}
+    return ones == {1} and module.padding in (0, "same", "valid", (0,) * len(module.kernel_size))
 
 
 def _mark_linears(model: onnx_ir.Model, paths: set[str]) -> None:
@@ -104,14 +200,14 @@ def _mark_linears(model: onnx_ir.Model, paths: set[str]) -> None:
         scopes = _scopes(node.metadata_props)
         node.metadata_props.clear()
         node.doc_string = None
-        if node.op_type in ("MatMul", "Gemm") and len(scopes) > 1 and scopes[-2] in paths:
+        if node.op_type in ("MatMul", "Gemm", "Conv") and len(scopes) > 1 and scopes[-2] in paths:
             node.metadata_props[LINEAR_KEY] = scopes[-2]
 
 
 def _scopes(metadata: Mapping[str, str]) -> list[str]:
     """Module paths from the root down to the traced operation, as torch writes them."""
     text = metadata.get("pkg.torch.onnx.name_scopes")
-    return [str(scope) for scope in json.loads(text.replace("'", '"'))] if text else []
+    return [str(scope) for scope in ast.literal_eval(text)] if text else []
 
 
 @contextmanager

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""General rules that make a module exportable: each rewrites, while the module is traced, one thing that ONNX lacks.
+
+A rule sees every call of torch that the module makes (a ``TorchFunctionMode``) or changes the module beforehand.
+None names a class of model: what only one class needs is in ``models/families``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from lynx_compile.models.trace.attributes import attributes_kept
+from lynx_compile.models.trace.bool_fill import BoolFill
+from lynx_compile.models.trace.complex_pairs import ComplexPairs, complex_buffers_as_constants
+from lynx_compile.models.trace.data_alias import DataAlias
+from lynx_compile.models.trace.live_masks import LiveMasks
+from lynx_compile.models.trace.onnx_branches import no_onnx_branches
+from lynx_compile.models.trace.squeeze import CheckedSqueeze
+from lynx_compile.models.trace.values import Baked, Values
+
+__all__ = ["Baked", "exportable"]
+
+# The last sees a call first. After them come the two that follow the calls as the module wrote them.
+RULES = (CheckedSqueeze, BoolFill, DataAlias, ComplexPairs)
+
+
+@contextmanager
+def exportable(module: torch.nn.Module, example: Mapping[str, torch.Tensor]) -> Iterator[list[Baked]]:
+    """While this is open, ``module.forward`` can be traced by ``torch.export`` (not strict).
+
+    Args:
+        module: its ``forward`` takes the tensors of ``example`` by position.
+        example: the tensors it will be traced with, by the names of the arguments; where Python asks for a value
+            that depends on nothing else, it gets this one's.
+
+    Yields:
+        What tracing made constant, filled while it runs.
+    """
+    baked: list[Baked] = []
+    original = module.forward
+    buffers = {name: buffer for name, buffer in module.named_buffers() if not buffer.is_complex()}
+    weights = dict(module.named_parameters())
+
+    def forward(*arguments: torch.Tensor) -> Any:
+        values = Values(baked)
+        for traced, (name, tensor) in zip(arguments, example.items(), strict=True):
+            values.know(traced, tensor, {name})
+        for name, buffer in module.named_buffers():
+            if name in buffers:
+                values.know(buffer, buffers[name], set())
+        for name, parameter in module.named_parameters():
+            values.know_weight(parameter, weights[name])
+        with ExitStack() as stack:
+            for rule in RULES:
+                stack.enter_context(rule())
+            stack.enter_context(values)
+            stack.enter_context(LiveMasks(values))
+            return original(*arguments)
+
+    forward.__signature__ = original.__signature__  # type: ignore[attr-defined]
+    with attributes_kept(module), complex_buffers_as_constants(module), no_onnx_branches():
+        module.forward = forward
+        yield baked

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules of a few lines each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models.trace.exported import error, exported
+
+
+class Squeezes(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.squeeze(1) + torch.squeeze(x[None], dim=(0, 2)) + x[:, None, None].squeeze().squeeze(-2)
+
+
+class Fills(torch.nn.Module):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        a = mask.masked_fill(mask.flip(0), True).masked_fill(mask.flip(1), False)
+        b = mask.clone()
+        b.masked_fill_(mask.roll(1, 1), True)
+        return x * a + 2 * x * torch.where(a, b, ~mask)
+
+
+class WrittenData(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        table = torch.zeros(1, 6, 4)
+        table.data[:, 1:].copy_(x)
+        return table * 2
+
+
+class Branches(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (3.0 if torch.onnx.is_in_onnx_export() else 2.0)
+
+
+class Epsilons(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / ((x * 0) + 1e-15) + (x - 1e-9) * 1e9
+
+
+class Table(torch.nn.Module):
+    """Made at the first call, and kept."""
+
+    table: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            self.table = torch.arange(4.0, device=x.device)
+        return x * self.table
+
+
+MASK = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0], [1, 1, 0, 0]]).bool()
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [(Squeezes(), (3, 4)), (WrittenData(), (1, 5, 4)), (Branches(), (3, 4)), (Epsilons(), (3, 4))],
+    ids=lambda value: type(value).__name__,
+)
+def test_exported_equals_eager(module: torch.nn.Module, shape: tuple[int, ...], tmp_path: Path) -> None:
+    dense = exported(module, {"x": torch.randn(shape)}, tmp_path)
+    assert error(dense, module, {"x": torch.randn(shape)}) < 1e-6
+
+
+def test_choices_between_booleans(tmp_path: Path) -> None:
+    dense = exported(Fills(), {"x": torch.randn(3, 4), "mask": MASK}, tmp_path)
+    assert error(dense, Fills(), {"x": torch.randn(3, 4), "mask": ~MASK}) < 1e-6
+
+
+def test_a_traced_table_does_not_stay(tmp_path: Path) -> None:
+    module = Table()
+    dense = exported(module, {"x": torch.randn(3, 4)}, tmp_path)
+    assert module.table is None
+    assert error(dense, module, {"x": torch.randn(3, 4)}) < 1e-6

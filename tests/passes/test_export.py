@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+
+from lynx_compile.engine.arguments import unflatten
+from lynx_compile.errors import InputError, StageError
+from lynx_compile.passes.export import LINEAR_KEY, export_module
+from tests.models.trace.exported import error
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(4, 8)
+        self.down = torch.nn.Conv1d(8, 4, 1)
+        self.wide = torch.nn.Conv1d(4, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.wide(self.down(self.up(x).mT)).mT
+
+
+class Nested(torch.nn.Module):
+    """Arguments and results as diffusers nests them; the text goes through the same linear as the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([Block(), Block()])
+
+    def forward(self, x: Any, rotary: Any = None, scale: float = 1.0, return_dict: bool = True) -> Any:
+        image = self.blocks[0](x[0]) * rotary[0]["cos"] * scale
+        text = self.blocks[1].up(x[1]) + self.blocks[1].up(x[0] + image)
+        return {"sample": [image, None], "text": text} if return_dict else (image, text)
+
+
+def _arguments(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    x = [torch.randn(2, 5, 4, dtype=dtype), torch.randn(2, 1, 4, dtype=dtype)]
+    return {"x": x, "rotary": ({"cos": torch.rand(5, 1)},), "scale": 0.5, "return_dict": True}
+
+
+def test_any_arguments_and_results(tmp_path: Path) -> None:
+    module = Nested()
+    dense = export_module(module, _arguments(), tmp_path / "a" / "dense.onnx")
+    assert error(dense, module, _arguments()) < 1e-6
+    graph = onnx.load(dense.path).graph
+    assert [i.name for i in graph.input] == ["x.0", "x.1", "rotary.0.cos"]
+    assert [o.name for o in graph.output] == ["output.sample.0", "output.text"]
+    assert unflatten(dense.output, {"output.sample.0": 1, "output.text": 2}) == {
+        "sample": [1, None],
+        "text": 2,
+    }
+
+
+def test_each_use_of_a_linear_is_marked(tmp_path: Path) -> None:
+    dense = export_module(Nested(), _arguments(), tmp_path / "dense.onnx")
+    marks = [
+        (node.op_type, p.value)
+        for node in onnx.load(dense.path).graph.node
+        for p in node.metadata_props
+        if p.key == LINEAR_KEY
+    ]
+    assert sorted(marks) == [
+        ("Conv", "blocks.0.down"),
+        ("MatMul", "blocks.0.up"),
+        ("MatMul", "blocks.1.up"),
+        ("MatMul", "blocks.1.up"),
+    ]
+
+
+def test_half_precision_becomes_float32(tmp_path: Path) -> None:
+    module = Nested()
+    dense = export_module(module, _arguments(torch.bfloat16), tmp_path / "dense.onnx", torch.float32)
+    types = {i.type.tensor_type.elem_type for i in onnx.load(dense.path).graph.input}
+    assert types == {onnx.TensorProto.FLOAT}
+    assert error(dense, module, _arguments()) < 1e-6
+
+
+def test_a_failure_is_told_and_never_retried_strictly(tmp_path: Path) -> None:
+    class Graphless(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.qr(x)[0]
+
+    with pytest.raises(StageError, match="ONNX has no form of the model"):
+        export_module(Graphless(), {"x": torch.randn(3, 3)}, tmp_path / "dense.onnx")
+    with pytest.raises(InputError, match="'cache' is a .*Cache"):
+        export_module(Nested(), {"cache": type("SomeCache", (), {})()}, tmp_path / "dense.onnx")
