@@ -168,6 +168,10 @@ def _collated(rows: Inputs) -> dict[str, Any]:
 
 def _together(values: list[Any]) -> Any:
     if isinstance(values[0], torch.Tensor):
+        if len({value.shape[1:] for value in values}) > 1:
+            raise InputError(
+                "Encoded prompts of one run differ in length.", "Pad them, with a mask, or take a batch of 1."
+            )
         return torch.cat(values)
     return [item for value in values for item in value] if isinstance(values[0], list) else values
 

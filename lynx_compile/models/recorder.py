@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from diffusers import ModularPipeline
 
 from lynx_compile.engine.arguments import Arguments, Parameter, bind, flatten, parameters
 from lynx_compile.errors import InputError, LynxError
@@ -254,6 +255,8 @@ class _Choice:
 
 def call_parameters(pipe: Pipeline) -> list[str]:
     """Names of the arguments that a pipeline takes."""
+    if isinstance(pipe, ModularPipeline):  # its call takes anything
+        return [entry.name for entry in pipe.blocks.inputs if entry.name is not None]  # type: ignore[attr-defined]
     found = inspect.signature(type(pipe).__call__).parameters.values()
     return [p.name for p in found if p.name != "self" and p.kind != p.VAR_KEYWORD]
 

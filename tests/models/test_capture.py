@@ -77,13 +77,16 @@ REFUSED = {
     "Flux2KleinKV": "'kv_cache' is a .*Flux2KVCache: a cache that the model reads",
     "AnyFlowFAR": "'attention_mask' is a .*BlockMask: a mask of flex_attention",
 }
-LARGE = ("QwenImageEdit", "QwenImageEditPlus", "JoyImageEditPlus")  # they enlarge every image to a megapixel
+DIFFERENT = (  # from each other; the rest take a minute together
+    "Flux", "FluxControlNet", "Flux3", "QwenImage", "ZImage", "SD3", "Sana", "PixArtSigma", "CogView4", "DiT", "Lumina2",
+    "Ideogram4", "KandinskyPrior", "Wan22", "LTX2", "HunyuanVideo", "AceStep",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else [])
+        pytest.param(name, marks=[] if name in DIFFERENT else [pytest.mark.slow])
         for name in pipelines.PIPELINES
         if name not in REFUSED
     ],
@@ -349,10 +352,24 @@ def test_wrong_arguments_are_one_clear_error(call: Any, more: Any, message: str,
         capture(prepared.pipe, prepared.inputs, tmp_path, call=prepared.call | call, **more)
 
 
+def test_arguments_of_a_modular_pipeline_are_checked(tmp_path: Path) -> None:
+    prepared = pipelines.prepare("Flux3")  # its call takes any name and drops it
+    with pytest.raises(InputError, match=r"takes no argument 'num_steps'. Did you mean 'timesteps'"):
+        capture(prepared.pipe, prepared.inputs, tmp_path, call=prepared.call | {"num_steps": 2})
+
+
+def test_constants_that_follow_the_prompt_are_graphs_of_their_own(tmp_path: Path) -> None:
+    found = record(pipelines.prepare("Cosmos3"), tmp_path)
+    assert len(found.groups("transformer")) == 3  # of both prompts and the empty one
+    assert any("'und_len' is 44, not 50" in line for line in found.describe())
+
+
 def test_prompts_that_do_not_fit_each_other(tmp_path: Path) -> None:
     prepared = pipelines.prepare("Flux")
     with pytest.raises(InputError, match="There is no prompt"):
         capture(prepared.pipe, [], tmp_path)
+    with pytest.raises(InputError, match="of one run differ in length"):
+        capture((qwen := pipelines.prepare("QwenImage")).pipe, qwen.inputs, tmp_path, call=qwen.call, batch=2)
     with pytest.raises(InputError, match="do not have the same arguments"):
         capture(prepared.pipe, [*prepared.inputs, {"prompt": "x"}], tmp_path)
 

@@ -7,6 +7,7 @@ Text encoders, tokenizers and autoencoders are left out; every pipeline that tak
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,13 @@ from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
 from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    BatchEncoding,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -40,6 +47,7 @@ class TinyPipeline:
     ``prompt``: draws for the pipeline's own arguments of a prompt, by its number of text tokens.
     ``scheduler``: the class that the checkpoints of this pipeline name, and its settings.
     ``parts``: other components, made anew for every pipeline, from a seed of their own.
+    ``blocks``: of a modular pipeline, those that denoise (``module:Class``).
     ``adapt``: puts a stand-in for its text encoder into a pipeline that takes no encoded prompts.
     """
 
@@ -51,6 +59,7 @@ class TinyPipeline:
     settings: dict[str, Any] = field(default_factory=dict)
     parts: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     adapt: Callable[[Any], None] | None = None
+    blocks: str | None = None
     lengths: tuple[int, ...] = LENGTHS
 
 
@@ -85,14 +94,18 @@ def prepare(name: str, seed: int = 0) -> Prepared:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         components |= {part: make() for part, make in tiny.parts.items()}
+    inputs = [drawn(tiny.prompt(length), "first", seed + length) for length in tiny.lengths]
     pipeline = getattr(diffusers, tiny.class_name)
+    if tiny.blocks is not None:
+        pipe = pkgutil.resolve_name(f"diffusers.modular_pipelines.{tiny.blocks}")().init_pipeline()
+        pipe.update_components(**components)
+        return Prepared(pipe, inputs, dict(tiny.call))
     missing = {
         part: None for part in pipeline._get_signature_types() if part not in components | tiny.settings
     }
     pipe = pipeline(**missing | components | tiny.settings)
     if tiny.adapt is not None:
         tiny.adapt(pipe)
-    inputs = [drawn(tiny.prompt(length), "first", seed + length) for length in tiny.lengths]
     return Prepared(pipe, inputs, dict(tiny.call))
 
 
@@ -200,6 +213,22 @@ class Processor:
     def encode(self, text: str) -> list[int]:
         """One token."""
         return [4]
+
+
+class Tokenizer:
+    """Tokens are bytes."""
+
+    eos_token_id = 2
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        """Of every special token."""
+        return 1
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> BatchEncoding:
+        """The bytes of the messages."""
+        return BatchEncoding(
+            {"input_ids": list("".join(message["content"] for message in messages).encode())}
+        )
 
 
 def _longcat_audio_prompt(prompt: str | list[str], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -753,5 +782,25 @@ PIPELINES = {
         ("UnCLIPScheduler", {}),
         parts={"image_encoder": _clip},
         adapt=_kandinsky_prior,
+    ),
+    "Cosmos3": TinyPipeline(
+        "Cosmos3OmniPipeline",
+        {"transformer": ("Cosmos3", {"vocab_size": 256})},
+        {
+            "height": 64,
+            "width": 64,
+            "num_frames": 1,
+            "num_inference_steps": 3,
+            "use_system_prompt": False,
+            "enable_safety_check": False,
+            "negative_prompt": "no",
+        },
+        _bytes,
+        UNIPC,
+        {"enable_safety_checker": False},
+        {"vae": vaes.wan, "text_tokenizer": Tokenizer},
+    ),
+    "Flux3": _image(
+        "Flux3ModularPipeline", "Flux3", _embeds(), blocks="flux3.modular_blocks_flux3:Flux3CoreDenoiseStep"
     ),
 }
