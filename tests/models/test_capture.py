@@ -78,8 +78,8 @@ REFUSED = {
     "AnyFlowFAR": "'attention_mask' is a .*BlockMask: a mask of flex_attention",
 }
 DIFFERENT = (  # from each other; the rest take a minute together
-    "Flux", "FluxControlNet", "Flux3", "QwenImage", "ZImage", "SD3", "Sana", "PixArtSigma", "CogView4", "DiT", "Lumina2",
-    "Ideogram4", "KandinskyPrior", "Wan22", "LTX2", "HunyuanVideo", "AceStep",
+    "Flux", "FluxControlNet", "Flux3", "QwenImage", "ZImage", "SD3", "Sana", "PixArtSigma", "CogView4", "DiT",
+    "Lumina2", "Ideogram4", "KandinskyPrior", "Wan22", "LTX2", "HunyuanVideo", "AceStep",
 )  # fmt: skip
 
 
