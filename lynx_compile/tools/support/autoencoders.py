@@ -167,3 +167,28 @@ def longcat_audio(channels: int = 8) -> Any:
         downsampling_ratio=2,
         sample_rate=1000,
     )
+
+
+def kandinsky6_sr(channels: int = 4) -> Any:
+    """Kandinsky 6's videos in high resolution."""
+    return diffusers.Kandinsky6SRVAE(
+        latent_channels=channels,
+        encoder_block_out_channels=(32,) * 5,
+        decoder_block_out_channels=(32,) * 5,
+        layers_per_block=1,
+    )
+
+
+def proteina(channels: int = 16) -> Any:
+    """RFD4's residues."""
+    return diffusers.RFD4ProteinaAutoencoder(
+        atom37_mask=[[True] * 37] * 147,
+        allowed_residue_types=[[True] * 147] * 7,
+        latent_dim=channels,
+        nlayers=1,
+        token_dim=32,
+        nheads=2,
+        dim_cond=32,
+        pair_repr_dim=32,
+        token_type_emb_dim=16,
+    )

@@ -45,7 +45,7 @@ class TinyPipeline:
     ``transformers``: {component: a configuration, and what of it the pipeline needs otherwise}; for a ControlNet its
     class and its whole configuration.
     ``prompt``: draws for the pipeline's own arguments of a prompt, by its number of text tokens.
-    ``scheduler``: the class that the checkpoints of this pipeline name, and its settings.
+    ``scheduler``: the class that the checkpoints of this pipeline name, and its settings; None: it has none, or two.
     ``parts``: other components, made anew for every pipeline, from a seed of their own.
     ``blocks``: of a modular pipeline, those that denoise (``module:Class``).
     ``adapt``: puts a stand-in for its text encoder into a pipeline that takes no encoded prompts.
@@ -55,12 +55,11 @@ class TinyPipeline:
     transformers: dict[str, tuple[str, dict[str, Any]]]
     call: dict[str, Any]
     prompt: Callable[[int], dict[str, Any]]
-    scheduler: tuple[str, dict[str, Any]] = ("FlowMatchEulerDiscreteScheduler", {})
+    scheduler: tuple[str, dict[str, Any]] | None = ("FlowMatchEulerDiscreteScheduler", {})
     settings: dict[str, Any] = field(default_factory=dict)
     parts: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     adapt: Callable[[Any], None] | None = None
     blocks: str | None = None
-    lengths: tuple[int, ...] = LENGTHS
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,13 @@ def prepare(name: str, seed: int = 0) -> Prepared:
         component: _model(configuration, changes, seed + i)
         for i, (component, (configuration, changes)) in enumerate(tiny.transformers.items())
     }
-    kind, options = tiny.scheduler
-    components["scheduler"] = getattr(diffusers, kind)(**options)
+    if tiny.scheduler is not None:
+        kind, options = tiny.scheduler
+        components["scheduler"] = getattr(diffusers, kind)(**options)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         components |= {part: make() for part, make in tiny.parts.items()}
-    inputs = [drawn(tiny.prompt(length), "first", seed + length) for length in tiny.lengths]
+    inputs = [drawn(tiny.prompt(length), "first", seed + length) for length in LENGTHS]
     pipeline = getattr(diffusers, tiny.class_name)
     if tiny.blocks is not None:
         pipe = pkgutil.resolve_name(f"diffusers.modular_pipelines.{tiny.blocks}")().init_pipeline()
@@ -253,6 +253,26 @@ def _ace_step_conditions() -> Any:
         num_key_value_heads=1,
         head_dim=16,
     )
+
+
+def _minimax_music3_conditions() -> Any:
+    return diffusers.MiniMaxMusic3ConditionEncoder(
+        condition_hidden_dim=32, num_condition_layers=2, out_dim=32
+    )
+
+
+def _protein(length: int) -> dict[str, Any]:
+    yes, no = torch.ones(1, length, dtype=torch.bool), torch.zeros(1, length, dtype=torch.bool)
+    return {
+        "padding_mask": Same(yes),
+        "is_in_context_conditioning": Same(no),
+        "supports_local_latent": Same(yes),
+        "token_type": Integers((1, length), 7),
+        "conditioning_features": {
+            "condition_sequence_1_residue": Integers((1, length), 16),
+            "molecule_iid": Same(torch.zeros(1, length, dtype=torch.int64)),
+        },
+    }
 
 
 def _ideogram4_prompt(pipe: Any) -> None:
@@ -803,4 +823,56 @@ PIPELINES = {
     "Flux3": _image(
         "Flux3ModularPipeline", "Flux3", _embeds(), blocks="flux3.modular_blocks_flux3:Flux3CoreDenoiseStep"
     ),
+    "MiniMaxMusic3": TinyPipeline(
+        "MiniMaxMusic3ModularPipeline",
+        {"transformer": ("MiniMaxMusic3", {})},
+        {"num_inference_steps": 3},
+        lambda length: {"frame_hiddens": _text(length, 64)},
+        parts={"condition_encoder": _minimax_music3_conditions},
+        blocks="minimax_music3.modular_blocks_minimax_music3:MiniMaxMusic3CoreDenoiseStep",
+    ),
+    "MiniMaxH3": TinyPipeline(
+        "MiniMaxH3ModularPipeline",
+        {"transformer": ("MiniMaxH3", {"in_channels": 24, "audio_in_channels": 32})},
+        {"height": 64, "width": 64, "num_frames": 124, "num_inference_steps": 3},
+        lambda length: {"prompt_embeds": _text(length, 32), "text_token_tags": Same([1] * length)},
+        ("MiniMaxH3Scheduler", {}),
+        parts={"audio_scheduler": lambda: diffusers.MiniMaxH3Scheduler()},
+        blocks="minimax_h3.modular_blocks_minimax_h3:MiniMaxH3CoreDenoiseStep",
+    ),
+    "Kandinsky6SR": TinyPipeline(
+        "Kandinsky6SRPipeline",
+        {"transformer": ("Kandinsky6SR", {"tile_sizes": ((128, 128),), "out_visual_dim": 4})},
+        {"num_inference_steps": 3, "resolution_scale": 2.0, "output_type": "pt"},
+        lambda length: {"video": [picture()] * 5},
+        parts={"vae": vaes.kandinsky6_sr},
+    ),
+    "RFD4Proteina": TinyPipeline(
+        "RFD4ProteinaPipeline",
+        {"transformer": ("RFD4Proteina", {"num_sequence_classes": 147})},
+        {"output_type": "pt"},
+        _protein,
+        None,
+        parts={
+            "vae": vaes.proteina,
+            "bb_ca_scheduler": lambda: diffusers.RFD4ProteinaScheduler("log", "1/t", 1.0, 1.0, tail_steps=1),
+            "local_latents_scheduler": lambda: diffusers.RFD4ProteinaScheduler(
+                "power", "tan", 1.0, 1.0, tail_steps=1
+            ),
+        },
+        settings={"recycle_depths": [1, 1, 1]},
+    ),
 }
+
+WITHOUT = {
+    "ConsisIDTransformer3DModel": "its pipeline needs OpenCV",
+    "OmniGenTransformer2DModel": "its pipeline needs torchvision",
+    "MiniMaxMusic3RVQDepthDecoder": "a model of tokens, which its pipeline samples code by code",
+    "SanaWMLTX2RefinerTransformer3DModel": "its pipeline keeps keys and values in a cache between calls",
+    "WanAnimate2Transformer3DModel": "its pipeline keeps keys and values in a cache between calls",
+    "T5FilmDecoder": "no pipeline of diffusers uses it any more",
+    "Transformer2DModel": "a part of UNets",
+    "DreamLiteTransformer2DModel": "a part of UNets",
+    "TransformerTemporalModel": "a part of UNets",
+}
+"""Why a class has no tiny pipeline."""
