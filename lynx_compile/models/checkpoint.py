@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +28,13 @@ from lynx_compile.errors import InputError
 from lynx_compile.files.digest import file_digest
 from lynx_compile.files.progress import Progress, no_progress
 from lynx_compile.models.original import convert_original
-from lynx_compile.models.weight_files import UNQUANTIZED, StoredTensor, find_weights, read_headers
+from lynx_compile.models.weight_files import (
+    UNQUANTIZED,
+    StoredTensor,
+    find_weights,
+    read_headers,
+    refuse_other_formats,
+)
 
 # Configs saved before diffusers split the class name it; diffusers' own loader looks at the norm too.
 SPLIT_CLASS = "Transformer2DModel"
@@ -59,10 +67,13 @@ class Checkpoint:
         return sum(tensor.bytes for tensor in self.tensors.values())
 
     def digest(self, progress: Progress = no_progress) -> str:
-        """SHA-256 over the class, the config and the content of the weight files; wherever they lie."""
+        """SHA-256 over the class (the user's own with its source), the config and the weight files' content."""
         digest = hashlib.sha256(
             json.dumps([self.model_class, self.config], sort_keys=True, default=str).encode()
         )
+        if not self.model_class.startswith("diffusers:"):
+            source = inspect.getsourcefile(_import_class(self.model_class))
+            digest.update(file_digest(Path(source)).encode() if source else b"")
         total = sum(path.stat().st_size for path in self.files)
         done = 0
         for path in self.files:
@@ -176,29 +187,29 @@ def open_checkpoint(
     )
 
 
-def open_module(
-    model_class: str, config: Mapping[str, Any], weights: Path, *, variant: str | None = None
-) -> Checkpoint:
+def open_module(model_class: str, config: Mapping[str, Any] | Path, weights: Path) -> Checkpoint:
     """The same for a class of the user's own package, which is imported, and is called with ``config``.
 
     Args:
-        model_class: ``package.module:Class``.
+        model_class: ``package.module:Class``, found as ``python -m`` would: in the working directory too.
+        config: its arguments, or a JSON file of them.
         weights: a safetensors file, an index of several, or a folder that holds either.
 
     Raises:
         InputError: the class cannot be imported or built, or the weights do not fit.
     """
-    skeleton = _described(weights, _import_class(model_class), config)
-    if weights.is_dir():
-        files = find_weights(weights, variant)
-    elif weights.name.endswith(".index.json"):
-        files = find_weights(weights.parent, variant)
+    values = read_json(config) if isinstance(config, Path) else dict(config)
+    place = config if isinstance(config, Path) else weights
+    skeleton = _described(place, _import_class(model_class), values)
+    if not weights.exists():
+        raise InputError(f"The weights {weights} do not exist.", "Correct model.weights in the recipe.")
+    folder = weights if weights.is_dir() else weights.parent
+    if weights.is_dir() or weights.name.endswith(".json"):
+        files = find_weights(folder, None)
     else:
+        refuse_other_formats(folder, [weights])
         files = (weights,)
-    tensors = _fitting(weights, skeleton, read_headers(files))
-    return Checkpoint(
-        weights if weights.is_dir() else weights.parent, model_class, dict(config), files, tensors
-    )
+    return Checkpoint(folder, model_class, values, files, _fitting(folder, skeleton, read_headers(files)))
 
 
 def _read_config(folder: Path, component: str | None) -> tuple[dict[str, Any], str | None]:
@@ -319,6 +330,7 @@ def _import_class(name: str) -> type[Any]:
         InputError: it cannot be imported, or is no torch module.
     """
     module, _, attribute = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # it is somebody's code
@@ -326,6 +338,8 @@ def _import_class(name: str) -> type[Any]:
             f"'{name}' cannot be imported ({type(error).__name__}: {str(error).strip() or 'no message'}).",
             "Install its package in the environment of lynx-compile, or correct model.module.",
         ) from None
+    finally:
+        sys.path.pop(0)
     if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
         raise InputError(f"'{name}' is no class of torch modules.", "Correct model.module ('package:Class').")
     return found

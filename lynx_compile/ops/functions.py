@@ -22,19 +22,23 @@ WEIGHT_OP = "LynxSparseWeightLinear"
 OP_VERSION = "1"
 
 
-def lynx_functions(ops: Iterable[str]) -> list[onnx.FunctionProto]:
-    """The functions of ``ops``, and the one that those with a fused producer call."""
+def lynx_functions(ops: Iterable[str], opset: int = OPSET) -> list[onnx.FunctionProto]:
+    """The functions of ``ops``, and the one that those with a fused producer call.
+
+    Args:
+        opset: of the model they go into, which ONNX wants theirs to be.
+    """
     ops = set(ops)
     called = {OP} if ops & {NORM_OP, GELU_OP, GATED_OP} else set()
-    return [lynx_function(op) for op in FUNCTIONS if op in ops | called]
+    return [lynx_function(op, opset) for op in FUNCTIONS if op in ops | called]
 
 
-def lynx_function(op: str = OP) -> onnx.FunctionProto:
+def lynx_function(op: str = OP, opset: int = OPSET) -> onnx.FunctionProto:
     """The function of one op."""
     text, doc = FUNCTIONS[op]
     for name, part in PARTS.items():
         text = text.replace(name, part)
-    function = onnx.parser.parse_function(text.replace("OPSET", str(OPSET)))
+    function = onnx.parser.parse_function(text.replace("OPSET", str(opset)))
     function.doc_string = doc
     return function
 

@@ -411,7 +411,8 @@ def _save(
             refer(initializer, weights.name, *offsets[tensor.name])
             model.graph.initializer.append(initializer)
     _drop_value_info(model, {tensor.name for tensor in tensors})
-    model.functions.extend(lynx_functions(ops))
+    opset = next(entry.version for entry in model.opset_import if not entry.domain)
+    model.functions.extend(lynx_functions(ops, opset))
     if DOMAIN not in {entry.domain for entry in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, int(OP_VERSION)))
     model.producer_name = PRODUCER

@@ -39,6 +39,7 @@ from lynx_compile.engine import trt
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError, LynxError, StageError
 from lynx_compile.files.atomic import atomic_path
+from lynx_compile.files.float32 import float32_copy
 from lynx_compile.files.lock import locked
 from lynx_compile.files.outputs import Outputs
 from lynx_compile.files.ownership import LOCK, PRODUCER, SCRATCH
@@ -58,7 +59,6 @@ from lynx_compile.tools.comparison import (
     missed,
 )
 from lynx_compile.tools.compiled import Compiled
-from lynx_compile.tools.float32 import float32_copy
 from lynx_compile.tools.linear_graphs import Part, linear_graphs
 
 Values = dict[str, np.ndarray]

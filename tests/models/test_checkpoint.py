@@ -22,7 +22,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from lynx_compile.errors import InputError
-from lynx_compile.models.checkpoint import Checkpoint, open_checkpoint
+from lynx_compile.models.checkpoint import Checkpoint, open_checkpoint, open_module
 from lynx_compile.models.source import fetch, pipeline_parts
 from tests.conftest import TINY
 
@@ -432,3 +432,84 @@ def test_a_folder_without_any_config(tmp_path: Path) -> None:
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2)}, tmp_path / "flux1-dev.safetensors")
     with pytest.raises(InputError, match="flux1-dev.safetensors holds weights alone .'double_blocks"):
         fetch(str(tmp_path))
+
+
+PACKAGE = """
+import torch
+class Net(torch.nn.Module):
+    def __init__(self, width, depth=1):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(width, width) for _ in range(depth))
+        self.register_buffer("table", torch.arange(width).float(), persistent=False)
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x) + self.table
+        return x
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a package of the user's, its config and its weights, which is the working directory."""
+    name = f"own_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(PACKAGE)
+    (tmp_path / "config.json").write_text('{"width": 8, "depth": 2}')
+    shapes = {"weight": (8, 8), "bias": (8,)}
+    tensors = {f"blocks.{i}.{kind}": torch.randn(shape) for i in (0, 1) for kind, shape in shapes.items()}
+    save_file(tensors, tmp_path / "net.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("in_folder", [True, False])
+def test_a_module_of_the_users_own(own: Path, in_folder: bool) -> None:
+    path = own / "net.safetensors"
+    if in_folder:
+        (own / "weights").mkdir()
+        path = path.rename(own / "weights" / path.name)
+    name = f"own_{own.name}:Net"
+    checkpoint = open_module(name, own / "config.json", path.parent if in_folder else path)
+    module, weights = checkpoint.load(torch.bfloat16), load_file(path)
+    assert type(module).__name__ == "Net" and checkpoint.class_name == "Net"
+    assert {key: value.bfloat16() for key, value in weights.items()}.keys() == module.state_dict().keys()
+    assert torch.equal(module.blocks[1].weight, weights["blocks.1.weight"].bfloat16())  # type: ignore[index, union-attr]
+    assert torch.equal(module.table, torch.arange(8).float())  # type: ignore[arg-type]
+    same = open_module(name, {"depth": 2, "width": 8}, path)
+    digest = checkpoint.digest()
+    assert same.digest() == digest
+    with (own / f"own_{own.name}.py").open("a") as file:
+        file.write("# edited\n")
+    assert same.digest() != digest  # what the class does is part of it
+    assert all(parameter.is_meta for parameter in checkpoint.build("meta").parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "weights", "message"),
+    [
+        ("nowhere:Net", {}, "net.safetensors", "'nowhere:Net' cannot be imported .*Install its package"),
+        ("{}:Nett", {}, "net.safetensors", "cannot be imported .AttributeError"),
+        ("{}:number", {}, "net.safetensors", "is no class of torch modules"),
+        ("{}:Net", {}, "net.safetensors", "does not describe a Net .TypeError: .*'width'"),
+        ("{}:Net", {"width": 8}, "net.safetensors", r"hold 'blocks.1.bias' \[8\] and 1 more"),
+        (
+            "{}:Net",
+            {"width": 4, "depth": 2},
+            "net.safetensors",
+            r"is \[8, 8\] in the .*, and \[4, 4\] in a Net",
+        ),
+        (
+            "{}:Net",
+            {"width": 8},
+            "other.safetensors",
+            "other.safetensors do not exist. Correct model.weights",
+        ),
+        ("{}:Net", {"width": 8}, "net.pt", "as a pickle"),
+    ],
+)
+def test_modules_that_cannot_be_taken(
+    own: Path, name: str, config: Tensors, weights: str, message: str
+) -> None:
+    (own / "net.pt").write_bytes(b"x")
+    with pytest.raises(InputError, match=message):
+        open_module(name.format(f"own_{own.name}"), config, own / weights)

@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from lynx_compile.engine.plan import read_plan
-from lynx_compile.tools.float32 import float32_copy
+from lynx_compile.files.float32 import float32_copy
 
 pytestmark = pytest.mark.slow
 
