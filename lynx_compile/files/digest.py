@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from lynx_compile.errors import InputError
+
+PIECE_BYTES = 16 << 20  # that is read at once
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,26 @@ class Written:
         return (found.st_size, found.st_mtime_ns, found.st_ino) == (self.bytes, self.mtime_ns, self.inode)
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: Path, report: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file, in hex.
+
+    Args:
+        report: told now and then how many bytes have been read.
 
     Raises:
         InputError: the file cannot be read.
     """
+    digest = hashlib.sha256()
+    piece = memoryview(bytearray(PIECE_BYTES))
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(piece):
+                digest.update(piece[:count])
+                if report is not None:
+                    report(file.tell())
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).", "Check the path.") from None
+    return digest.hexdigest()
 
 
 def written(path: Path) -> Written:

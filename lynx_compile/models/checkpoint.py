@@ -10,10 +10,9 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +76,12 @@ class Checkpoint:
         total = sum(path.stat().st_size for path in self.files)
         done = 0
         for path in self.files:
-            progress(f"reading {path.name}", done >> 20, total >> 20)
-            status = path.stat()
-            digest.update(_digest_once(path, status.st_size, status.st_mtime_ns).encode())
-            done += status.st_size
+
+            def report(read: int, path: Path = path, before: int = done) -> None:
+                progress(f"reading {path.name}", before + read >> 20, total >> 20)
+
+            digest.update(_digest_once(path, report).encode())
+            done += path.stat().st_size
         progress("read", total >> 20, total >> 20)
         return digest.hexdigest()
 
@@ -218,16 +219,26 @@ def _read_config(folder: Path, component: str | None) -> tuple[dict[str, Any], s
     path = place / "config.json"
     if not path.exists():
         raise _no_config(folder, component)
-    config = read_json(path)
-    if "quantization_config" in config:
-        method = config["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise InputError(f"{path}: the weights are quantized ({method}).", UNQUANTIZED)
+    config = unquantized_config(path)
     name = config.get("_class_name")
     if name is None and component and (folder / "model_index.json").exists():
         entry = read_json(folder / "model_index.json").get(component)
         name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
     return config, name
+
+
+def unquantized_config(path: Path) -> dict[str, Any]:
+    """A model's config, if its weights are as they were trained.
+
+    Raises:
+        InputError: it cannot be read, or says that the weights were quantized.
+    """
+    config = read_json(path)
+    if "quantization_config" in config:
+        method = config["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise InputError(f"{path}: the weights are quantized ({method}).", UNQUANTIZED)
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -436,6 +447,13 @@ def _check_finite(stored: StoredTensor, name: str, tensor: torch.Tensor, dtype: 
         )
 
 
-@cache
-def _digest_once(path: Path, size: int, modified: int) -> str:
-    return file_digest(path)
+_digests: dict[tuple[Path, int, int], str] = {}
+
+
+def _digest_once(path: Path, report: Callable[[int], None]) -> str:
+    """The file's digest; while this process runs, a file of the same size and time is the same."""
+    status = path.stat()
+    key = (path, status.st_size, status.st_mtime_ns)
+    if key not in _digests:
+        _digests[key] = file_digest(path, report)
+    return _digests[key]

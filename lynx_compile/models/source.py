@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from lynx_compile.errors import InputError
 from lynx_compile.files.progress import Progress, no_progress
-from lynx_compile.models.checkpoint import read_json
+from lynx_compile.models.checkpoint import read_json, unquantized_config
 from lynx_compile.models.weight_files import refuse_other_formats
 
 INDEX = "model_index.json"
@@ -81,6 +81,23 @@ def pipeline_parts(folder: Path) -> dict[str, tuple[str, str]]:
     return parts
 
 
+def only_variant(folder: Path, names: Iterable[str]) -> str | None:
+    """The variant in whose files alone one of a pipeline's components is there; None: each has plain ones.
+
+    Diffusers takes one variant for all, and the plain files of components that do not have it.
+    """
+    for name in sorted(names):
+        matches = [WEIGHTS.fullmatch(path.name) for path in sorted((folder / name).iterdir())]
+        found = {_variant_of(match) for match in matches if match}
+        if found and None not in found:
+            return min(variant for variant in found if variant)
+    return None
+
+
+def _variant_of(match: re.Match[str]) -> str | None:
+    return match["variant"] or match["late"] or match["index"]
+
+
 def _parts(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
     return {
         name: (str(value[0]), str(value[1]))
@@ -90,7 +107,7 @@ def _parts(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def _see_files(folder: Path) -> None:
-    """Every link of a component's folder leads to a file, and its weights are not only pickles."""
+    """Every link of a component's folder leads to a file, and its weights are no pickles, nor quantized."""
     files = sorted(folder.iterdir())
     for path in files:
         if path.is_symlink() and not path.exists():
@@ -101,6 +118,8 @@ def _see_files(folder: Path) -> None:
             )
     if not any(path.suffix == ".safetensors" for path in files):
         refuse_other_formats(folder, [path for path in files if path.name != "adapter_config.json"])
+    if folder / "config.json" in files:
+        unquantized_config(folder / "config.json")
 
 
 def _fetched(
@@ -156,7 +175,7 @@ def _wanted(files: Sequence[str], parts: Sequence[str] | None, variant: str | No
     for folder in [""] if parts is None else [f"{name}/" for name in parts]:
         inside = [name for name in files if name.startswith(folder) and "/" not in name[len(folder) :]]
         weights = {name: match for name in inside if (match := WEIGHTS.fullmatch(name[len(folder) :]))}
-        variants = {name: m["variant"] or m["late"] or m["index"] for name, m in weights.items()}
+        variants = {name: _variant_of(match) for name, match in weights.items()}
         chosen = variant if variant in variants.values() else None
         if chosen is None and None not in variants.values():
             wanted += variants

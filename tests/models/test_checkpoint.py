@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from lynx_compile.errors import InputError
 from lynx_compile.models.checkpoint import Checkpoint, open_checkpoint, open_module
-from lynx_compile.models.source import fetch, pipeline_parts
+from lynx_compile.models.source import fetch, only_variant, pipeline_parts
+from lynx_compile.models.weight_files import StoredTensor
 from tests.conftest import TINY
 
 NAME = "diffusion_pytorch_model.safetensors"
@@ -317,14 +318,56 @@ def test_tensors_say_where_their_bytes_lie(folder: Path) -> None:
 
 
 def test_the_digest_follows_content_and_not_place(tiny: Path, folder: Path) -> None:
-    shown: list[tuple[str, int, int]] = []
-    before = _open(folder).digest(lambda *of: shown.append(of))
-    assert shown[0][0] == f"reading {NAME}" and shown[-1][1] == shown[-1][2]
+    before = _open(folder).digest()
     assert before == _open(tiny / "model" / "transformer").digest()
     _config(patch_size=...)(folder)  # is its default
     assert before == _open(folder).digest()
     _edit(lambda t: t["proj_out.bias"].add_(1))(folder)
     assert before != _open(folder).digest()
+
+
+def test_hashing_shows_how_far_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lynx_compile.files.digest.PIECE_BYTES", 1 << 18)
+    _edit(lambda t: t.update({"extra": torch.zeros(3 << 18)}))(folder)  # 3 MiB
+    stored = {"extra": StoredTensor(folder / NAME, torch.float32, (3 << 18,), 0, 3 << 20)}
+    checkpoint = Checkpoint(folder, "diffusers:FluxTransformer2DModel", {}, (folder / NAME,), stored)
+    shown: list[tuple[str, int, int]] = []
+    digest = checkpoint.digest(lambda *of: shown.append(of))
+    assert {what for what, *_ in shown[:-1]} == {f"reading {NAME}"}
+    done = [count for _, count, _ in shown]
+    assert done == sorted(done) and {0, 1, 2, 3} <= set(done) and shown[-1][1] == shown[-1][2] >= 3
+    shown.clear()
+    assert (
+        checkpoint.digest(lambda *of: shown.append(of)) == digest and len(shown) == 1
+    )  # it is not read again
+
+
+def test_the_only_variant_of_any_component(tmp_path: Path) -> None:
+    for name, files in {
+        "vae": [NAME],
+        "transformer": ["diffusion_pytorch_model.fp16.safetensors"],
+        "scheduler": [],
+    }.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).touch()
+    assert only_variant(tmp_path, ["vae", "transformer", "scheduler"]) == "fp16"
+    (tmp_path / "transformer" / NAME).touch()
+    assert only_variant(tmp_path, ["vae", "transformer", "scheduler"]) is None
+
+
+def test_a_quantized_text_encoder_is_refused_with_its_pipeline(tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny / "model", tmp_path / "model"))
+    (folder / "model_index.json").write_text('{"text_encoder": ["transformers", "T5EncoderModel"]}')
+    (folder / "text_encoder").mkdir()
+    (folder / "text_encoder" / "model.safetensors").touch()
+    (folder / "text_encoder" / "config.json").write_text(
+        '{"quantization_config": {"quant_method": "bitsandbytes"}}'
+    )
+    with pytest.raises(
+        InputError, match=r"text_encoder.config.json: the weights are quantized \(bitsandbytes\)"
+    ):
+        pipeline_parts(folder)
 
 
 def _huge(tensors: Tensors) -> None:
