@@ -86,7 +86,7 @@ def test_nothing_is_done_twice_and_a_change_runs_what_depends_on_it(
     recipe = (tmp_path / "tiny.yaml").read_text()
     for text, expected in (
         (recipe, []),
-        (recipe + "sparsity: {rank: 16}\n", ["compensate", "rewrite", "build"]),
+        (recipe + "sparsity: {rank: 16}\n", ["calibrate", "compensate", "rewrite", "build"]),
         (recipe + "sparsity: {rank: 16}\nengine: {gpus: [sm80]}\n", ["build"]),
         (recipe.replace("steps: 4", "steps: 3"), ["calibrate", "compensate", "rewrite", "build"]),
     ):
@@ -122,8 +122,12 @@ def _cannot_build(*_: object) -> None:
     raise StageError("build", "TensorRT built no engine.", "See the log.")
 
 
-@pytest.mark.parametrize("moment", ["calibrate", "build"])
-def test_ctrl_c_leaves_nothing_half_done(project: Path, tmp_path: Path, moment: str) -> None:
+@pytest.mark.parametrize(
+    ("moment", "number", "code"), [("calibrate", signal.SIGTERM, 143), ("build", signal.SIGINT, 130)]
+)
+def test_ctrl_c_and_sigterm_leave_nothing_half_done(
+    project: Path, tmp_path: Path, moment: str, number: signal.Signals, code: int
+) -> None:
     shutil.copytree(project, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.cache"))
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("tiny.[ejos]*")}
     (tmp_path / "tiny.yaml").write_text(
@@ -138,32 +142,39 @@ def test_ctrl_c_leaves_nothing_half_done(project: Path, tmp_path: Path, moment: 
     while marker not in (log.read_text() if log.exists() else ""):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == code, errors
     assert "interrupted" in errors and "Traceback" not in errors
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("tiny.[ejos]*")} == before
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize(
     "error", [ValueError("could not determine the shape"), InputError("Damaged.", "Fetch.")]
 )
 def test_ctrl_c_that_a_library_takes_for_a_failure_is_still_ctrl_c(
-    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    number: signal.Signals,
+    code: int,
 ) -> None:
     """As torch does with one that strikes its C++, and diffusers with what torch makes of it."""
 
     def interrupted(*_: object, **__: object) -> None:
         with suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         raise error
 
     monkeypatch.setattr(pipeline, "compile", interrupted)
-    assert _main(monkeypatch, project, "tiny.yaml", "-o", "out/tiny.engine") == 130
+    assert _main(monkeypatch, project, "tiny.yaml", "-o", "out/tiny.engine") == code
     shown = capsys.readouterr().err
     assert "interrupted: no output was changed" in shown and str(error) not in shown
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize(

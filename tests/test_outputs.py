@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,8 @@ from safetensors.torch import save_file
 from lynx_compile import pipeline
 from lynx_compile.engine import trt
 from lynx_compile.engine.manifest import Manifest
-from lynx_compile.errors import InputError, StageError
-from lynx_compile.files import digest
+from lynx_compile.errors import DiskFullError, InputError, StageError
+from lynx_compile.files import atomic, digest
 from lynx_compile.files.outputs import Outputs
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.recipe import load_recipe
@@ -341,3 +344,141 @@ def _first_stage(project: Path) -> str:
     with pytest.raises(StageError, match="there is none here"):
         compile_tiny(project)
     return ran(project / "out" / "tiny.engine")[0]
+
+
+# several runs, and those that end badly
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lynx_compile.files.outputs import Outputs
+from lynx_compile.files.ownership import claimed
+
+with claimed(Outputs.chosen(Path(sys.argv[1])), (), None):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(project: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that compiles into ``out/tiny.engine``."""
+    command = [sys.executable, "-c", HOLDER, str(project / "out" / "tiny.engine")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_two_runs_into_one_output_do_not_mix(project: Path, holder: subprocess.Popen[str]) -> None:
+    before = content(project / "out")
+    message = rf"tiny.cache is in use: lynx-compile runs as process {holder.pid} on \S+ since "
+    with pytest.raises(InputError, match=message) as caught:
+        compile_tiny(project)
+    assert caught.value.exit_code == 2 and content(project / "out") == before
+    holder.kill()  # its lock goes with it
+    holder.wait()
+    compile_tiny(project)
+    assert ran(project / "out" / "tiny.engine") == ()
+
+
+def test_two_caches_do_not_make_two_outputs(project: Path, tmp_path: Path) -> None:
+    with (project / "out" / "tiny.log").open("a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        before = content(project / "out")
+        with pytest.raises(
+            InputError, match=r"out is in use: lynx-compile runs as process \d+ on .* with tiny.log"
+        ):
+            compile_tiny(project, cache=tmp_path / "another")
+        assert content(project / "out") == before
+
+
+def test_what_killed_runs_left_is_removed_and_nothing_else(project: Path) -> None:
+    out, cache = project / "out", project / "out" / "tiny.cache"
+    left = [out / ".tiny.engine.abcd1234.tmp", cache / "weights" / ".x.safetensors.abcd1234.tmp"]
+    scratch = cache / "compare-abcd"
+    scratch.mkdir()
+    kept = [out / ".other.engine.abcd1234.tmp", out / ".tiny.engine.mine", out / ".tiny.json.alive123.tmp"]
+    for path in (*left, *kept, scratch / "dense.onnx"):
+        path.write_bytes(b"0" * 100)
+    with kept[-1].open("rb") as living:  # as atomic_path does while it writes
+        fcntl.flock(living, fcntl.LOCK_EX)
+        compile_tiny(project)
+    assert not any(path.exists() for path in (*left, scratch))
+    assert all(path.exists() for path in kept)
+
+
+def test_a_temporary_file_is_locked_while_it_is_written(tmp_path: Path) -> None:
+    with atomic.atomic_path(tmp_path / "x") as temporary:
+        atomic.remove_leftovers(tmp_path)
+        assert temporary.exists()
+        temporary.write_text("whole")
+    assert (tmp_path / "x").read_text() == "whole"
+
+
+def test_a_cache_on_another_file_system(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no file can be renamed from the one to the other."""
+    cache, replace = project / "cache", os.replace
+
+    def in_cache(path: Any) -> bool:
+        return Path(path).is_relative_to(cache)
+
+    def replace_within(source: Any, target: Any) -> None:
+        if in_cache(source) != in_cache(target):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_within)
+    monkeypatch.setattr(atomic, "_device", in_cache)
+    before = {path.name: path.read_bytes() for path in (project / "out").glob("tiny.[eos]*")}
+    compile_tiny(project, cache=cache)
+    assert ran(project / "out" / "tiny.engine") == STAGES
+    assert {path.name: path.read_bytes() for path in (project / "out").glob("tiny.[eos]*")} == before
+    assert not list(cache.rglob("*.engine")) and not list(project.rglob("*.tmp"))
+    compile_tiny(project, cache=cache)
+    assert ran(project / "out" / "tiny.engine") == ()
+
+
+FOLDERS = {"calibrate": "statistics", "compensate": "weights", "rewrite": "lynx", "build": "engine"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_full_disk_in_any_stage_says_so(project: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    compile_tiny(project)
+    out = project / "out"
+    before = {path.name: path.read_bytes() for path in out.glob("tiny.[ejos]*")}
+    fill(monkeypatch, stage, out / "tiny.cache")
+    with pytest.raises(
+        DiskFullError, match=r"The disk is full: .*tiny.cache.* could not be written \(.* are free"
+    ):
+        compile_tiny(project, fresh=True)
+    assert ran(out / "tiny.engine")[-1] == stage
+    assert {path.name: path.read_bytes() for path in out.glob("tiny.[ejos]*")} == before
+    assert not list(out.rglob("*.tmp"))
+
+
+def fill(monkeypatch: pytest.MonkeyPatch, stage: str, cache: Path) -> None:
+    """No more room for what a stage writes."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if stage == "export":  # torch's own writer
+        monkeypatch.setattr(torch.onnx.ONNXProgram, "save", full)
+        return
+    flush, folder = atomic._flush, cache / FOLDERS[stage]
+    monkeypatch.setattr(atomic, "_flush", lambda path: full() if path.parent == folder else flush(path))
+
+
+def test_a_full_disk_under_the_log_is_silent(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """The run's own error says it; a traceback a line would bury it."""
+    monkeypatch.setattr(pipeline._Handler, "flush", _no_room)
+    compile_tiny(project)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def _no_room(_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

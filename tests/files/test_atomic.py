@@ -30,9 +30,10 @@ def _fail(_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_ctrl_c_does_nothing_where_files_take_their_places() -> None:
+def test_signals_do_nothing_where_files_take_their_places() -> None:
     with uninterrupted():
         signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
 
