@@ -15,6 +15,7 @@ import pytest
 
 from lynx_compile import __version__
 from lynx_compile.engine import manifest as manifest_module
+from lynx_compile.engine import trt
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError
 from lynx_compile.files.digest import written
@@ -57,7 +58,9 @@ def path(manifest: Manifest, tmp_path: Path) -> Path:
 
 def test_round_trip(manifest: Manifest, path: Path, tmp_path: Path) -> None:
     assert Manifest.read(path) == manifest
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["onnx", "small.engine", "small.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "onnx", "small.engine", "small.json", "small.liblynx_plugin.so",
+    ]  # fmt: skip
 
 
 def test_it_tells_what_is_there(manifest: Manifest, lynx: LynxOnnx, tmp_path: Path) -> None:
@@ -70,7 +73,11 @@ def test_it_tells_what_is_there(manifest: Manifest, lynx: LynxOnnx, tmp_path: Pa
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     assert values["backend"]["name"] == "tensorrt_rtx"
-    assert (values["plugin"]["library"], values["plugin"]["namespace"]) == ("liblynx_plugin.so", "lynx")
+    assert (values["plugin"]["library"], values["plugin"]["namespace"]) == (
+        "small.liblynx_plugin.so",
+        "lynx",
+    )
+    assert (tmp_path / "small.liblynx_plugin.so").read_bytes() == (trt.LIBRARIES / trt.LIBRARY).read_bytes()
     assert values["plugin"]["names"] == ("LynxSparseLinear",)
     assert {node["operand"] for node in values["sparse"]} == {"activation"}
     assert values["plugin_layers"] == 2

@@ -244,16 +244,21 @@ except LynxError as error:
 
 
 def test_file_that_is_no_library(tmp_path: Path, lynx: LynxOnnx, script: Script) -> None:
-    path = tmp_path / "text.so"
-    path.write_text("no library")
-    said = subprocess.run(script(LOAD, lynx, path), capture_output=True, text=True, check=True).stdout
-    assert f"{path} cannot be loaded ({path}: " in said
+    text, elf = tmp_path / "text.so", tmp_path / "elf.so"
+    text.write_text("no library")
+    elf.write_bytes(b"\x7fELF, but no library")
+    for path, message in (
+        (text, f"{text} is no plugin library of lynx-compile."),
+        (elf, f"The plugin library {elf} cannot be loaded ({elf}: "),
+    ):
+        said = subprocess.run(script(LOAD, lynx, path), capture_output=True, text=True, check=True).stdout
+        assert message in said
 
 
 def test_library_without_the_plugin(lynx: LynxOnnx, script: Script) -> None:
     path = trt.LIBRARIES / "rtx_alias" / "libtensorrt_rtx.so"
     said = subprocess.run(script(LOAD, lynx, path), capture_output=True, text=True, check=True).stdout
-    assert f"{path} holds no LynxSparseLinear version 1 plugin." in said
+    assert f"{path} is no plugin library of lynx-compile." in said
 
 
 def test_every_op_has_a_plugin_and_a_function() -> None:
