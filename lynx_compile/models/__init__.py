@@ -18,37 +18,10 @@ from huggingface_hub import snapshot_download
 
 from lynx_compile.errors import InputError
 from lynx_compile.models import flux
+from lynx_compile.models.structure import Linear, LinearGroup, find_structure
 from lynx_compile.recipe import Model, Recipe, Shapes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One ``torch.nn.Linear``: its module path, K and N, and why it can not be sparse (None: it can)."""
-
-    path: str
-    in_channels: int
-    out_channels: int
-    bias: bool
-    refusal: str | None
-
-
-@dataclass(frozen=True)
-class LinearGroup:
-    """Linears that read the same tensor, in the order they are called. They are pruned once, together.
-
-    ``name`` is the path of the model's first reader of the tensor, also where that linear itself stays dense.
-    ``tokens``: rows of that tensor at the recipe's shapes, the whole batch.
-    """
-
-    name: str
-    linears: tuple[Linear, ...]
-    tokens: int
-
-    @property
-    def in_channels(self) -> int:
-        return self.linears[0].in_channels
 
 
 @dataclass(frozen=True)
@@ -183,46 +156,11 @@ def _vae(model: Model) -> torch.nn.Module:
 
 
 def find_groups(config: Mapping[str, Any], inputs: Mapping[str, torch.Tensor]) -> tuple[LinearGroup, ...]:
-    """Run the model's structure once, without weights, and group its linears by the tensor each reads."""
+    """The linears of the model by the tensor each reads, found without weights."""
     with torch.device("meta"):
         skeleton = flux.MODEL.from_config(dict(config)).eval()
-    readers: list[tuple[torch.Tensor, list[Linear]]] = []  # the tensors are kept, so that no id is used twice
-
-    def record(module: torch.nn.Linear, arguments: tuple[torch.Tensor, ...], path: str) -> None:
-        linear = Linear(
-            path, module.in_features, module.out_features, module.bias is not None, _refusal(path, module)
-        )
-        for tensor, linears in readers:
-            if tensor is arguments[0]:
-                linears.append(linear)
-                return
-        readers.append((arguments[0], [linear]))
-
-    for path, module in skeleton.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_pre_hook(lambda m, a, path=path: record(m, a, path))
-    with torch.no_grad():
-        skeleton(**{name: _on_meta(value) for name, value in inputs.items()})
-    return tuple(
-        LinearGroup(linears[0].path, tuple(linears), tensor.numel() // tensor.shape[-1])
-        for tensor, linears in readers
-    )
-
-
-def _on_meta(value: torch.Tensor) -> torch.Tensor:
-    """Without values, and in the skeleton's float32 where it is a float; integers and booleans stay what they are."""
-    return value.to("meta", torch.float32 if value.is_floating_point() else value.dtype)
-
-
-def _refusal(path: str, linear: torch.nn.Linear) -> str | None:
-    """Why a linear can not be sparse at all, or None."""
-    if not flux.is_candidate(path):
-        return "embedder, modulation or final projection: small, and sensitive"
-    if linear.in_features % 16:
-        return f"K = {linear.in_features} is not divisible by 16"
-    if linear.out_features % 8:
-        return f"N = {linear.out_features} is not divisible by 8"
-    return None
+    floats = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
+    return find_structure(skeleton, floats).groups
 
 
 def _snapshot(model: Model) -> Path:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLUX (``diffusers.FluxTransformer2DModel``): its inputs, its denoising loop, which linears may be sparse."""
+"""FLUX (``diffusers.FluxTransformer2DModel``): its inputs and its denoising loop."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,17 +16,7 @@ from lynx_compile.models.calls import call_of
 
 MODEL = FluxTransformer2DModel
 PACKING = 2  # a token packs 2 x 2 latents
-CANDIDATE = re.compile(
-    r"(transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)))"
-    r"|(single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out))"
-)
-
 Velocity = Callable[..., torch.Tensor]
-
-
-def is_candidate(path: str) -> bool:
-    """Whether a linear is an attention projection or part of an MLP of a block."""
-    return CANDIDATE.fullmatch(path) is not None
 
 
 def example_inputs(

@@ -18,6 +18,7 @@ from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import save_tensors
 from lynx_compile.models import DiT, flux
+from lynx_compile.models.structure import is_pointwise
 from lynx_compile.ops.sparse_linear import keep_mask, norm_scale_of
 from lynx_compile.passes.select import SparsityPlan
 from lynx_compile.recipe import Calibration, Recipe, Sparsity
@@ -185,8 +186,13 @@ def _measured(
     choice = torch.Generator().manual_seed(recipe.calibration.seed)
 
     def hook(one: Measurement) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
-        return lambda _, arguments: _measure(
-            one, arguments[0], moments[one.name], recipe.calibration, recipe.sparsity, choice
+        return lambda linear, arguments: _measure(
+            one,
+            arguments[0].movedim(1, -1) if is_pointwise(linear) else arguments[0],
+            moments[one.name],
+            recipe.calibration,
+            recipe.sparsity,
+            choice,
         )
 
     handles = [module.get_submodule(one.path).register_forward_pre_hook(hook(one)) for one in wanted]

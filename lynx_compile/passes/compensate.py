@@ -31,7 +31,8 @@ from lynx_compile.errors import StageError
 from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import save_tensors
-from lynx_compile.models import DiT, LinearGroup
+from lynx_compile.models import DiT
+from lynx_compile.models.structure import LinearGroup
 from lynx_compile.ops.sparse_linear import expand_low_rank
 from lynx_compile.passes.calibrate import Statistics
 from lynx_compile.passes.select import SparseGroup, SparsityPlan
@@ -242,9 +243,11 @@ def _errors(group: SparseGroup, lost: torch.Tensor, dense: torch.Tensor) -> tupl
 def _dense(dit: DiT, group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
     """The group's weights stacked: [N, K] and [N], float32 on the CPU."""
     modules: list[Any] = [dit.module.get_submodule(linear.path) for linear in group.linears]
-    weights = [module.weight.detach().float().cpu() for module in modules]
+    weights = [
+        module.weight.detach().float().cpu().flatten(1) for module in modules
+    ]  # a convolution's is [N, K, 1, 1]
     biases = [
-        module.bias.detach().float().cpu() if module.bias is not None else torch.zeros(module.out_features)
+        module.bias.detach().float().cpu() if module.bias is not None else torch.zeros(len(module.weight))
         for module in modules
     ]
     return torch.cat(weights), torch.cat(biases)

@@ -17,7 +17,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import torch
 
-from lynx_compile.models import Linear
+from lynx_compile.models.structure import Linear
 from lynx_compile.passes.export import LINEAR_KEY
 
 Producer = Literal["layer norm", "gelu", "gated"]
@@ -41,11 +41,15 @@ class DenseGraph:
 
 @dataclass(frozen=True)
 class Match:
-    """A linear in the graph: what it reads, its nodes (product, bias), and those of the GELU behind it, if any."""
+    """A call of a linear in the graph: what it reads, its nodes (product, bias), and those of a GELU behind it.
+
+    ``convolution``: its channels are in front of the pixels: [batch, channels, pixels ...].
+    """
 
     x: gs.Variable
     nodes: tuple[gs.Node, ...]
     gelu: tuple[gs.Node, ...] = ()
+    convolution: bool = False
 
     @property
     def y(self) -> gs.Variable:
@@ -86,22 +90,24 @@ def import_graph(model: onnx.ModelProto, dtype: torch.dtype, folder: Path) -> De
     return DenseGraph(gs.import_onnx(model), linear_of, scalars, ones, dtype)
 
 
-def match(dense: DenseGraph, linears: Sequence[Linear]) -> tuple[dict[str, Match], dict[str, str]]:
-    """Find each linear's nodes; those not found come with a reason."""
+def match(
+    dense: DenseGraph, linears: Sequence[Linear]
+) -> tuple[dict[str, tuple[Match, ...]], dict[str, str]]:
+    """Find every call of each linear; a linear of which one is not found, or does not fit, comes with a reason."""
     products: dict[str, list[gs.Node]] = defaultdict(list)
     for node in dense.graph.nodes:
         if node.name in dense.linear_of:
             products[dense.linear_of[node.name]].append(node)
-    matches: dict[str, Match] = {}
+    matches: dict[str, tuple[Match, ...]] = {}
     reasons: dict[str, str] = {}
     for linear in linears:
-        found = products[linear.path]
-        if len(found) != 1:
-            reasons[linear.path] = f"the graph holds {len(found)} matrix products of it, not one"
-        elif isinstance(one := _match_one(found[0], linear, dense.graph), str):
-            reasons[linear.path] = one
+        found = [_match_one(product, linear, dense.graph) for product in products[linear.path]]
+        if not found:
+            reasons[linear.path] = "the graph does not hold it: nothing that the model returns depends on it"
+        elif refusals := [reason for reason in found if isinstance(reason, str)]:
+            reasons[linear.path] = refusals[0]
         else:
-            matches[linear.path] = _with_gelu(one, dense)
+            matches[linear.path] = tuple(_with_gelu(one, dense) for one in found if isinstance(one, Match))
     return matches, reasons
 
 
@@ -117,7 +123,7 @@ def find_producer(x: gs.Variable, dense: DenseGraph) -> Produced | None:
 
 
 def _match_one(product: gs.Node, linear: Linear, graph: gs.Graph) -> Match | str:
-    """The pattern at one MatMul or Gemm, or the reason why it does not fit."""
+    """The pattern at one MatMul, Gemm or Conv, or the reason why it does not fit."""
     x, weight, *bias = product.inputs
     y = product.outputs[0]
     if not _is_weight(weight):
@@ -127,6 +133,8 @@ def _match_one(product: gs.Node, linear: Linear, graph: gs.Graph) -> Match | str
         if (attributes["alpha"], attributes["beta"], attributes["transA"]) != (1.0, 1.0, 0):
             return "its Gemm scales or transposes an operand"
         return Match(x, (product,)) if bool(bias) == linear.bias else "its bias is not in its Gemm"
+    if product.op == "Conv":
+        return _match_convolution(product)
     if not linear.bias:
         return Match(x, (product,))
     if len(y.outputs) != 1 or y in graph.outputs or y.outputs[0].op != "Add":
@@ -136,6 +144,19 @@ def _match_one(product: gs.Node, linear: Linear, graph: gs.Graph) -> Match | str
     if not isinstance(other, gs.Constant) or tuple(other.shape) != (linear.out_channels,):
         return "what is added behind its MatMul is not its bias"
     return Match(x, (product, add))
+
+
+def _match_convolution(product: gs.Node) -> Match | str:
+    x, weight = product.inputs[:2]
+    pixels = len(weight.shape) - 2
+    attributes = {"strides": [1] * pixels, "pads": [0] * 2 * pixels, "group": 1} | product.attrs
+    if set(weight.shape[2:]) | set(attributes["strides"]) | {attributes["group"]} != {1}:
+        return "its Conv is not of kernel 1 over all channels"
+    if any(attributes["pads"]) or attributes.get("auto_pad", "NOTSET") != "NOTSET":
+        return "its Conv pads its input"
+    if x.shape is None or len(x.shape) != 2 + pixels:
+        return "the shape of what its Conv reads is not known"
+    return Match(x, (product,), convolution=True)
 
 
 def _is_weight(tensor: gs.Tensor) -> bool:

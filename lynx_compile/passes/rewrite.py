@@ -25,6 +25,12 @@ in no epilogue, a SiLU with its gate, if this node is all that reads x::
     h ── LayerNormalization ── Mul(gain) ── Add(shift) ── LynxSparseLinear(...)
     h ── LynxNormSparseLinear(..., gain, shift)
 
+A linear that is called several times becomes as many nodes on the same weights. A convolution of kernel 1 becomes a
+node between two Transposes, which bring its channels to the end and back::
+
+    x ── Conv ── y
+    x ── Transpose ── LynxSparseWeightLinear ── Transpose ── y
+
 A node with sparse weights has no pass over x to take it into; there TensorRT's own fusions do it.
 
 Requires the node metadata that ``export`` leaves. Ensures that every linear of the plan is either rewritten or
@@ -38,6 +44,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +80,9 @@ from lynx_compile.recipe import Operand
 REWRITE = StageVersion("rewrite", 1, ("torch", "numpy", "onnx", "onnx-graphsurgeon"))
 OPS: dict[Operand, str] = {"activation": OP, "weight": WEIGHT_OP}
 PRODUCER_OPS: dict[Producer, str] = {"layer norm": NORM_OP, "gelu": GELU_OP, "gated": GATED_OP}
+CHANNELS_LAST = (
+    ".channels_last"  # ends the name of a tensor of a convolution whose channels were brought to the end
+)
 ACTIVATION_MULTIPLE = 64  # kGeluMultiple of plugins/kernels/tile_config.h
 
 
@@ -174,6 +184,7 @@ def rewrite(
     decisions = {decision.linear.path: decision for decision in plan.decisions}
     refused = {path: decision.reason for path, decision in decisions.items() if decision.operand == "none"}
     groups = {linear.path: group for group in plan.groups for linear in group.linears}
+    names: set[str] = set()
     nodes: list[SparseNode] = []
     tensors: list[TensorSpec] = []
     identities: dict[int, list[TensorSpec]] = {}
@@ -182,18 +193,22 @@ def rewrite(
         linears = [decisions[linear].linear for linear in solved.linears]
         matches, reasons = match(imported, linears)
         refused |= reasons
+        owned: dict[tuple[str, ...], list[TensorSpec]] = {}  # linears called again read the same weights
         for readers in _readers_of_one_tensor(matches):
-            found = _with_activation({linear: matches[linear] for linear in readers}, solved)
-            node = _describe(found, solved, groups[readers[0]])
-            if node.operand == "weight":
-                specs, shared = _weight_tensors(node, solved, file, dtype, metadata_layout), []
-            else:
-                specs = _tensors(node, solved, file, dtype)
+            found = _with_activation(readers, solved)
+            node = _describe(found, solved, groups[next(iter(readers))], names)
+            if node.linears not in owned:
+                if node.operand == "weight":
+                    owned[node.linears] = _weight_tensors(node, solved, file, dtype, metadata_layout)
+                else:
+                    owned[node.linears] = _tensors(node, solved, file, dtype)
+                tensors += owned[node.linears]
+            shared = []
+            if node.operand == "activation":
                 shared = identities.setdefault(node.in_channels, _identity(node.in_channels, dtype))
             attributes = _attributes(node, metadata_layout)
-            _replace(graph, node, attributes, found, solved, [*specs, *shared])
+            _replace(graph, node, attributes, found, solved, [*owned[node.linears], *shared])
             nodes.append(node)
-            tensors += specs
     graph.cleanup(remove_unused_graph_inputs=False)  # of what has read the same tensors as the new nodes
     nodes = _fuse_producers(nodes, imported)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
@@ -211,15 +226,23 @@ def rewrite(
     )
 
 
-def _readers_of_one_tensor(matches: dict[str, Match]) -> list[tuple[str, ...]]:
-    """The linears, split by the tensor that they read in the graph (as a rule all of a group read one)."""
-    readers: dict[str, list[str]] = defaultdict(list)
-    for linear, found in matches.items():
-        readers[found.x.name].append(linear)
-    return [tuple(linears) for linears in readers.values()]
+def _readers_of_one_tensor(matches: Mapping[str, Sequence[Match]]) -> list[dict[str, Match]]:
+    """The calls of the linears by the tensor that they read in the graph: one node each.
+
+    As a rule all of a group read one tensor; linears that are called several times read several.
+    """
+    readers: dict[tuple[str, bool], list[dict[str, Match]]] = defaultdict(list)
+    for linear, calls in matches.items():
+        for found in calls:
+            nodes = readers[found.x.name, found.convolution]
+            free = next((node for node in nodes if linear not in node), None)
+            if free is None:
+                nodes.append(free := {})
+            free[linear] = found
+    return [node for nodes in readers.values() for node in nodes]
 
 
-def _with_activation(matches: dict[str, Match], solved: SparseLinearWeights) -> dict[str, Match]:
+def _with_activation(matches: Mapping[str, Match], solved: SparseLinearWeights) -> dict[str, Match]:
     """The linears of a node in its order, those with a GELU last; without their GELUs where no epilogue can start."""
     ordered = dict(sorted(matches.items(), key=lambda item: bool(item[1].gelu)))
     channels = dict(zip(solved.linears, solved.out_channels, strict=True))
@@ -228,13 +251,19 @@ def _with_activation(matches: dict[str, Match], solved: SparseLinearWeights) -> 
     return ordered
 
 
-def _describe(matches: Mapping[str, Match], solved: SparseLinearWeights, group: SparseGroup) -> SparseNode:
+def _describe(
+    matches: Mapping[str, Match], solved: SparseLinearWeights, group: SparseGroup, names: set[str]
+) -> SparseNode:
+    """The node of ``matches``, under a name that is not among ``names`` yet."""
     channels = dict(zip(solved.linears, solved.out_channels, strict=True))
     plain = [linear for linear, found in matches.items() if not found.gelu]
     activation = len(plain) < len(matches)
     errors = dict(zip(solved.linears, solved.errors, strict=True))
+    name = f"{next(linear for linear in solved.linears if linear in matches)}.{OPS[solved.operand]}"
+    free = (f"{name}.{call}" if call > 1 else name for call in count(1))
+    names.add(name := next(one for one in free if one not in names))
     return SparseNode(
-        name=f"{next(linear for linear in solved.linears if linear in matches)}.{OPS[solved.operand]}",
+        name=name,
         linears=tuple(matches),
         in_channels=solved.in_channels,
         out_channels=sum(channels[linear] for linear in matches),
@@ -244,9 +273,18 @@ def _describe(matches: Mapping[str, Match], solved: SparseLinearWeights, group: 
         operand=solved.operand,
         activation=int(activation),
         activation_from=sum(channels[linear] for linear in plain) if activation else 0,
-        tokens=group.tokens,
+        tokens=_tokens(next(iter(matches.values()))) or group.tokens,
         gain=group.gain,
     )
+
+
+def _tokens(found: Match) -> int | None:
+    """Rows of what a linear reads; None where the graph does not tell."""
+    shape = list(found.x.shape or ())
+    if not shape or not all(isinstance(extent, int) for extent in shape):
+        return None
+    shape.pop(1 if found.convolution else -1)
+    return int(np.prod(shape, dtype=np.int64))
 
 
 def _tensors(
@@ -347,10 +385,13 @@ def _replace(
     existing = graph.tensors()
     inputs = [existing.get(t.name) or gs.Variable(t.name, _onnx_dtype(t.dtype), t.shape) for t in tensors]
     outputs = [matches[linear].y for linear in node.linears]
-    x, merged = matches[node.linears[0]].x, outputs[0]
+    x = matches[node.linears[0]].x
     for linear in node.linears:
         for old in (*matches[linear].nodes, *matches[linear].gelu):
             old.outputs.clear()
+    if matches[node.linears[0]].convolution:
+        x, outputs = _channels_last(graph, x), [_channels_first(graph, y) for y in outputs]
+    merged = outputs[0]
     if len(outputs) > 1:
         channels = dict(zip(solved.linears, solved.out_channels, strict=True))
         sizes = np.array([channels[linear] for linear in node.linears], dtype=np.int64)
@@ -363,6 +404,26 @@ def _replace(
     graph.nodes.append(
         gs.Node(node.op, node.name, attributes, inputs=[x, *inputs], outputs=[merged], domain=DOMAIN)
     )
+
+
+def _channels_last(graph: gs.Graph, x: gs.Variable) -> gs.Variable:
+    """x [batch, channels, pixels ...] as [batch, pixels ..., channels]."""
+    name = f"{x.name}{CHANNELS_LAST}"
+    made = [output for reader in x.outputs for output in reader.outputs if output.name == name]
+    if made:  # for another node that reads x
+        return made[0]
+    moved = gs.Variable(name, x.dtype, [x.shape[0], *x.shape[2:], x.shape[1]])
+    perm = [0, *range(2, len(moved.shape)), 1]
+    graph.nodes.append(gs.Node("Transpose", f"{moved.name}.Transpose", {"perm": perm}, [x], [moved]))
+    return moved
+
+
+def _channels_first(graph: gs.Graph, y: gs.Variable) -> gs.Variable:
+    """A new tensor [batch, pixels ..., channels] that makes y [batch, channels, pixels ...]."""
+    moved = gs.Variable(f"{y.name}{CHANNELS_LAST}", y.dtype, [y.shape[0], *y.shape[2:], y.shape[1]])
+    perm = [0, len(moved.shape) - 1, *range(1, len(moved.shape) - 1)]
+    graph.nodes.append(gs.Node("Transpose", f"{moved.name}.Transpose", {"perm": perm}, [moved], [y]))
+    return moved
 
 
 def _fuse_producers(nodes: Sequence[SparseNode], dense: DenseGraph) -> list[SparseNode]:

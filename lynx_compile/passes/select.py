@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from lynx_compile.errors import InputError
-from lynx_compile.models import Linear, LinearGroup
+from lynx_compile.models.structure import Linear, LinearGroup
 from lynx_compile.ops.sparse_weight_linear import STEP
 from lynx_compile.passes.speed_table import ROOFLINE, UNKNOWN_SPEED, CostTable, roofline
 from lynx_compile.recipe import Operand, Sparsity
@@ -159,5 +159,5 @@ def _split(
             out_channels = sum(linear.out_channels for linear in linears)
             sizes = (group.tokens, group.in_channels, out_channels)
             gain = costs.gain(*sizes, operand, sparsity.rank_for(group.in_channels)) if costs else None
-            parts.append(SparseGroup(group.name, linears, group.tokens, operand, gain))
+            parts.append(SparseGroup(group.name, linears, group.tokens, operand, gain, calls=group.calls))
     return parts

@@ -5,13 +5,13 @@
     lynx:   the dense graph ── x ── LynxSparse...Linear ── y of every linear
 
 Rewriting has kept the names of the tensors x, so that the Lynx nodes fit into the dense graph. y is the linear's own
-result: an activation that a node holds is off here.
+result: an activation that a node holds is off here. Of a convolution it has the channels last.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from lynx_compile.engine.trt import PLUGIN_NAMESPACE as DOMAIN
 from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import atomic_path
 from lynx_compile.passes.export import LINEAR_KEY
+from lynx_compile.passes.rewrite import CHANNELS_LAST
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def linear_graphs(
         part = Part(
             dense=folder / f"linears-{number}-dense.onnx",
             lynx=folder / f"linears-{number}-lynx.onnx",
-            linears={_output(linear): linear for layer in layers for linear in layer.linears},
+            linears={_output(layer, linear): linear for layer in layers for linear in layer.linears},
         )
         _save(_with_outputs(dense_model, layers, nodes), part.linears, part.dense)
         _save(_with_nodes(dense_model, lynx_model, layers, nodes), part.linears, part.lynx)
@@ -74,9 +75,9 @@ def _groups(manifest: Manifest, memory_gib: float) -> list[list[SparseLinears]]:
     return groups
 
 
-def _output(linear: str) -> str:
-    """A name that no tensor of the model has."""
-    return f"linear:{linear}"
+def _output(layer: SparseLinears, linear: str) -> str:
+    """A name that no tensor of the model has; a linear that is called several times is in several layers."""
+    return f"{layer.layer}:{linear}"
 
 
 def _last(layer: SparseLinears, nodes: Mapping[str, onnx.NodeProto]) -> onnx.NodeProto:
@@ -88,29 +89,49 @@ def _with_outputs(
     dense: onnx.ModelProto, layers: list[SparseLinears], nodes: Mapping[str, onnx.NodeProto]
 ) -> onnx.ModelProto:
     model = _copy(dense)
-    products = {
-        entry.value: node.output[0]
-        for node in dense.graph.node
-        for entry in node.metadata_props
-        if entry.key == LINEAR_KEY
-    }
+    products: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in dense.graph.node:
+        for entry in node.metadata_props:
+            if entry.key == LINEAR_KEY:
+                products[entry.value].append(node)
         for name in node.input:
             readers[name].append(node)
+    pixels = {weight.name: len(weight.dims) - 2 for weight in dense.graph.initializer}
     for layer in layers:
         for linear, end in zip(layer.linears, _last(layer, nodes).output, strict=True):
-            y = _own_result(products.get(linear, end), end, readers)
-            model.graph.node.append(onnx.helper.make_node("Identity", [y], [_output(linear)]))
+            product = _product_of(products[linear], end, readers)
+            y = _own_result(product, end, readers)
+            if product.op_type == "Conv":  # its layer has the channels last
+                perm = [0, *range(2, 2 + pixels[product.input[1]]), 1]
+                node = onnx.helper.make_node("Transpose", [y], [_output(layer, linear)], perm=perm)
+            else:
+                node = onnx.helper.make_node("Identity", [y], [_output(layer, linear)])
+            model.graph.node.append(node)
     return model
 
 
-def _own_result(product: str, end: str, readers: Mapping[str, list[onnx.NodeProto]]) -> str:
+def _product_of(
+    calls: Sequence[onnx.NodeProto], end: str, readers: Mapping[str, list[onnx.NodeProto]]
+) -> onnx.NodeProto:
+    """The call of a linear that ends in ``end``: the nearest before it."""
+    if not calls:
+        raise InputError(f"The dense ONNX does not say what '{end}' comes from.", "Compile the engine again.")
+    reached = {node.output[0]: node for node in reversed(calls)}
+    while len(calls) > 1 and end.removesuffix(CHANNELS_LAST) not in reached:
+        ahead = {made: node for name, node in reached.items() for r in readers[name] for made in r.output}
+        if not ahead.keys() - reached.keys():
+            break
+        reached = ahead | reached
+    return reached.get(end.removesuffix(CHANNELS_LAST), calls[0])
+
+
+def _own_result(product: onnx.NodeProto, end: str, readers: Mapping[str, list[onnx.NodeProto]]) -> str:
     """What a linear makes of its product: its bias added, but without an activation that ends in ``end``."""
-    if product == end:
-        return product
-    behind = readers[product]
-    return str(behind[0].output[0]) if len(behind) == 1 and behind[0].op_type == "Add" else product
+    y, behind = str(product.output[0]), readers[product.output[0]]
+    if product.op_type != "MatMul" or y == end or len(behind) != 1 or behind[0].op_type != "Add":
+        return y
+    return str(behind[0].output[0])
 
 
 def _with_nodes(
@@ -121,10 +142,15 @@ def _with_nodes(
 ) -> onnx.ModelProto:
     model = _copy(dense)
     constants = {tensor.name: tensor for tensor in lynx.graph.initializer}
+    made = {name for node in dense.graph.node for name in node.output}
+    transposes = {node.output[0]: node for node in lynx.graph.node if node.op_type == "Transpose"}
     used: dict[str, onnx.TensorProto] = {}
     for layer in layers:
         node, last = nodes[layer.layer], _last(layer, nodes)
-        names = dict(zip(last.output, map(_output, layer.linears), strict=True))
+        names = {y: _output(layer, linear) for y, linear in zip(last.output, layer.linears, strict=True)}
+        if node.input[0] in transposes and node.input[0] not in made:
+            model.graph.node.append(transposes[node.input[0]])
+            made.add(node.input[0])
         for original in (node,) if last is node else (node, last):
             copy = model.graph.node.add()
             copy.CopyFrom(original)

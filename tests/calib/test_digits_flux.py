@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from calib.digits_flux import classifier, digits, evaluate, metric, sampler, train
-from lynx_compile.models.flux import is_candidate
+from lynx_compile import models
 from lynx_compile.recipe import load_recipe
 
 TRANSFORMER = sampler.MODEL / "transformer"
@@ -46,9 +46,10 @@ def test_config_is_that_of_the_settings():
 
 
 def test_every_candidate_linear_fits_the_sparse_op(model: FluxTransformer2DModel):
-    linears = [model.get_submodule(path) for path, _ in model.named_modules() if is_candidate(path)]
+    recipe = load_recipe(digits.HERE.parents[1] / "engines" / "digits-flux.yaml")
+    linears = [linear for linear in models.load(recipe).linears if linear.refusal is None]
     assert len(linears) == 2 * 12 + 4 * 5
-    assert all(m.in_features % 16 == 0 and m.out_features % 8 == 0 for m in linears)
+    assert all(x.in_channels % 16 == 0 and x.out_channels % 8 == 0 for x in linears)
 
 
 def test_conditioning_is_the_seeded_table():

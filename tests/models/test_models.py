@@ -165,13 +165,3 @@ def test_inputs_keep_their_kinds_where_the_structure_is_run(monkeypatch: pytest.
     models.find_groups(TINY, inputs)
     assert (dtypes["img_ids"], dtypes["txt_ids"]) == (torch.int64, torch.bool)
     assert dtypes["hidden_states"] == torch.float32  # as the skeleton's weights are
-
-
-def test_linears_with_odd_sizes_are_refused_with_the_reason() -> None:
-    assert "K = 24 is not divisible by 16" in str(
-        models._refusal("transformer_blocks.0.ff.net.2", torch.nn.Linear(24, 8))
-    )
-    assert "N = 12 is not divisible by 8" in str(
-        models._refusal("transformer_blocks.0.ff.net.2", torch.nn.Linear(16, 12))
-    )
-    assert models._refusal("transformer_blocks.0.ff.net.2", torch.nn.Linear(16, 8)) is None
