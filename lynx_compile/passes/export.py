@@ -25,6 +25,7 @@ from lynx_compile.engine.arguments import Arguments, Structure, flatten, unflatt
 from lynx_compile.errors import LynxError, StageError
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.models import DiT
+from lynx_compile.models.structure import is_linear
 from lynx_compile.models.trace import Baked, exportable
 
 EXPORT = StageVersion("export", 2, ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir"))
@@ -93,7 +94,8 @@ def export_module(
         outputs = [renamed.get(name, name) for name in results[-1].tensors]
         onnx_program = _translated(program, tuple(example.values()), list(example), outputs)
         _fold(onnx_program.model)
-        _mark_linears(onnx_program.model, _linear_paths(module))
+        linears = {path for path, submodule in module.named_modules() if is_linear(submodule)}
+        _mark_linears(onnx_program.model, linears)
         path.parent.mkdir(parents=True, exist_ok=True)
         onnx_program.save(path, external_data=True)
     try:
@@ -179,19 +181,6 @@ def _fold(model: onnx_ir.Model) -> None:
     rules = tuple(rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in list(_no_op.rules))
     with patch.object(rewriter, "_DEFAULT_REWRITE_RULES", rules):
         onnxscript.optimizer.optimize_ir(model, input_size_limit=FOLDED_BYTES, output_size_limit=FOLDED_BYTES)
-
-
-def _linear_paths(module: torch.nn.Module) -> set[str]:
-    """Linears, and convolutions of 1x1, which are linears over channels."""
-    return {path for path, m in module.named_modules() if isinstance(m, torch.nn.Linear) or _is_pointwise(m)}
-
-
-def _is_pointwise(module: torch.nn.Module) -> bool:
-    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    if not isinstance(module, convolutions):
-        return False
-    ones = {*module.kernel_size, *module.stride, *module.dilation, module.groups}
-    return ones == {1} and module.padding in (0, "same", "valid", (0,) * len(module.kernel_size))
 
 
 def _mark_linears(model: onnx_ir.Model, paths: set[str]) -> None:

@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 from lynx_compile import cli, models
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError
+from lynx_compile.files.float32 import float32_copy
 from lynx_compile.ops.sparse_linear import sparse_linear
 from lynx_compile.ops.sparse_weight_linear import sparse_weight_linear
 from lynx_compile.recipe import Compare, load_recipe
 from lynx_compile.tools import compare
 from lynx_compile.tools.comparison import Comparison, missed
-from lynx_compile.files.float32 import float32_copy
 
 pytestmark = pytest.mark.slow
 

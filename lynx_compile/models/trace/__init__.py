@@ -13,11 +13,15 @@ from typing import Any
 
 import torch
 
+from lynx_compile.models import families
 from lynx_compile.models.trace.attributes import attributes_kept
 from lynx_compile.models.trace.bool_fill import BoolFill
+from lynx_compile.models.trace.broadcast_copy import BroadcastCopy
 from lynx_compile.models.trace.complex_pairs import ComplexPairs, complex_buffers_as_constants
 from lynx_compile.models.trace.data_alias import DataAlias
+from lynx_compile.models.trace.flex_attention import dense_flex_attention
 from lynx_compile.models.trace.live_masks import LiveMasks
+from lynx_compile.models.trace.masked_rows import MaskedRows
 from lynx_compile.models.trace.onnx_branches import no_onnx_branches
 from lynx_compile.models.trace.squeeze import CheckedSqueeze
 from lynx_compile.models.trace.values import Baked, Values
@@ -25,7 +29,7 @@ from lynx_compile.models.trace.values import Baked, Values
 __all__ = ["Baked", "exportable"]
 
 # The last sees a call first. After them come the two that follow the calls as the module wrote them.
-RULES = (CheckedSqueeze, BoolFill, DataAlias, ComplexPairs)
+RULES = (CheckedSqueeze, BoolFill, BroadcastCopy, DataAlias, MaskedRows, ComplexPairs)
 
 
 @contextmanager
@@ -62,6 +66,11 @@ def exportable(module: torch.nn.Module, example: Mapping[str, torch.Tensor]) -> 
             return original(*arguments)
 
     forward.__signature__ = original.__signature__  # type: ignore[attr-defined]
-    with attributes_kept(module), complex_buffers_as_constants(module), no_onnx_branches():
+    with ExitStack() as stack:
+        stack.enter_context(attributes_kept(module))
+        stack.enter_context(complex_buffers_as_constants(module))
+        stack.enter_context(dense_flex_attention())
+        stack.enter_context(no_onnx_branches())
+        families.prepare(module)
         module.forward = forward
         yield baked

@@ -29,7 +29,7 @@ _PARTWISE = words(
     permute transpose t swapaxes swapdims movedim moveaxis T mT expand expand_as repeat tile
     broadcast_to repeat_interleave roll flip index_select gather take_along_dim masked_select scatter
     index_put where sum mean cumsum clone contiguous detach data copy_ cpu cuda requires_grad_
-    zeros_like empty_like new_zeros pad
+    zeros_like empty_like new_zeros pad pad_sequence
     """
 )
 # Functions of the wrapper itself: its shape, dtype, device.
@@ -86,7 +86,10 @@ class ComplexPairs(TorchFunctionMode):
         if name in _MAKERS:
             return _MAKERS[name](*args, **kwargs)
         if not tree_any(_is_complex, (args, kwargs)):
-            return function(*args, **kwargs)
+            wanted = next(
+                (v for v in (*args, *kwargs.values()) if isinstance(v, torch.dtype) and v in _REAL), None
+            )
+            return function(*args, **kwargs) if wanted is None else _made(function, args, kwargs)
         if name in _ABOUT:
             with torch._C.DisableTorchFunction():
                 return function(*args, **kwargs)
@@ -185,6 +188,13 @@ def _paired(real: Any, imaginary: Any) -> Any:
     if hasattr(real, "__next__"):
         return iter([_paired(r, i) for r, i in zip(real, imaginary, strict=True)])
     return None
+
+
+def _made(function: Callable[..., Any], args: Any, kwargs: Any) -> ComplexPair:
+    """A complex tensor out of a real one, or out of nothing: ``x.to(torch.complex64)``, ``torch.zeros``."""
+    args, kwargs = tree_map(lambda v: _REAL.get(v, v) if isinstance(v, torch.dtype) else v, (args, kwargs))
+    real = function(*args, **kwargs)
+    return ComplexPair(real, torch.zeros_like(real))
 
 
 def _multiply(a: Any, b: Any) -> Any:

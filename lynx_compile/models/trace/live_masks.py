@@ -19,6 +19,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lynx_compile.models.trace.values import Baked, Values
 
 _NOT = frozenset(["__invert__", "bitwise_not", "logical_not"])
+_SCALED = {
+    "mul": torch.mul,
+    "__mul__": torch.mul,
+    "__imul__": torch.mul,
+    "mul_": torch.mul,
+    "add": torch.add,
+    "__add__": torch.add,
+    "__iadd__": torch.add,
+    "add_": torch.add,
+}
 _GETTERS = frozenset((torch.Tensor.dtype.__get__, torch.Tensor.device.__get__))  # type: ignore[attr-defined]
 
 
@@ -49,14 +59,22 @@ class LiveMasks(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(function, "__name__", "")
-        if name == "__getitem__" and _is_mask(args[1]) and args[1].shape == args[0].shape[:1]:
+        if name == "__getitem__" and _is_mask(args[1]) and args[1].shape == args[0].shape[: args[1].dim()]:
             return self._select(function, *args)
+        if (
+            name == "__setitem__"
+            and self._is_selection(args[2])
+            and self._selections[args[2]].mask is args[1]
+        ):
+            return self._write(*args)
         selected = [leaf for leaf in tree_leaves((args, kwargs)) if self._is_selection(leaf)]
         if selected and name in ("cat", "concat", "concatenate") and self._is_an_order(*args, **kwargs):
             return self._ordered(args[0])
         if selected and function not in _GETTERS:
             if name == "zeros_like" and len(args) == 1:
                 return self._zeros(function, args[0], kwargs)
+            if name in _SCALED and isinstance(args[1], int | float):
+                return self._scaled(function, _SCALED[name], *args)
             for leaf in selected:
                 self._values.baked.extend(
                     b for b in self._selections[leaf].baked if b not in self._values.baked
@@ -79,6 +97,17 @@ class LiveMasks(TorchFunctionMode):
         self._selections[result] = replace(selection, rows=zeros)
         return result
 
+    def _scaled(self, function: Any, scaled: Any, selected: torch.Tensor, number: float) -> torch.Tensor:
+        selection = self._selections[selected]
+        result: torch.Tensor = function(selected, number)
+        self._selections[result] = replace(selection, rows=scaled(selection.rows, number))
+        return result
+
+    def _write(self, target: torch.Tensor, mask: torch.Tensor, selected: torch.Tensor) -> None:
+        rows = self._selections[selected].rows
+        wide = mask.reshape(*mask.shape, *([1] * (target.dim() - mask.dim())))
+        target.copy_(torch.where(wide, rows, target))
+
     def _is_selection(self, leaf: Any) -> bool:
         return isinstance(leaf, torch.Tensor) and leaf in self._selections
 
@@ -87,6 +116,8 @@ class LiveMasks(TorchFunctionMode):
         if dim != 0 or not all(self._is_selection(part) for part in parts):
             return False
         masks = [self._selections[part].mask for part in parts]
+        if any(mask.dim() != 1 for mask in masks):
+            return False
         while masks:
             mask = masks.pop()
             opposite = next((i for i, other in enumerate(masks) if self._are_opposite(mask, other)), None)
@@ -109,4 +140,4 @@ class LiveMasks(TorchFunctionMode):
 
 
 def _is_mask(index: Any) -> bool:
-    return isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.dim() == 1
+    return isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.dim() > 0

@@ -89,7 +89,13 @@ VIDEO_MODELS = {
     "WanImageToVideo": Tiny(
         "WanTransformer3DModel",
         WAN | {"image_dim": 32, "added_kv_proj_dim": 32},
-        VIDEO | WHOLE | {"encoder_hidden_states_image": Normal((1, 6, 32))},
+        # Its attention takes the last 512 tokens for text, whatever comes before for the image.
+        VIDEO
+        | WHOLE
+        | {
+            "encoder_hidden_states": Normal((1, 512, 32)),
+            "encoder_hidden_states_image": Normal((1, 6, 32)),
+        },
     ),
     "WanVACE": Tiny(
         "WanVACETransformer3DModel",

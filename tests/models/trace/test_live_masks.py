@@ -52,3 +52,17 @@ def test_a_selection_that_is_used_otherwise_is_told(tmp_path: Path) -> None:
     dense = exported(module, _inputs(M, N), tmp_path)
     assert error(dense, module, _inputs(M, N.flip(1))) < 1e-6
     assert {b.arguments for b in dense.baked} == {("m",)}
+
+
+def test_a_change_where_a_mask_is_true_keeps_it_an_input(tmp_path: Path) -> None:
+    class Dropped(torch.nn.Module):
+        def forward(self, x: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
+            y = x * 2
+            y[drop] *= 0.0
+            y[drop] += 1
+            return y
+
+    drop = torch.tensor([[True, False, False], [True, True, False]])
+    dense = exported(Dropped(), {"x": torch.randn(2, 3, 4), "drop": drop}, tmp_path)
+    assert error(dense, Dropped(), {"x": torch.randn(2, 3, 4), "drop": ~drop}) < 1e-6
+    assert not dense.baked

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from tests.models.trace.exported import error, exported
 
@@ -29,6 +31,34 @@ class WrittenData(torch.nn.Module):
         table = torch.zeros(1, 6, 4)
         table.data[:, 1:].copy_(x)
         return table * 2
+
+
+class BroadcastCopy(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        table = torch.zeros(1, 3, 4)
+        table[:, :].copy_(x)
+        return table.transpose(0, 1)
+
+
+class MaskedRows(torch.nn.Module):
+    """Queries 2 and 3 may see nothing."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]).bool()
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask[None, None])
+
+
+class FlexAttention(torch.nn.Module):
+    """Causal, in frames of two tokens; the last two see nothing, and are seen by nothing."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        frames = torch.arange(8, device=x.device) // 2
+
+        def allowed(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            return (frames[query] >= frames[key]) & ((query < 6) & (key < 6))
+
+        mask = create_block_mask(allowed, None, None, 8, 8, device=x.device)
+        return torch.nn.attention.flex_attention.flex_attention(x, x, x, block_mask=mask, scale=0.5)
 
 
 class Branches(torch.nn.Module):
@@ -57,7 +87,15 @@ MASK = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0], [1, 1, 0, 0]]).bool()
 
 @pytest.mark.parametrize(
     ("module", "shape"),
-    [(Squeezes(), (3, 4)), (WrittenData(), (1, 5, 4)), (Branches(), (3, 4)), (Epsilons(), (3, 4))],
+    [
+        (Squeezes(), (3, 4)),
+        (WrittenData(), (1, 5, 4)),
+        (BroadcastCopy(), (3, 4)),
+        (MaskedRows(), (1, 2, 4, 4)),
+        (FlexAttention(), (1, 2, 8, 16)),
+        (Branches(), (3, 4)),
+        (Epsilons(), (3, 4)),
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_exported_equals_eager(module: torch.nn.Module, shape: tuple[int, ...], tmp_path: Path) -> None:
