@@ -288,7 +288,7 @@ def test_a_block_is_filled_alone(folder: Path) -> None:
 
 
 def test_weights_stored_in_the_asked_dtype_take_no_memory_of_their_own(tmp_path: Path) -> None:
-    """The old loader held them twice: as read, and as copied into a module that was made at random before."""
+    """They are mapped from the file, whose pages the system can drop at any time."""
     torch.manual_seed(0)
     config = TINY | {"num_single_layers": 24, "attention_head_dim": 128, "axes_dims_rope": (32, 48, 48)}
     FluxTransformer2DModel(**config).to(torch.bfloat16).save_pretrained(tmp_path)
@@ -300,7 +300,7 @@ def test_weights_stored_in_the_asked_dtype_take_no_memory_of_their_own(tmp_path:
     assert _anonymous_bytes() - before < checkpoint.bytes / 2
 
 
-def test_accelerate_is_there_so_that_diffusers_loads_without_a_second_copy() -> None:
+def test_accelerate_is_there_so_that_diffusers_fills_empty_modules() -> None:
     assert diffusers.utils.is_accelerate_available() and accelerate.__version__
 
 
