@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -13,19 +13,9 @@ from lynx_compile.engine.arguments import Structure, bind, dtype_of, flatten, pa
 from lynx_compile.engine.manifest import Call, Fixed, Padding
 from lynx_compile.engine.module import digest_of
 from lynx_compile.models.recording import Component, Group
+from lynx_compile.models.trace import Baked
 
 log = logging.getLogger(__name__)
-
-
-class Decision(Protocol):
-    """What tracing has made constant: the model decides on ``arguments`` at ``where``."""
-
-    @property
-    def arguments(self) -> tuple[str, ...]: ...
-    @property
-    def where(self) -> str: ...
-    @property
-    def places(self) -> bool: ...
 
 
 def recorded_call(
@@ -33,7 +23,7 @@ def recorded_call(
     group: Group,
     arguments: Mapping[str, Any],
     result: Structure,
-    decisions: Sequence[Decision] = (),
+    baked: Sequence[Baked] = (),
 ) -> Call:
     """Describe the calls that one graph serves.
 
@@ -41,7 +31,7 @@ def recorded_call(
         arguments: of ``forward``, nested, as the graph was traced with them.
         result: structure of what it returned, with ``return_dict=True`` where it has that parameter; tensors are named
             as the graph's outputs.
-        decisions: taken by the values of ``arguments`` while it was traced. Every call must repeat what they depend
+        baked: what of ``arguments`` tracing has made constant. Every call must repeat what they depend
             on: masks, ids and lengths, and floating tensors that no recorded call has otherwise. Others the user is
             told of: whether a call with another value decides alike is not known.
     """
@@ -51,7 +41,7 @@ def recorded_call(
         tensors={name: kind.dtype for name, kind in group.schema.tensors.items()},
         constants={name: value for name, value in group.schema.constants.items() if name != "return_dict"},
         padding=tuple(Padding(tensor=a.tensor, axis=a.axis, mask=a.mask) for a in group.axes if a.mask),
-        fixed=tuple(_fixed(group, flatten(arguments).tensors, decisions)),
+        fixed=tuple(_fixed(group, flatten(arguments).tensors, baked)),
         result=result,
     )
 
@@ -85,11 +75,9 @@ def call_of(
     )
 
 
-def _fixed(
-    group: Group, tensors: Mapping[str, torch.Tensor], decisions: Sequence[Decision]
-) -> Iterator[Fixed]:
-    found: dict[str, Decision] = {}
-    for decision in decisions:
+def _fixed(group: Group, tensors: Mapping[str, torch.Tensor], baked: Sequence[Baked]) -> Iterator[Fixed]:
+    found: dict[str, Baked] = {}
+    for decision in baked:
         for name in decision.arguments:
             found.setdefault(name, decision)
     for name, decision in found.items():

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from lynx_compile.engine.module import digest_of
 from lynx_compile.models import recording
 from lynx_compile.models.calls import recorded_call
 from lynx_compile.models.recording import Axis, Component, Group
+from lynx_compile.models.trace import Baked
 
 RESULT = {"tuple": [{"tensor": "output.0"}]}
 PARAMETERS = tuple(
@@ -23,11 +23,8 @@ PARAMETERS = tuple(
 COMPONENT = Component("transformer", "diffusers.x:Model", {}, PARAMETERS)
 
 
-@dataclass(frozen=True)
-class Decided:
-    arguments: tuple[str, ...]
-    where: str = "model.py:7"
-    places: bool = False
+def decided(*arguments: str, where: str = "model.py:7", places: bool = False) -> Baked:
+    return Baked(arguments, where, places)
 
 
 def group(*blobs: dict[str, str]) -> Group:
@@ -48,7 +45,7 @@ ARGUMENTS = {"x": torch.zeros(1, 4, 2), "t": torch.zeros(1), "text": torch.zeros
 SAME = {"x": "1", "t": "1", "text": "1", "mask": "1"}
 
 
-def described(decisions: list[Decided], *blobs: dict[str, str]) -> Call:
+def described(decisions: list[Baked], *blobs: dict[str, str]) -> Call:
     return recorded_call(COMPONENT, group(*blobs), ARGUMENTS, RESULT, decisions)
 
 
@@ -65,18 +62,18 @@ def test_masks_that_are_decided_on_are_fixed() -> None:
     """Also where recorded calls differ: only one of them can be right."""
     fixed = Fixed(tensor="mask", sha256=digest_of(ARGUMENTS["mask"]), where="model.py:7")  # type: ignore[arg-type]
     for other in (SAME, SAME | {"mask": "2"}):
-        assert described([Decided(("mask",)), Decided(("mask",), "model.py:9")], SAME, other).fixed == (
+        assert described([decided("mask"), decided("mask", where="model.py:9")], SAME, other).fixed == (
             fixed,
         )
 
 
 def test_floating_tensors_are_fixed_where_they_never_change(caplog: pytest.LogCaptureFixture) -> None:
-    decisions = [Decided(("t", "text"))]
+    decisions = [decided("t", "text")]
     assert [fixed.tensor for fixed in described(decisions, SAME, SAME | {"t": "2"}).fixed] == ["text"]
     assert "model.py:7 decides on the values of 't', which differ between calls" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        places = [Decided(("t",), places=True)]
+        places = [decided("t", places=True)]
         assert [fixed.tensor for fixed in described(places, SAME, SAME | {"t": "2"}).fixed] == ["t"]
     assert not caplog.records
 

@@ -59,7 +59,7 @@ def test_engine_holds_every_node(lynx: LynxOnnx, output: Path) -> None:
     assert [(t.name, t.dtype, t.shape) for t in built.outputs] == [
         ("blocks.1.proj.relu", "bf16", (1, 32, 64))
     ]
-    assert list(output.parent.iterdir()) == [output]
+    assert sorted(output.parent.iterdir()) == [output, built.plugin]
 
 
 def test_plugin_library_is_embedded(lynx: LynxOnnx, output: Path) -> None:
@@ -263,10 +263,9 @@ except LynxError as error:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    assert done.stdout.strip() == (
-        f"The disk is full: {output} could not be written. Free some space or choose another output. "
-        "['small.engine'] True"
-    ), done.stderr
+    said = done.stdout.strip()
+    assert said.startswith(f"The disk is full: {output} could not be written (0.00 MB are free"), done.stderr
+    assert said.endswith("['small.engine'] True"), said
 
 
 def test_ctrl_c_stops_the_build(write_onnx: WriteOnnx, tmp_path: Path, output: Path, script: Script) -> None:
