@@ -23,7 +23,7 @@ enum class Producer {
   kGated,  // silu(x) * gate
 };
 
-// Of both operands: CUTLASS counts 64 bytes of metadata a row in 32 bits.
+// Of both operands: CUTLASS multiplies the rows by the 64 channels of a metadata atom in an int (fill_layoutE).
 constexpr int64_t kMaxRows = (int64_t(1) << 25) - 64;
 constexpr int kMaxChannels = 1 << 23;       // K; 32 bits hold an offset within a tile of 128 rows
 constexpr int kMaxOrderedChannels = 24576;  // K with an order: a row goes through 48 KiB of shared memory
