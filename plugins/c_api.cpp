@@ -22,20 +22,18 @@ lynx::SparseLinearParams params_of(const LynxSparseLinear& call) {
   params.rms = call.rms != 0, params.epsilon = call.epsilon, params.gain_rows = call.gain_rows;
   params.gain = call.gain, params.shift = call.shift, params.gate = call.gate;
   params.x = call.x, params.weight = call.weight, params.lora_down = call.lora_down, params.bias = call.bias;
-  params.order = static_cast<const int32_t*>(call.order);
-  params.centre = call.centre, params.saliency = call.saliency;
   params.y = call.y, params.workspace = call.workspace;
   return params;
 }
 
 lynx::SparseWeightParams params_of(const LynxSparseWeightLinear& call) {
-  lynx::SparseWeightParams params;
+  lynx::SparseWeightParams params{};
   params.dtype = call.fp16 ? lynx::DType::kFp16 : lynx::DType::kBf16;
   params.rows = call.rows;
   params.channels = call.channels;
   params.out_channels = call.out_channels;
   params.gelu_from = call.gelu_from;
-  params.kernels = call.metadata_layout == 90 ? lynx::Kernels::kSm90 : lynx::Kernels::kSm80;
+  if (const auto* const reader = lynx::reader_of(call.metadata_layout)) params.set = reader->set;
   params.x = call.x, params.values = call.values;
   params.metadata = static_cast<const uint32_t*>(call.metadata);
   params.bias = call.bias, params.y = call.y, params.workspace = call.workspace;
@@ -56,10 +54,10 @@ int run_part(const LynxSparseLinear* call, const Launch& launch) {
   if (!same_version(call)) return LYNX_OTHER_VERSION;
   const lynx::SparseLinearParams params = params_of(*call);
   if (const cudaError_t error = lynx::check_arguments(params); error != cudaSuccess) return error;
-  lynx::Kernels kernels;
-  if (const cudaError_t error = lynx::choose_kernels(params.dtype, &kernels); error != cudaSuccess)
+  lynx::InstructionSet set;
+  if (const cudaError_t error = lynx::choose_instructions(params.dtype, &set); error != cudaSuccess)
     return error;
-  return launch(params, lynx::compressed_operand(params, kernels));
+  return launch(params, lynx::compressed_operand(params, set));
 }
 
 }  // namespace
@@ -79,22 +77,22 @@ LYNX_EXPORT int64_t lynx_weight_workspace_bytes(const LynxSparseWeightLinear* ca
 
 // Whether the library was built with GEMMs of the element type that read a metadata layout, 80 or 90.
 LYNX_EXPORT int lynx_holds(int fp16, int metadata_layout) {
-  if (metadata_layout != 80 && metadata_layout != 90) return 0;
-  return lynx::holds(metadata_layout == 90 ? lynx::Kernels::kSm90 : lynx::Kernels::kSm80, dtype_of(fp16));
+  const auto* const reader = lynx::reader_of(metadata_layout);
+  return reader != nullptr && lynx::holds(reader->set, dtype_of(fp16));
 }
 
 // Which metadata layout a sparse weight of the element type should have for the current device: 80, 90, or 0
 // where the kernels do not run.
 LYNX_EXPORT int lynx_metadata_layout(int fp16) {
-  lynx::Kernels kernels;
-  if (lynx::choose_kernels(dtype_of(fp16), &kernels) != cudaSuccess) return 0;
-  return kernels == lynx::Kernels::kSm90 ? 90 : 80;
+  lynx::InstructionSet set;
+  if (lynx::choose_instructions(dtype_of(fp16), &set) != cudaSuccess) return 0;
+  return lynx::traits_of(set).metadata_layout;
 }
 
 // Number of tile configurations for the element type on the current device; 0 where the kernels do not run.
 LYNX_EXPORT int lynx_tile_count(int fp16) {
-  lynx::Kernels kernels;
-  return lynx::choose_kernels(dtype_of(fp16), &kernels) == cudaSuccess ? lynx::tile_count(kernels) : 0;
+  lynx::InstructionSet set;
+  return lynx::choose_instructions(dtype_of(fp16), &set) == cudaSuccess ? lynx::tile_count(set) : 0;
 }
 
 // The whole op: checks, pruning pass, GEMM.
@@ -120,6 +118,6 @@ LYNX_EXPORT int lynx_pruned_gemm(const LynxSparseLinear* call, cudaStream_t stre
 // The op with a sparse weight.
 LYNX_EXPORT int lynx_sparse_weight_linear(const LynxSparseWeightLinear* call, cudaStream_t stream) {
   if (!same_version(call)) return LYNX_OTHER_VERSION;
-  if (call->metadata_layout != 80 && call->metadata_layout != 90) return cudaErrorInvalidValue;
+  if (lynx::reader_of(call->metadata_layout) == nullptr) return cudaErrorInvalidValue;
   return lynx::launch_sparse_weight_linear(params_of(*call), call->tile, stream);
 }

@@ -6,7 +6,7 @@
 
 // Counts the changes of this interface. Callers compare it with lynx_abi(), and tell the size of what they
 // pass in struct_bytes: a caller of another version gets LYNX_OTHER_VERSION and nothing is launched.
-#define LYNX_ABI 2
+#define LYNX_ABI 3
 #define LYNX_OTHER_VERSION (-1)
 
 // One call of the op with sparse activations.
@@ -24,7 +24,7 @@ struct LynxSparseLinear {
   float epsilon;
   int64_t gain_rows;
   const void *x, *gain, *shift, *gate;
-  const void *weight, *lora_down, *bias, *order, *centre, *saliency;
+  const void *weight, *lora_down, *bias;
   void *y, *workspace;
 };
 

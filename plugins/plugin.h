@@ -10,8 +10,8 @@
 //   check_device        the same where this library or the GPU at hand, if there is one, cannot run the node
 //   input_type          the data type of an input, given x's
 //   output_channels     where the output's last extent comes from
-//   kernels             those that the node runs on here
-//   workspace, launch   of them
+//   instructions        the set of them that the node runs on here
+//   workspace, launch   the kernels
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -22,6 +22,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <new>
 #include <string>
 
@@ -97,8 +98,6 @@ Result guarded(Result failed, const Body& body) noexcept {
   }
 }
 
-inline const char* name_of(DType dtype) { return dtype == DType::kBf16 ? "bf16" : "fp16"; }
-
 inline bool is_element(nvinfer1::DataType type) {
   return type == nvinfer1::DataType::kBF16 || type == nvinfer1::DataType::kHALF;
 }
@@ -106,8 +105,18 @@ inline DType dtype_of(nvinfer1::DataType x) {
   return x == nvinfer1::DataType::kBF16 ? DType::kBf16 : DType::kFp16;
 }
 
-// Any kernels: GEMMs of this type are in the library.
-inline bool holds(DType dtype) { return holds(Kernels::kSm80, dtype) || holds(Kernels::kSm90, dtype); }
+// Whether the library was built with kernels for the type, of any instruction set.
+inline bool holds(DType dtype) {
+  return std::any_of(std::begin(kInstructionSets), std::end(kInstructionSets),
+                     [dtype](const InstructionSetTraits& each) { return holds(each.set, dtype); });
+}
+
+// Of all GPUs.
+inline int most_tactics() {
+  int most = 0;
+  for (const InstructionSetTraits& each : kInstructionSets) most = std::max(most, tile_count(each.set));
+  return most;
+}
 
 // Checks one extent against what the op's definition says.
 inline bool check_extent(const char* plugin, const char* input, const char* what, int64_t found,
@@ -266,8 +275,8 @@ class Plugin final : public nvinfer1::IPluginV3,
   // Every tile configuration is a tactic; tactic 0, TensorRT's default, leaves the choice to our dispatcher.
   // Where no GPU is there to time them, there is the default alone.
   int32_t getNbTactics() noexcept override {
-    Kernels kernels;
-    return Op::kernels(attributes_, dtype_, &kernels) == cudaSuccess ? tile_count(kernels) : 0;
+    InstructionSet set;
+    return Op::instructions(attributes_, dtype_, &set) == cudaSuccess ? tile_count(set) : 0;
   }
 
   int32_t getValidTactics(int32_t* tactics, int32_t count) noexcept override {
@@ -293,7 +302,7 @@ class Plugin final : public nvinfer1::IPluginV3,
 
   int32_t setTactic(int32_t tactic) noexcept override {
     return guarded(-1, [&] {
-      if (tactic < 0 || tactic > std::max(tile_count(Kernels::kSm80), tile_count(Kernels::kSm90))) {
+      if (tactic < 0 || tactic > most_tactics()) {
         refuse(Op::kName, "there is no tactic " + std::to_string(tactic),
                "Build the engine again with this plugin library");
         return -1;
@@ -365,7 +374,7 @@ class Plugin final : public nvinfer1::IPluginV3,
       return refuse(Op::kName, "x is neither bf16 nor fp16", "Set model.dtype to bf16 or fp16");
     }
     if (const DType dtype = dtype_of(types[kX]); !holds(dtype)) {
-      const std::string type = name_of(dtype);
+      const std::string type = traits_of(dtype).name;
       return refuse(Op::kName, "x is " + type + ", and the plugin library was built without " + type,
                     "Build it with " + type + " in LYNX_ELEMENT_TYPES, or set another model.dtype");
     }
@@ -381,9 +390,9 @@ class Plugin final : public nvinfer1::IPluginV3,
 
   // An engine for other GPUs than the one it was built on may bring a tactic that this one has not.
   bool check_tactic() const {
-    Kernels kernels;
-    if (tactic_ == 0 || Op::kernels(attributes_, dtype_, &kernels) != cudaSuccess) return true;
-    if (tactic_ <= tile_count(kernels)) return true;
+    InstructionSet set;
+    if (tactic_ == 0 || Op::instructions(attributes_, dtype_, &set) != cudaSuccess) return true;
+    if (tactic_ <= tile_count(set)) return true;
     return refuse(Op::kName, "this GPU has no tactic " + std::to_string(tactic_),
                   "Build the engine on this GPU");
   }

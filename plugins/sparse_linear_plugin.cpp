@@ -37,18 +37,14 @@ bool SparseLinearOp<kProducer>::check_attributes(const Attributes& a) {
     return refuse(name, "rank is " + std::to_string(a.rank),
                   "Use 0 or a multiple of 16 up to " + std::to_string(kMaxRank));
   }
-  for (const int32_t flag : {a.norm_scale, a.has_order, a.has_centre, a.has_saliency, a.activation, a.rms}) {
+  for (const int32_t flag : {a.norm_scale, a.activation, a.rms}) {
     if (flag != 0 && flag != 1) {
       return refuse(name, "a flag is " + std::to_string(flag),
-                    "Use 0 or 1 for norm_scale, activation, rms and the has_ attributes");
+                    "Use 0 or 1 for norm_scale, activation and rms");
     }
   }
   if (a.activation_from < 0) {
     return refuse(name, "activation_from is " + std::to_string(a.activation_from), "Use 0 or more");
-  }
-  if (kProducer != Producer::kNone && (a.has_order || a.has_centre || a.has_saliency)) {
-    return refuse(name, "an order, centre or saliency and a fused producer do not go together",
-                  "Leave one of them out");
   }
   if (!(a.epsilon > 0.0f)) return refuse(name, "epsilon is not positive", "Rewrite the model");
   return true;
@@ -63,21 +59,11 @@ bool SparseLinearOp<kProducer>::check_shapes(const Attributes& attributes, const
                     "Rewrite the model");
     }
   }
-  for (const int32_t i : {int32_t(kBias), int32_t(kOrder), int32_t(kCentre), int32_t(kSaliency)}) {
-    if (in[size_t(i)].count != 1) {
-      return refuse(name, std::string(SparseLinearOp::kInputNames[i]) + " is not a vector",
-                    "Rewrite the model");
-    }
-  }
+  if (in[kBias].count != 1) return refuse(name, "bias is not a vector", "Rewrite the model");
   const int64_t channels = in[kX].last(), out_channels = in[kWeight].at[0];
   if (channels >= 0 && (channels == 0 || channels % kBlock != 0)) {
     return refuse(name, "x has " + std::to_string(channels) + " channels, not a multiple of 16",
                   "Keep this linear dense");
-  }
-  if (attributes.has_order && channels > kMaxOrderedChannels) {
-    return refuse(
-        name, "x has " + std::to_string(channels) + " channels and an order",
-        "Up to " + std::to_string(kMaxOrderedChannels) + " can be reordered; compile without an order");
   }
   if (out_channels >= 0 && (out_channels == 0 || out_channels % 8 != 0)) {
     return refuse(name, "weight has " + std::to_string(out_channels) + " rows, not a multiple of 8",
@@ -89,9 +75,6 @@ bool SparseLinearOp<kProducer>::check_shapes(const Attributes& attributes, const
             check_extent(name, "lora_down", "rows", in[kLoraDown].at[0], rank_rows) &&
             check_extent(name, "lora_down", "columns", in[kLoraDown].at[1], channels) &&
             check_extent(name, "bias", "elements", in[kBias].at[0], out_channels) &&
-            check_extent(name, "order", "elements", in[kOrder].at[0], channels) &&
-            check_extent(name, "centre", "elements", in[kCentre].at[0], channels) &&
-            check_extent(name, "saliency", "elements", in[kSaliency].at[0], channels) &&
             check_activation(name, attributes.activation, attributes.activation_from, out_channels);
   if constexpr (kProducer == Producer::kNorm) {
     const int64_t rows = in[kX].rows(), gain_rows = in[kFirst].rows();
@@ -113,19 +96,17 @@ bool SparseLinearOp<kProducer>::check_shapes(const Attributes& attributes, const
 
 template <Producer kProducer>
 bool SparseLinearOp<kProducer>::check_device(const Attributes&, DType dtype) {
-  Kernels kernels;
-  if (choose_kernels(dtype, &kernels) != cudaErrorNotSupported) return true;
+  InstructionSet set;
+  if (choose_instructions(dtype, &set) != cudaErrorNotSupported) return true;
   return refuse(SparseLinearOp::kName,
-                std::string("this GPU does not run the plugin's ") + name_of(dtype) + " kernels",
+                std::string("this GPU does not run the plugin's ") + traits_of(dtype).name + " kernels",
                 "Use one of compute capability 8.0 or later");
 }
 
 template <Producer kProducer>
 size_t SparseLinearOp<kProducer>::workspace(const Attributes& attributes, const Inputs& in, DType dtype) {
-  SparseLinearParams params = params_of<kProducer>(attributes, in, dtype);
-  static const int32_t some_order = 0;
-  params.order = attributes.has_order ? &some_order : nullptr;  // only whether there is one counts
-  return workspace_bytes(params);  // for any GPU: engines may run on others than the one they were built on
+  return workspace_bytes(params_of<kProducer>(
+      attributes, in, dtype));  // for any GPU: engines may run on others than the one they were built on
 }
 
 template <Producer kProducer>
@@ -137,9 +118,6 @@ cudaError_t SparseLinearOp<kProducer>::launch(const Attributes& attributes, cons
   params.weight = inputs[kWeight];
   params.lora_down = inputs[kLoraDown];
   params.bias = inputs[kBias];
-  params.order = attributes.has_order ? static_cast<const int32_t*>(inputs[kOrder]) : nullptr;
-  params.centre = attributes.has_centre ? inputs[kCentre] : nullptr;
-  params.saliency = attributes.has_saliency ? inputs[kSaliency] : nullptr;
   if constexpr (kProducer == Producer::kNorm) params.gain = inputs[kFirst], params.shift = inputs[kSecond];
   if constexpr (kProducer == Producer::kGated) params.gate = inputs[kFirst];
   params.y = y;

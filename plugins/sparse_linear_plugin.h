@@ -11,26 +11,14 @@ namespace lynx {
 struct SparseLinearAttributes {
   int32_t rank = 0;
   int32_t norm_scale = 0;
-  int32_t has_order = 0;
-  int32_t has_centre = 0;
-  int32_t has_saliency = 0;
   int32_t activation = 0;       // 1: GELU (tanh) on the output
   int32_t activation_from = 0;  // first output channel that it applies to
   int32_t rms = 0;              // kNorm: RMSNorm instead of LayerNorm
   float epsilon = 1e-6f;        // kNorm
 };
 
-// Inputs in the order of the op; all are wired, the has_* flags say whether order, centre and saliency count.
-enum SparseLinearInput : int32_t {
-  kWeight = 1,
-  kLoraDown,
-  kBias,
-  kOrder,
-  kCentre,
-  kSaliency,
-  kFirst,
-  kSecond
-};
+// Inputs in the order of the op.
+enum SparseLinearInput : int32_t { kWeight = 1, kLoraDown, kBias, kFirst, kSecond };
 
 template <Producer kProducer>
 struct SparseLinearNames;
@@ -38,29 +26,25 @@ struct SparseLinearNames;
 template <>
 struct SparseLinearNames<Producer::kNone> {
   static constexpr char kName[] = "LynxSparseLinear";
-  static constexpr const char* kInputNames[] = {"x",     "weight", "lora_down", "bias",
-                                                "order", "centre", "saliency"};
+  static constexpr const char* kInputNames[] = {"x", "weight", "lora_down", "bias"};
 };
 
 template <>
 struct SparseLinearNames<Producer::kNorm> {
   static constexpr char kName[] = "LynxNormSparseLinear";
-  static constexpr const char* kInputNames[] = {"x",      "weight",   "lora_down", "bias", "order",
-                                                "centre", "saliency", "gain",      "shift"};
+  static constexpr const char* kInputNames[] = {"x", "weight", "lora_down", "bias", "gain", "shift"};
 };
 
 template <>
 struct SparseLinearNames<Producer::kGelu> {
   static constexpr char kName[] = "LynxGeluSparseLinear";
-  static constexpr const char* kInputNames[] = {"x",     "weight", "lora_down", "bias",
-                                                "order", "centre", "saliency"};
+  static constexpr const char* kInputNames[] = {"x", "weight", "lora_down", "bias"};
 };
 
 template <>
 struct SparseLinearNames<Producer::kGated> {
   static constexpr char kName[] = "LynxGatedSparseLinear";
-  static constexpr const char* kInputNames[] = {"x",     "weight", "lora_down", "bias",
-                                                "order", "centre", "saliency",  "gate"};
+  static constexpr const char* kInputNames[] = {"x", "weight", "lora_down", "bias", "gate"};
 };
 
 template <Producer kProducer>
@@ -70,30 +54,25 @@ struct SparseLinearOp : SparseLinearNames<kProducer> {
   static constexpr AttributeField kFields[] = {
       {"rank", kInt, offsetof(Attributes, rank)},
       {"norm_scale", kInt, offsetof(Attributes, norm_scale)},
-      {"has_order", kInt, offsetof(Attributes, has_order)},
-      {"has_centre", kInt, offsetof(Attributes, has_centre)},
-      {"has_saliency", kInt, offsetof(Attributes, has_saliency)},
       {"activation", kInt, offsetof(Attributes, activation)},
       {"activation_from", kInt, offsetof(Attributes, activation_from)},
       {"rms", kInt, offsetof(Attributes, rms)},
       {"epsilon", nvinfer1::PluginFieldType::kFLOAT32, offsetof(Attributes, epsilon)},
   };
   // The last two are a norm's; TensorRT warns of fields that a node does not give.
-  static constexpr size_t kFieldCount = kProducer == Producer::kNorm ? 9 : 7;
+  static constexpr size_t kFieldCount = kProducer == Producer::kNorm ? 6 : 4;
   using Inputs = std::array<Extents, sizeof(SparseLinearNames<kProducer>::kInputNames) / sizeof(const char*)>;
 
   static bool check_attributes(const Attributes& attributes);
   static bool check_shapes(const Attributes& attributes, const Inputs& in);
   static bool check_device(const Attributes& attributes, DType dtype);
-  static nvinfer1::DataType input_type(int32_t input, nvinfer1::DataType x) {
-    return input == kOrder ? nvinfer1::DataType::kINT32 : x;
-  }
+  static nvinfer1::DataType input_type(int32_t, nvinfer1::DataType x) { return x; }
   static const nvinfer1::IDimensionExpr* output_channels(const Attributes&, const nvinfer1::DimsExprs* inputs,
                                                          nvinfer1::IExprBuilder&) {
     return inputs[kWeight].d[0];
   }
-  static cudaError_t kernels(const Attributes&, DType dtype, Kernels* kernels) {
-    return choose_kernels(dtype, kernels);
+  static cudaError_t instructions(const Attributes&, DType dtype, InstructionSet* set) {
+    return choose_instructions(dtype, set);
   }
   static size_t workspace(const Attributes& attributes, const Inputs& in, DType dtype);
   static cudaError_t launch(const Attributes& attributes, const Inputs& in, DType dtype,

@@ -4,8 +4,8 @@
 namespace lynx {
 namespace {
 
-Kernels kernels_of(const SparseWeightAttributes& attributes) {
-  return attributes.metadata_layout == 90 ? Kernels::kSm90 : Kernels::kSm80;
+InstructionSet reader_of(const SparseWeightAttributes& attributes) {
+  return lynx::reader_of(attributes.metadata_layout)->set;  // check_attributes has seen to it
 }
 
 SparseWeightParams params_of(const SparseWeightAttributes& attributes, const SparseWeightOp::Inputs& in,
@@ -16,7 +16,7 @@ SparseWeightParams params_of(const SparseWeightAttributes& attributes, const Spa
   params.channels = int(in[kX].last());
   params.out_channels = attributes.out_channels;
   params.gelu_from = attributes.activation ? attributes.activation_from : attributes.out_channels;
-  params.kernels = kernels_of(attributes);
+  params.set = reader_of(attributes);
   return params;
 }
 
@@ -27,7 +27,7 @@ bool SparseWeightOp::check_attributes(const Attributes& a) {
     return refuse(kName, "out_channels is " + std::to_string(a.out_channels) + ", not a multiple of 8",
                   "Keep this linear dense");
   }
-  if (a.metadata_layout != 80 && a.metadata_layout != 90) {
+  if (lynx::reader_of(a.metadata_layout) == nullptr) {
     return refuse(kName, "metadata_layout is " + std::to_string(a.metadata_layout),
                   "Rewrite the model with this version of lynx-compile");
   }
@@ -63,20 +63,20 @@ bool SparseWeightOp::check_shapes(const Attributes& attributes, const Inputs& in
 // A weight can only be multiplied by the kernels that read its metadata layout.
 bool SparseWeightOp::check_device(const Attributes& attributes, DType dtype) {
   const std::string layout = "metadata_layout is " + std::to_string(attributes.metadata_layout);
-  if (!lynx::holds(kernels_of(attributes), dtype)) {
-    return refuse(kName,
-                  layout + ", and the plugin library was built without its " + name_of(dtype) + " kernels",
-                  "Build it for all GPUs and types, or rewrite the model for the other layout");
+  if (!lynx::holds(reader_of(attributes), dtype)) {
+    return refuse(
+        kName,
+        layout + ", and the plugin library was built without its " + traits_of(dtype).name + " kernels",
+        "Build it for all GPUs and types, or rewrite the model for the other layout");
   }
-  Kernels kernels;
-  if (SparseWeightOp::kernels(attributes, dtype, &kernels) != cudaErrorNotSupported) return true;
+  if (check_runs(reader_of(attributes), dtype) != cudaErrorNotSupported) return true;
   return refuse(kName, layout + ", which this GPU does not read",
                 "Rewrite the model for this GPU: 90 is for sm_90 alone, 80 for any from sm_80 on");
 }
 
-cudaError_t SparseWeightOp::kernels(const Attributes& attributes, DType dtype, Kernels* kernels) {
-  *kernels = kernels_of(attributes);
-  return check_runs(*kernels, dtype);
+cudaError_t SparseWeightOp::instructions(const Attributes& attributes, DType dtype, InstructionSet* set) {
+  *set = reader_of(attributes);
+  return check_runs(*set, dtype);
 }
 
 size_t SparseWeightOp::workspace(const Attributes& attributes, const Inputs& in, DType dtype) {

@@ -42,7 +42,7 @@ struct SparseWeightOp {
                                                          nvinfer1::IExprBuilder& builder) {
     return builder.constant(attributes.out_channels);
   }
-  static cudaError_t kernels(const Attributes& attributes, DType dtype, Kernels* kernels);
+  static cudaError_t instructions(const Attributes& attributes, DType dtype, InstructionSet* set);
   static size_t workspace(const Attributes& attributes, const Inputs& in, DType dtype);
   static cudaError_t launch(const Attributes& attributes, const Inputs& in, DType dtype,
                             const void* const* inputs, void* y, void* workspace, int tile,

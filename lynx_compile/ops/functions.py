@@ -78,9 +78,9 @@ TANH_GELU
 
 ACTIVATION_FUNCTION = """
 <domain: "lynx", opset_import: ["" : OPSET]>
-LynxSparseLinear <rank, norm_scale, has_order, has_centre, has_saliency, activation: int = 0,
+LynxSparseLinear <rank, norm_scale, activation: int = 0,
     activation_from: int = 0, plugin_namespace, plugin_version>
-    (x, weight, lora_down, bias, order, centre, saliency) => (y)
+    (x, weight, lora_down, bias) => (y)
 {
     shape = Shape (x)
     channels = Shape <start = -1> (x)
@@ -91,16 +91,8 @@ LynxSparseLinear <rank, norm_scale, has_order, has_centre, has_saliency, activat
     rank_scalar = Constant <value_int: int = @rank> ()
     r = Reshape (rank_scalar, one)
 
-    ordered = Gather <axis = -1> (x, order)
-    ordered32 = Cast <to = 1> (ordered)
-    centre32 = Cast <to = 1> (centre)
-    centred = Sub (ordered32, centre32)
-    z = CastLike (centred, x)
-    z32 = Cast <to = 1> (z)
-
-    saliency32 = Cast <to = 1> (saliency)
-    weighed = Mul (z32, saliency32)
-    score = Abs (weighed)
+    z32 = Cast <to = 1> (x)
+    score = Abs (z32)
     groups_of_4 = Constant <value_ints = [-1, 4]> ()
     grouped = Reshape (score, groups_of_4)
     a, b, c, d = Split <axis = -1, num_outputs = 4> (grouped)
@@ -272,18 +264,17 @@ ACTIVATE
 
 # z [..., K], as made by the producer -> y.
 MULTIPLY = """
-    y = lynx.LynxSparseLinear <rank: int = @rank, norm_scale: int = @norm_scale, has_order: int = @has_order,
-        has_centre: int = @has_centre, has_saliency: int = @has_saliency, activation: int = @activation,
+    y = lynx.LynxSparseLinear <rank: int = @rank, norm_scale: int = @norm_scale, activation: int = @activation,
         activation_from: int = @activation_from>
-        (z, weight, lora_down, bias, order, centre, saliency)
+        (z, weight, lora_down, bias)
 """
 
 # Each row of gain and shift serves as many consecutive tokens.
 NORM_FUNCTION = """
 <domain: "lynx", opset_import: ["" : OPSET, "lynx" : 1]>
-LynxNormSparseLinear <rank, norm_scale, has_order, has_centre, has_saliency, activation: int = 0,
+LynxNormSparseLinear <rank, norm_scale, activation: int = 0,
     activation_from: int = 0, rms, epsilon, plugin_namespace, plugin_version>
-    (x, weight, lora_down, bias, order, centre, saliency, gain, shift) => (y)
+    (x, weight, lora_down, bias, gain, shift) => (y)
 {
     shape = Shape (x)
     channels = Shape <start = -1> (x)
@@ -323,9 +314,9 @@ MULTIPLY
 
 GELU_FUNCTION = """
 <domain: "lynx", opset_import: ["" : OPSET, "lynx" : 1]>
-LynxGeluSparseLinear <rank, norm_scale, has_order, has_centre, has_saliency, activation: int = 0,
+LynxGeluSparseLinear <rank, norm_scale, activation: int = 0,
     activation_from: int = 0, plugin_namespace, plugin_version>
-    (x, weight, lora_down, bias, order, centre, saliency) => (y)
+    (x, weight, lora_down, bias) => (y)
 {
     y32 = Cast <to = 1> (x)
 TANH_GELU
@@ -336,9 +327,9 @@ MULTIPLY
 
 GATED_FUNCTION = """
 <domain: "lynx", opset_import: ["" : OPSET, "lynx" : 1]>
-LynxGatedSparseLinear <rank, norm_scale, has_order, has_centre, has_saliency, activation: int = 0,
+LynxGatedSparseLinear <rank, norm_scale, activation: int = 0,
     activation_from: int = 0, plugin_namespace, plugin_version>
-    (x, weight, lora_down, bias, order, centre, saliency, gate) => (y)
+    (x, weight, lora_down, bias, gate) => (y)
 {
     shape = Shape (x)
     x32 = Cast <to = 1> (x)

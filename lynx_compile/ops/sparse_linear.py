@@ -3,19 +3,18 @@
 
 The op ``LynxSparseLinear`` (domain ``lynx``, version 1), for a token x of K channels::
 
-    z     = x[order] - centre                     rounded to x's dtype
-    keep  = per group of 4 channels of z, the 2 with the largest |z_k| * saliency_k; ties keep the lower index
-    z~    = z where kept, 0 elsewhere
-    s     = 1, or with norm_scale sqrt(|z|^2 / (|z~|^2 + 1e-8))        (RT-Lynx, section 3: norm compensation)
-    y     = act(s * (z~ W'^T) + (z A^T) B^T + b')
+    keep  = per group of 4 channels of x, the 2 with the largest |x_k|; ties keep the lower index
+    x~    = x where kept, 0 elsewhere
+    s     = 1, or with norm_scale sqrt(|x|^2 / (|x~|^2 + 1e-8))        (RT-Lynx, section 3: norm compensation)
+    y     = act(s * (x~ W'^T) + (x A^T) B^T + b')
     act   = GELU in its tanh form from output channel activation_from on, where the activation is 1; else nothing
 
-is computed as one product, ``y = act(s * ([z~ | T / s] [W' | B]^T) + b')`` with ``T = z A^T``, so that the low-rank
+is computed as one product, ``y = act(s * ([x~ | T / s] [W' | B]^T) + b')`` with ``T = x A^T``, so that the low-rank
 branch rides in the sparse GEMM (``expand_low_rank``). The ONNX function (``functions``) and the CUDA code
 (``plugins/kernels/sparse24.h``) say the same.
 
 Three more ops make their x themselves (``produce``), so that it is never written: ``LynxNormSparseLinear``,
-``LynxGeluSparseLinear`` and ``LynxGatedSparseLinear``. They know no order, centre or saliency.
+``LynxGeluSparseLinear`` and ``LynxGatedSparseLinear``.
 """
 
 from __future__ import annotations
@@ -60,9 +59,6 @@ def sparse_linear(
     *,
     rank: int = 0,
     norm_scale: bool = False,
-    order: torch.Tensor | None = None,
-    centre: torch.Tensor | None = None,
-    saliency: torch.Tensor | None = None,
     activation: int = 0,
     activation_from: int = 0,
 ) -> torch.Tensor:
@@ -75,7 +71,6 @@ def sparse_linear(
         bias: [N].
         rank: r of the low-rank branch.
         norm_scale: whether s is the norm scale (else 1).
-        order: [K] integers, a permutation. centre, saliency: [K].
         activation: 0 none, 1 GELU in its tanh form, for the output channels from ``activation_from`` on.
 
     Returns:
@@ -83,16 +78,13 @@ def sparse_linear(
     """
     channels = x.shape[-1]
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    z = x if order is None else x[..., order.long()]
-    if centre is not None:
-        z = (z.to(accumulate) - centre.to(accumulate)).to(x.dtype)
-    keep = keep_mask(z, saliency)
-    kept = torch.where(keep, z, torch.zeros_like(z)).to(accumulate)
-    scale = norm_scale_of(z, keep) if norm_scale else torch.ones_like(kept[..., :1], dtype=torch.float32)
+    keep = keep_mask(x)
+    kept = torch.where(keep, x, torch.zeros_like(x)).to(accumulate)
+    scale = norm_scale_of(x, keep) if norm_scale else torch.ones_like(kept[..., :1], dtype=torch.float32)
     scale = scale.to(accumulate)
     product = kept @ weight[:, :channels].to(accumulate).T
     if rank:
-        low = z.to(accumulate) @ lora_down.to(accumulate).T
+        low = x.to(accumulate) @ lora_down.to(accumulate).T
         low = torch.where(scale > 0, low / scale, torch.zeros_like(low)).to(x.dtype)
         product = product + low.to(accumulate) @ collapse_low_rank(weight, channels, rank).to(accumulate).T
     return activate(scale * product + bias.to(accumulate), activation, activation_from).to(x.dtype)

@@ -9,7 +9,7 @@ Before::
 
 After::
 
-    x ── LynxSparseLinear(weight, lora_down, bias, order, centre, saliency) ── Split ── q, k, m
+    x ── LynxSparseLinear(weight, lora_down, bias) ── Split ── q, k, m
 
 or, where the weights are the 2:4 operand::
 
@@ -187,7 +187,6 @@ def rewrite(
     names: set[str] = set()
     nodes: list[SparseNode] = []
     tensors: list[TensorSpec] = []
-    identities: dict[int, list[TensorSpec]] = {}
     for file in weights:
         solved = load_weights(file)
         linears = [decisions[linear].linear for linear in solved.linears]
@@ -203,19 +202,15 @@ def rewrite(
                 else:
                     owned[node.linears] = _tensors(node, solved, file, dtype)
                 tensors += owned[node.linears]
-            shared = []
-            if node.operand == "activation":
-                shared = identities.setdefault(node.in_channels, _identity(node.in_channels, dtype))
             attributes = _attributes(node, metadata_layout)
-            _replace(graph, node, attributes, found, solved, [*owned[node.linears], *shared])
+            _replace(graph, node, attributes, found, solved, owned[node.linears])
             nodes.append(node)
     graph.cleanup(remove_unused_graph_inputs=False)  # of what has read the same tensors as the new nodes
     nodes = _fuse_producers(nodes, imported)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     external_inputs = tuple(tensor.name for tensor in tensors) if external else ()
-    constants = [tensor for tensors_ in identities.values() for tensor in tensors_]
     ops = {node.op for node in nodes}
-    _save(gs.export_onnx(graph), dense.path.parent, [*tensors, *constants], external_inputs, ops, path)
+    _save(gs.export_onnx(graph), dense.path.parent, tensors, external_inputs, ops, path)
     left = tuple(DenseLinear(linear, reason) for linear, reason in refused.items())
     return LynxOnnx(
         path,
@@ -344,25 +339,11 @@ def _rows(node: SparseNode, solved: SparseLinearWeights) -> list[int]:
     return [row for linear in node.linears for row in rows_of[linear]]
 
 
-def _identity(channels: int, dtype: torch.dtype) -> list[TensorSpec]:
-    """Order, centre and saliency that change nothing, shared by all nodes with so many channels."""
-    values = {
-        "order": torch.arange(channels, dtype=torch.int32),
-        "centre": torch.zeros(channels, dtype=dtype),
-        "saliency": torch.ones(channels, dtype=dtype),
-    }
-    return [
-        TensorSpec(f"lynx.{name}.{channels}", value.dtype, (channels,), partial(torch.clone, value))
-        for name, value in values.items()
-    ]
-
-
 def _attributes(node: SparseNode, metadata_layout: MetadataLayout) -> dict[str, int | str]:
     if node.operand == "weight":
         own = {"metadata_layout": metadata_layout, "out_channels": node.out_channels}
     else:
         own = {"rank": node.rank, "norm_scale": int(node.norm_scale)}
-        own |= {"has_order": 0, "has_centre": 0, "has_saliency": 0}
     return {
         **own,
         "activation": node.activation,

@@ -18,7 +18,7 @@ from lynx_compile.ops.sparse_weight_linear import STEP
 LIBRARY = Path(__file__).resolve().parents[1] / "lib" / "liblynx_plugin.so"
 ANY_TILE = -1  # the dispatcher's choice
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
-ABI = 2  # LYNX_ABI of c_api.h
+ABI = 3  # LYNX_ABI of c_api.h
 OTHER_VERSION = -1
 
 
@@ -39,7 +39,7 @@ class _Call(_Sized):
         ("producer", ctypes.c_int32), ("rms", ctypes.c_int32), ("epsilon", ctypes.c_float),
         ("gain_rows", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in
-          ("x", "gain", "shift", "gate", "weight", "lora_down", "bias", "order", "centre", "saliency",
+          ("x", "gain", "shift", "gate", "weight", "lora_down", "bias",
            "y", "workspace")),
     ]  # fmt: skip
 

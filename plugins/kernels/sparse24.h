@@ -149,25 +149,6 @@ LYNX_HOST_DEVICE Kept select_by_magnitude(uint32_t z01, uint32_t z23) {
   return i < j ? Kept{i, j} : Kept{j, i};
 }
 
-// |z| * saliency in float32 as bits that order like the score: NaN above infinity, all NaNs equal. The
-// product's NaN differs in sign and payload between processors, hence the single value.
-LYNX_HOST_DEVICE uint32_t score_bits(float z, float saliency) {
-  const uint32_t bits = float_bits(z * saliency) & 0x7fffffffu;
-  return bits > 0x7f800000u ? 0x7fffffffu : bits;
-}
-
-// Selection by four scores from score_bits; the lower index wins a tie.
-LYNX_HOST_DEVICE Kept select_by_score(uint32_t s0, uint32_t s1, uint32_t s2, uint32_t s3) {
-  // fault: ties of scores
-  const int a01 = s0 >= s1, a02 = s0 >= s2, a03 = s0 >= s3, a12 = s1 >= s2, a13 = s1 >= s3, a23 = s2 >= s3;
-  const bool keep0 = a01 + a02 + a03 >= 2;  // ahead of at least two others: among the first two
-  const bool keep1 = 1 - a01 + a12 + a13 >= 2;
-  const bool keep2 = 2 - a02 - a12 + a23 >= 2;
-  const uint32_t lo = keep0 ? 0u : keep1 ? 1u : 2u;
-  const uint32_t hi = keep0 && keep1 ? 1u : keep2 && (keep0 || keep1) ? 2u : 3u;
-  return {lo, hi};
-}
-
 LYNX_HOST_DEVICE uint32_t nibble_of(Kept kept) { return kept.lo | kept.hi << 2; }  // fault: nibble
 
 // The two kept values of a group, in channel order, as one word.
@@ -201,11 +182,9 @@ struct RowNorm {
   float all = 0.0f, kept = 0.0f;
 };
 
-// Prunes one block. `z`: 16 values, two per word. `saliency`: the same for the block's channels, or null for
-// selection by magnitude. `norm` grows by the block's squares when it is not null.
+// Prunes one block. `z`: 16 values, two per word. `norm` grows by the block's squares when it is not null.
 template <class Element>
-LYNX_HOST_DEVICE CompressedBlock compress_block(const uint32_t (&z)[kBlock / 2], const uint32_t* saliency,
-                                                RowNorm* norm) {
+LYNX_HOST_DEVICE CompressedBlock compress_block(const uint32_t (&z)[kBlock / 2], RowNorm* norm) {
   CompressedBlock out;
   out.metadata = 0;
 #if defined(__CUDA_ARCH__)
@@ -213,17 +192,7 @@ LYNX_HOST_DEVICE CompressedBlock compress_block(const uint32_t (&z)[kBlock / 2],
 #endif
   for (int q = 0; q < kBlock / kGroup; ++q) {
     const uint32_t z01 = z[2 * q], z23 = z[2 * q + 1];
-    Kept kept;
-    if (saliency == nullptr) {
-      kept = select_by_magnitude(z01, z23);
-    } else {
-      const uint32_t s01 = saliency[2 * q], s23 = saliency[2 * q + 1];
-      kept = select_by_score(
-          score_bits(Element::to_float(uint16_t(z01)), Element::to_float(uint16_t(s01))),
-          score_bits(Element::to_float(uint16_t(z01 >> 16)), Element::to_float(uint16_t(s01 >> 16))),
-          score_bits(Element::to_float(uint16_t(z23)), Element::to_float(uint16_t(s23))),
-          score_bits(Element::to_float(uint16_t(z23 >> 16)), Element::to_float(uint16_t(s23 >> 16))));
-    }
+    const Kept kept = select_by_magnitude(z01, z23);
     out.values[q] = compress_group(z01, z23, kept);
     out.metadata |= nibble_of(kept) << (4 * q);
     if (norm != nullptr) {
@@ -232,15 +201,6 @@ LYNX_HOST_DEVICE CompressedBlock compress_block(const uint32_t (&z)[kBlock / 2],
     }
   }
   return out;
-}
-
-// z = x - centre, rounded to the element type; two values per word.
-template <class Element>
-LYNX_HOST_DEVICE uint32_t subtract_pair(uint32_t x, uint32_t centre) {
-  const float low = Element::to_float(uint16_t(x)) - Element::to_float(uint16_t(centre));
-  const float high = Element::to_float(uint16_t(x >> 16)) - Element::to_float(uint16_t(centre >> 16));
-  // fault: centre
-  return uint32_t(Element::from_float(low)) | uint32_t(Element::from_float(high)) << 16;
 }
 
 // ---- Row scale

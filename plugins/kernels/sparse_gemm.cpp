@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Picks the kernels for the current device and the tile configuration for a problem.
+// Which kernels the library holds, which of them the current device gets, and which tile a problem.
 #include "sparse_gemm.h"
 
 #include <algorithm>
@@ -9,139 +9,125 @@
 namespace lynx {
 namespace {
 
-// CMake defines a macro for each file of instantiations that it builds.
-#if defined(LYNX_SM80_BF16)
-constexpr bool kSm80Bf16 = true;
-#else
-constexpr bool kSm80Bf16 = false;
-#endif
-#if defined(LYNX_SM80_FP16)
-constexpr bool kSm80Fp16 = true;
-#else
-constexpr bool kSm80Fp16 = false;
-#endif
-#if defined(LYNX_SM90_BF16)
-constexpr bool kSm90Bf16 = true;
-#else
-constexpr bool kSm90Bf16 = false;
-#endif
-#if defined(LYNX_SM90_FP16)
-constexpr bool kSm90Fp16 = true;
-#else
-constexpr bool kSm90Fp16 = false;
-#endif
+// The kernels of an instruction set for an element type.
+struct Built {
+  using Gemm = cudaError_t(const SparseGemmCall&, int tile, int device, cudaStream_t);
+  using Prune = cudaError_t(const SparseLinearParams&, const CompressedOperand&, cudaStream_t);
 
-template <Kernels kKernels, DType kType>
-constexpr bool kHeld = kKernels == Kernels::kSm80 ? (kType == DType::kBf16 ? kSm80Bf16 : kSm80Fp16)
-                                                  : (kType == DType::kBf16 ? kSm90Bf16 : kSm90Fp16);
+  InstructionSet set;
+  DType dtype;
+  Gemm *activation, *weight;
+  Prune* prune;
+};
 
-template <class Element, Operand kOperand>
-SparseGemmLaunch* sm80_launch(int tile) {
-  static constexpr SparseGemmLaunch* kLaunches[kTileConfigs] = {launch_gemm_sm80<Element, kMedium, kOperand>,
-                                                                launch_gemm_sm80<Element, kSmall, kOperand>};
-  return kLaunches[tile];
-}
+// A row for each that this library was built with: lynx_built.inc is written by CMake.
+constexpr Built kBuilt[] = {
+#define LYNX_BUILT(Set, Element)                                       \
+  {InstructionSet::k##Set, DType::k##Element,                          \
+   launch_gemm<InstructionSet::k##Set, Element, Operand::kActivation>, \
+   launch_gemm<InstructionSet::k##Set, Element, Operand::kWeight>,     \
+   launch_prune_pass<InstructionSet::k##Set, Element>},
+#include "lynx_built.inc"
+#undef LYNX_BUILT
+};
 
-template <class Element, Operand kOperand>
-SparseGemmLaunch* sm90_launch(int tile) {
-  static constexpr SparseGemmLaunch* kLaunches[kTileConfigsSm90] = {
-      launch_gemm_sm90<Element, kWide, kOperand>, launch_gemm_sm90<Element, kTall, kOperand>,
-      launch_gemm_sm90<Element, kNarrow, kOperand>};
-  return kLaunches[tile];
-}
-
-// Names the functions that the library holds, and no others: those are not there to link with.
-template <class Element, DType kType>
-SparseGemmLaunch* launch_of(Kernels kernels, Operand operand, int tile) {
-  const bool weight = operand == Operand::kWeight;
-  if constexpr (kHeld<Kernels::kSm90, kType>) {
-    if (kernels == Kernels::kSm90) {
-      return weight ? sm90_launch<Element, Operand::kWeight>(tile)
-                    : sm90_launch<Element, Operand::kActivation>(tile);
-    }
-  }
-  if constexpr (kHeld<Kernels::kSm80, kType>) {
-    if (kernels == Kernels::kSm80) {
-      return weight ? sm80_launch<Element, Operand::kWeight>(tile)
-                    : sm80_launch<Element, Operand::kActivation>(tile);
-    }
+// Null where the library was built without.
+const Built* find(InstructionSet set, DType dtype) {
+  for (const Built& each : kBuilt) {
+    if (each.set == set && each.dtype == dtype) return &each;
   }
   return nullptr;
 }
 
+// What an instruction set's tile configurations have to say.
+struct Tiles {
+  int count;
+  int (*choose)(int64_t m, int64_t n, int64_t width, int sm_count);
+  int64_t (*workspace_bytes)(int64_t m, int64_t n);
+};
+
+template <const auto& kTable>
+constexpr Tiles tiles_in() {
+  Tiles tiles{};
+  tiles.count = int(sizeof kTable / sizeof kTable[0]);
+  tiles.choose = [](int64_t m, int64_t n, int64_t width, int sm_count) {
+    return choose_tile(kTable, m, n, width, sm_count);
+  };
+  tiles.workspace_bytes = [](int64_t m, int64_t n) {
+    int64_t most = 0;
+    for (const auto& tile : kTable) most = std::max(most, stream_k_bytes(tile, m, n));
+    return most;
+  };
+  return tiles;
+}
+
+constexpr Tiles kTilesOf[] = {tiles_in<kTiles>(), tiles_in<kTilesSm90>()};  // by instruction set
+
+bool runs_on(const InstructionSetTraits& traits, int capability) {
+  return traits.first <= capability && capability <= traits.last;
+}
+
+cudaError_t compute_capability(int* capability) {
+  int device = 0, major = 0, minor = 0;
+  cudaError_t error = current_attribute(cudaDevAttrComputeCapabilityMajor, &device, &major);
+  if (error == cudaSuccess) error = current_attribute(cudaDevAttrComputeCapabilityMinor, &device, &minor);
+  *capability = 10 * major + minor;
+  return error;
+}
+
 }  // namespace
 
-bool holds(Kernels kernels, DType dtype) {
-  const bool bf16 = dtype == DType::kBf16;
-  if (kernels == Kernels::kSm90) return bf16 ? kSm90Bf16 : kSm90Fp16;
-  return bf16 ? kSm80Bf16 : kSm80Fp16;
-}
+bool holds(InstructionSet set, DType dtype) { return find(set, dtype) != nullptr; }
 
-cudaError_t choose_kernels(DType dtype, Kernels* kernels) {
-  int device = 0, major = 0, minor = 0;
-  if (const cudaError_t error = current_attribute(cudaDevAttrComputeCapabilityMajor, &device, &major);
-      error != cudaSuccess) {
-    return error;
+cudaError_t choose_instructions(DType dtype, InstructionSet* set) {
+  int capability = 0;
+  if (const cudaError_t error = compute_capability(&capability); error != cudaSuccess) return error;
+  cudaError_t found = cudaErrorNotSupported;
+  for (const InstructionSetTraits& each : kInstructionSets) {  // the last is the fastest
+    if (holds(each.set, dtype) && runs_on(each, capability)) *set = each.set, found = cudaSuccess;
   }
-  if (const cudaError_t error = current_attribute(cudaDevAttrComputeCapabilityMinor, &device, &minor);
-      error != cudaSuccess) {
-    return error;
-  }
-  if (major == 9 && minor == 0 && holds(Kernels::kSm90, dtype)) {  // wgmma runs nowhere else
-    *kernels = Kernels::kSm90;
-    return cudaSuccess;
-  }
-  if (major < 8 || !holds(Kernels::kSm80, dtype)) return cudaErrorNotSupported;  // mma.sp begins with sm_80
-  *kernels = Kernels::kSm80;
-  return cudaSuccess;
+  return found;
 }
 
-// mma.sp runs on every device from sm_80 on, wgmma.sp on sm_90 alone.
-cudaError_t check_runs(Kernels kernels, DType dtype) {
-  Kernels best;
-  if (const cudaError_t error = choose_kernels(dtype, &best); error != cudaSuccess) return error;
-  return holds(kernels, dtype) && (kernels == Kernels::kSm80 || kernels == best) ? cudaSuccess
-                                                                                 : cudaErrorNotSupported;
+cudaError_t check_runs(InstructionSet set, DType dtype) {
+  int capability = 0;
+  if (const cudaError_t error = compute_capability(&capability); error != cudaSuccess) return error;
+  return holds(set, dtype) && runs_on(traits_of(set), capability) ? cudaSuccess : cudaErrorNotSupported;
 }
 
-int64_t gemm_workspace_bytes(Kernels kernels, int64_t m, int64_t n) {
-  int64_t most = 0;
-  if (kernels == Kernels::kSm90) {
-    for (const TileConfigSm90& tile : kTilesSm90) most = std::max(most, stream_k_bytes(tile, m, n));
-  }
-  return most;
+int64_t gemm_workspace_bytes(InstructionSet set, int64_t m, int64_t n) {
+  return kTilesOf[int(set)].workspace_bytes(m, n);
 }
 
-int tile_count(Kernels kernels) {
-  return kernels == Kernels::kSm90 ? int(kTileConfigsSm90) : int(kTileConfigs);
-}
+int tile_count(InstructionSet set) { return kTilesOf[int(set)].count; }
 
-SparseGemmLaunch* tile_launch(Kernels kernels, DType dtype, Operand operand, int tile) {
-  return dtype == DType::kBf16 ? launch_of<Bf16, DType::kBf16>(kernels, operand, tile)
-                               : launch_of<Fp16, DType::kFp16>(kernels, operand, tile);
-}
-
-cudaError_t best_tile(Kernels kernels, const SparseGemmCall& call, int* tile) {
+cudaError_t best_tile(InstructionSet set, const SparseGemmCall& call, int* tile) {
   int device = 0, sm_count = 0;
   if (const cudaError_t error = current_attribute(cudaDevAttrMultiProcessorCount, &device, &sm_count);
       error != cudaSuccess) {
     return error;
   }
-  *tile = kernels == Kernels::kSm90 ? choose_tile(kTilesSm90, call.m, call.n, call.width, sm_count)
-                                    : choose_tile(kTiles, call.m, call.n, call.width, sm_count);
+  *tile = kTilesOf[int(set)].choose(call.m, call.n, call.width, sm_count);
   return cudaSuccess;
 }
 
-cudaError_t launch_sparse_gemm(Kernels kernels, DType dtype, Operand operand, const SparseGemmCall& call,
+cudaError_t launch_sparse_gemm(InstructionSet set, DType dtype, Operand operand, const SparseGemmCall& call,
                                int tile, cudaStream_t stream) {
+  const Built* const built = find(set, dtype);
+  if (built == nullptr) return cudaErrorNotSupported;
   if (tile == kAnyTile) {
-    if (const cudaError_t error = best_tile(kernels, call, &tile); error != cudaSuccess) return error;
+    if (const cudaError_t error = best_tile(set, call, &tile); error != cudaSuccess) return error;
   }
-  if (tile < 0 || tile >= tile_count(kernels)) return cudaErrorInvalidValue;
+  if (tile < 0 || tile >= tile_count(set)) return cudaErrorInvalidValue;
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  SparseGemmLaunch* const launch = tile_launch(kernels, dtype, operand, tile);
-  return launch == nullptr ? cudaErrorNotSupported : launch(call, device, stream);
+  return (operand == Operand::kWeight ? built->weight : built->activation)(call, tile, device, stream);
+}
+
+cudaError_t launch_prune(const SparseLinearParams& params, const CompressedOperand& out,
+                         cudaStream_t stream) {
+  const Built* const built = find(out.set, params.dtype);
+  return built == nullptr ? cudaErrorNotSupported : built->prune(params, out, stream);
 }
 
 }  // namespace lynx

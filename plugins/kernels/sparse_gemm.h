@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sparse GEMMs as one function per element type, tile configuration and operand. Each is instantiated in
-// a file of its own, since they take a minute to compile.
+// The sparse GEMMs and the pruning pass by instruction set and element type, and which of them a call gets.
 #pragma once
 
 #include "sparse24.h"
@@ -28,28 +27,30 @@ struct SparseGemmCall {
 };
 
 // Bytes of workspace that every configuration can do with, for up to m x n.
-int64_t gemm_workspace_bytes(Kernels kernels, int64_t m, int64_t n);
+int64_t gemm_workspace_bytes(InstructionSet set, int64_t m, int64_t n);
 
-// Whether this library was built with the GEMMs of an element type for these kernels.
-bool holds(Kernels kernels, DType dtype);
+// Whether this library was built with the kernels of an instruction set for an element type.
+bool holds(InstructionSet set, DType dtype);
 
-using SparseGemmLaunch = cudaError_t(const SparseGemmCall&, int device, cudaStream_t);
-
-template <class Element, TileIndex kIndex, Operand kOperand>
-cudaError_t launch_gemm_sm80(const SparseGemmCall& call, int device, cudaStream_t stream);
-
-template <class Element, TileIndexSm90 kIndex, Operand kOperand>
-cudaError_t launch_gemm_sm90(const SparseGemmCall& call, int device, cudaStream_t stream);
-
-// Number of tile configurations, the function of one (null where this library was built without it), and the
-// one that the dispatcher takes on the current device.
-int tile_count(Kernels kernels);
-SparseGemmLaunch* tile_launch(Kernels kernels, DType dtype, Operand operand, int tile);
-cudaError_t best_tile(Kernels kernels, const SparseGemmCall& call, int* tile);
+// Number of tile configurations, and the one that the dispatcher takes on the current device.
+int tile_count(InstructionSet set);
+cudaError_t best_tile(InstructionSet set, const SparseGemmCall& call, int* tile);
 
 // Runs one; tile kAnyTile: the dispatcher's choice.
 constexpr int kAnyTile = -1;
-cudaError_t launch_sparse_gemm(Kernels kernels, DType dtype, Operand operand, const SparseGemmCall& call,
+cudaError_t launch_sparse_gemm(InstructionSet set, DType dtype, Operand operand, const SparseGemmCall& call,
                                int tile, cudaStream_t stream);
+
+// ---- Instantiated in files of their own, of which a library may lack some: go through the functions above.
+
+template <InstructionSet kSet, class Element, Operand kOperand>
+cudaError_t launch_gemm(const SparseGemmCall& call, int tile, int device, cudaStream_t stream);
+
+template <InstructionSet kSet, class Element>
+cudaError_t launch_prune_pass(const SparseLinearParams& params, const CompressedOperand& out,
+                              cudaStream_t stream);
+
+#define LYNX_INSTANTIATE_GEMM(kSet, Element, kOperand) \
+  template cudaError_t launch_gemm<kSet, Element, kOperand>(const SparseGemmCall&, int, int, cudaStream_t)
 
 }  // namespace lynx

@@ -12,6 +12,7 @@
 #include "cutlass/epilogue/threadblock/fusion/visitors.hpp"
 
 #include "activation.h"
+#include "cutlass_element.h"
 #include "sparse_gemm.h"
 
 namespace lynx {
@@ -272,19 +273,17 @@ struct SparseGemmSm80 {
   }
 };
 
-template <class Element>
-using CutlassElement =
-    std::conditional_t<std::is_same_v<Element, Bf16>, cutlass::bfloat16_t, cutlass::half_t>;
-
-template <class Element, TileIndex kIndex, Operand kOperand>
-cudaError_t launch_gemm_sm80(const SparseGemmCall& call, int device, cudaStream_t stream) {
-  return SparseGemmSm80<CutlassElement<Element>, kIndex, kOperand>::launch(call, device, stream);
+template <InstructionSet kSet, class Element, Operand kOperand>
+cudaError_t launch_gemm(const SparseGemmCall& call, int tile, int device, cudaStream_t stream) {
+  static_assert(kSet == InstructionSet::kMmaSp);
+  using Type = CutlassElement<Element>;
+  switch (tile) {
+    case kMedium:
+      return SparseGemmSm80<Type, kMedium, kOperand>::launch(call, device, stream);
+    case kSmall:
+      return SparseGemmSm80<Type, kSmall, kOperand>::launch(call, device, stream);
+  }
+  return cudaErrorInvalidValue;
 }
-
-// Instantiates all tiles for one element type and operand.
-#define LYNX_INSTANTIATE_SM80(Element, kOperand)                                                \
-  template cudaError_t launch_gemm_sm80<Element, kMedium, kOperand>(const SparseGemmCall&, int, \
-                                                                    cudaStream_t);              \
-  template cudaError_t launch_gemm_sm80<Element, kSmall, kOperand>(const SparseGemmCall&, int, cudaStream_t)
 
 }  // namespace lynx

@@ -2,5 +2,5 @@
 #include "sparse_gemm_sm80.cuh"
 
 namespace lynx {
-LYNX_INSTANTIATE_SM80(Bf16, Operand::kWeight);
+LYNX_INSTANTIATE_GEMM(InstructionSet::kMmaSp, Bf16, Operand::kWeight);
 }

@@ -2,5 +2,5 @@
 #include "sparse_gemm_sm80.cuh"
 
 namespace lynx {
-LYNX_INSTANTIATE_SM80(Fp16, Operand::kActivation);
+LYNX_INSTANTIATE_GEMM(InstructionSet::kMmaSp, Fp16, Operand::kActivation);
 }

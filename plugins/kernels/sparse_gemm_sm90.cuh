@@ -15,6 +15,7 @@
 #include "cutlass/util/packed_stride.hpp"
 
 #include "activation.h"
+#include "cutlass_element.h"
 #include "sparse_gemm.h"
 
 namespace lynx {
@@ -179,19 +180,19 @@ struct SparseGemmSm90 {
   }
 };
 
-template <class Element>
-using CutlassElement =
-    std::conditional_t<std::is_same_v<Element, Bf16>, cutlass::bfloat16_t, cutlass::half_t>;
-
-template <class Element, TileIndexSm90 kIndex, Operand kOperand>
-cudaError_t launch_gemm_sm90(const SparseGemmCall& call, int device, cudaStream_t stream) {
-  return SparseGemmSm90<CutlassElement<Element>, kIndex, kOperand>::launch(call, device, stream);
+template <InstructionSet kSet, class Element, Operand kOperand>
+cudaError_t launch_gemm(const SparseGemmCall& call, int tile, int device, cudaStream_t stream) {
+  static_assert(kSet == InstructionSet::kWgmmaSp);
+  using Type = CutlassElement<Element>;
+  switch (tile) {
+    case kWide:
+      return SparseGemmSm90<Type, kWide, kOperand>::launch(call, device, stream);
+    case kTall:
+      return SparseGemmSm90<Type, kTall, kOperand>::launch(call, device, stream);
+    case kNarrow:
+      return SparseGemmSm90<Type, kNarrow, kOperand>::launch(call, device, stream);
+  }
+  return cudaErrorInvalidValue;
 }
-
-// Instantiates all tiles for one element type and operand.
-#define LYNX_INSTANTIATE_SM90(Element, kOperand)                                                             \
-  template cudaError_t launch_gemm_sm90<Element, kWide, kOperand>(const SparseGemmCall&, int, cudaStream_t); \
-  template cudaError_t launch_gemm_sm90<Element, kTall, kOperand>(const SparseGemmCall&, int, cudaStream_t); \
-  template cudaError_t launch_gemm_sm90<Element, kNarrow, kOperand>(const SparseGemmCall&, int, cudaStream_t)
 
 }  // namespace lynx

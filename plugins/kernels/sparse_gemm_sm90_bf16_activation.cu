@@ -2,5 +2,5 @@
 #include "sparse_gemm_sm90.cuh"
 
 namespace lynx {
-LYNX_INSTANTIATE_SM90(Bf16, Operand::kActivation);
+LYNX_INSTANTIATE_GEMM(InstructionSet::kWgmmaSp, Bf16, Operand::kActivation);
 }

@@ -16,10 +16,10 @@ static_assert(kWidthMultiple % kAtomWidthSm90 == 0,
 constexpr int64_t kSegment = 256;  // bytes; every part of the workspace starts at a multiple of it
 
 struct Segments {
-  int64_t values, metadata, scale, parts, gemm, reordered, total;  // offsets in bytes, and the end
+  int64_t values, metadata, scale, parts, gemm, total;  // offsets in bytes, and the end
 };
 
-Segments segments(const SparseLinearParams& p, Kernels kernels) {
+Segments segments(const SparseLinearParams& p, InstructionSet set) {
   const int64_t padded = padded_rows(p.rows), width = padded_width(p.channels, p.rank);
   Segments at;
   at.values = 0;
@@ -27,8 +27,7 @@ Segments segments(const SparseLinearParams& p, Kernels kernels) {
   at.scale = at.metadata + round_up(Sm80Metadata::bytes(padded, width), kSegment);
   at.parts = at.scale + round_up(padded * int64_t(sizeof(float)), kSegment);
   at.gemm = at.parts + round_up(prune_parts_bytes(padded, p.rank), kSegment);
-  at.reordered = at.gemm + round_up(gemm_workspace_bytes(kernels, p.rows, p.out_channels), kSegment);
-  at.total = at.reordered + (p.order == nullptr ? 0 : round_up(p.rows * p.channels * 2, kSegment));
+  at.total = at.gemm + round_up(gemm_workspace_bytes(set, p.rows, p.out_channels), kSegment);
   return at;
 }
 
@@ -44,16 +43,14 @@ bool sizes_fit(const Params& p, int step) {
 }
 
 bool producer_fits(const SparseLinearParams& p) {
-  const bool alone = !p.order && !p.centre && !p.saliency;
   switch (p.producer) {
     case Producer::kNone:
+    case Producer::kGelu:
       return true;
     case Producer::kNorm:
-      return alone && p.gain && p.shift && p.gain_rows > 0 && p.rows % p.gain_rows == 0 && p.epsilon > 0.0f;
-    case Producer::kGelu:
-      return alone;
+      return p.gain && p.shift && p.gain_rows > 0 && p.rows % p.gain_rows == 0 && p.epsilon > 0.0f;
     case Producer::kGated:
-      return alone && p.gate != nullptr;
+      return p.gate != nullptr;
   }
   return false;
 }
@@ -73,14 +70,14 @@ cudaError_t check(const SparseWeightParams& p) {
 
 size_t workspace_bytes(const SparseLinearParams& params) {
   int64_t most = 0;
-  for (const Kernels kernels : {Kernels::kSm80, Kernels::kSm90}) {
-    if (holds(kernels, params.dtype)) most = std::max(most, segments(params, kernels).total);
+  for (const InstructionSetTraits& each : kInstructionSets) {
+    if (holds(each.set, params.dtype)) most = std::max(most, segments(params, each.set).total);
   }
   return size_t(most);
 }
 
-CompressedOperand compressed_operand(const SparseLinearParams& params, Kernels kernels) {
-  const Segments at = segments(params, kernels);
+CompressedOperand compressed_operand(const SparseLinearParams& params, InstructionSet set) {
+  const Segments at = segments(params, set);
   char* base = static_cast<char*>(params.workspace);
   CompressedOperand operand;
   operand.values = base + at.values;
@@ -88,24 +85,22 @@ CompressedOperand compressed_operand(const SparseLinearParams& params, Kernels k
   operand.scale = reinterpret_cast<float*>(base + at.scale);
   operand.parts = reinterpret_cast<float*>(base + at.parts);
   operand.gemm = base + at.gemm;
-  operand.gemm_bytes = size_t(at.reordered - at.gemm);
-  operand.reordered = base + at.reordered;
-  operand.kernels = kernels;
+  operand.gemm_bytes = size_t(at.total - at.gemm);
+  operand.set = set;
   return operand;
 }
 
 size_t weight_workspace_bytes(const SparseWeightParams& params) {
-  return size_t(gemm_workspace_bytes(params.kernels, params.out_channels, params.rows));
+  return size_t(gemm_workspace_bytes(params.set, params.out_channels, params.rows));
 }
 
 cudaError_t check_arguments(const SparseLinearParams& p) {
   const bool sizes_ok = sizes_fit(p, kBlock) && p.rank >= 0 && p.rank <= kMaxRank &&
-                        p.rank % kRankMultiple == 0 &&
-                        (p.order == nullptr || p.channels <= kMaxOrderedChannels) && producer_fits(p);
+                        p.rank % kRankMultiple == 0 && producer_fits(p);
   const bool present = p.x && p.weight && p.bias && p.y && p.workspace && (p.rank == 0 || p.lora_down);
   if (!sizes_ok || !present) return cudaErrorInvalidValue;
-  const void* const pointers[] = {p.x,        p.weight, p.lora_down, p.bias, p.order, p.centre,
-                                  p.saliency, p.gain,   p.shift,     p.gate, p.y,     p.workspace};
+  const void* const pointers[] = {p.x,     p.weight, p.lora_down, p.bias,     p.gain,
+                                  p.shift, p.gate,   p.y,         p.workspace};
   for (const void* pointer : pointers) {
     if (misaligned(pointer)) return cudaErrorMisalignedAddress;
   }
@@ -114,9 +109,9 @@ cudaError_t check_arguments(const SparseLinearParams& p) {
 
 cudaError_t launch_sparse_linear(const SparseLinearParams& params, int tile, cudaStream_t stream) {
   if (const cudaError_t error = check_arguments(params); error != cudaSuccess) return error;
-  Kernels kernels;
-  if (const cudaError_t error = choose_kernels(params.dtype, &kernels); error != cudaSuccess) return error;
-  const CompressedOperand operand = compressed_operand(params, kernels);
+  InstructionSet set;
+  if (const cudaError_t error = choose_instructions(params.dtype, &set); error != cudaSuccess) return error;
+  const CompressedOperand operand = compressed_operand(params, set);
   if (const cudaError_t error = launch_prune(params, operand, stream); error != cudaSuccess) return error;
   return launch_pruned_gemm(params, operand, tile, stream);
 }
@@ -129,18 +124,18 @@ cudaError_t launch_pruned_gemm(const SparseLinearParams& params, const Compresse
   call.values = a.values, call.metadata = a.metadata, call.dense = params.weight;
   call.scale = a.scale, call.bias = params.bias, call.gelu_from = params.gelu_from, call.y = params.y;
   call.workspace = a.gemm, call.workspace_bytes = a.gemm_bytes;
-  return launch_sparse_gemm(a.kernels, params.dtype, Operand::kActivation, call, tile, stream);
+  return launch_sparse_gemm(a.set, params.dtype, Operand::kActivation, call, tile, stream);
 }
 
 cudaError_t launch_sparse_weight_linear(const SparseWeightParams& params, int tile, cudaStream_t stream) {
   if (const cudaError_t error = check(params); error != cudaSuccess) return error;
-  if (const cudaError_t error = check_runs(params.kernels, params.dtype); error != cudaSuccess) return error;
+  if (const cudaError_t error = check_runs(params.set, params.dtype); error != cudaSuccess) return error;
   SparseGemmCall call;
   call.m = params.out_channels, call.n = int(params.rows), call.width = params.channels;
   call.values = params.values, call.metadata = params.metadata, call.dense = params.x;
   call.scale = nullptr, call.bias = params.bias, call.gelu_from = params.gelu_from, call.y = params.y;
   call.workspace = params.workspace, call.workspace_bytes = weight_workspace_bytes(params);
-  return launch_sparse_gemm(params.kernels, params.dtype, Operand::kWeight, call, tile, stream);
+  return launch_sparse_gemm(params.set, params.dtype, Operand::kWeight, call, tile, stream);
 }
 
 }  // namespace lynx

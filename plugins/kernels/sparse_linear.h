@@ -8,12 +8,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "traits.h"
+
 namespace lynx {
-
-enum class DType { kBf16, kFp16 };
-
-// The sparse tensor-core instructions that multiply; the pruning pass writes the metadata layout they read.
-enum class Kernels { kSm80, kSm90 };  // mma.sp: every GPU from sm_80 on; wgmma.sp: sm_90 alone
 
 // What the pruning pass makes of x before it prunes, so that the dense result is never written.
 enum class Producer {
@@ -23,10 +20,10 @@ enum class Producer {
   kGated,  // silu(x) * gate
 };
 
-// Of both operands: CUTLASS multiplies the rows by the 64 channels of a metadata atom in an int (fill_layoutE).
+// Of both operands: CUTLASS multiplies the rows by the 64 channels of a metadata atom in an int
+// (fill_layoutE).
 constexpr int64_t kMaxRows = (int64_t(1) << 25) - 64;
-constexpr int kMaxChannels = 1 << 23;       // K; 32 bits hold an offset within a tile of 128 rows
-constexpr int kMaxOrderedChannels = 24576;  // K with an order: a row goes through 48 KiB of shared memory
+constexpr int kMaxChannels = 1 << 23;  // K; 32 bits hold an offset within a tile of 128 rows
 
 // One call of the op. All tensors are dense, row-major, 16-byte aligned device memory; `T` is the element
 // type.
@@ -40,7 +37,7 @@ struct SparseLinearParams {
 
   int gelu_from;  // output channels from here on go through GELU (tanh); a multiple of 64, N for none
 
-  Producer producer;  // with one, there can be no order, centre or saliency
+  Producer producer;
   bool rms;           // kNorm: RMSNorm instead of LayerNorm
   float epsilon;      // kNorm
   int64_t gain_rows;  // kNorm: a divisor of M; each row of gain and shift serves as many consecutive tokens
@@ -52,9 +49,6 @@ struct SparseLinearParams {
   const void* weight;     // T [N, K'], K' = padded_width(K, r): W' | B in pairs (B_2j, B_2j+1, 0, 0) | 0
   const void* lora_down;  // T [r, K]; not read when r = 0
   const void* bias;       // T [N]
-  const int32_t* order;   // [K], a permutation, or null: z = x[order] - centre
-  const void* centre;     // T [K], or null
-  const void* saliency;   // T [K], or null: selection by |z| * saliency
   void* y;                // T [M, N]
   void* workspace;        // workspace_bytes, 256-byte aligned
 };
@@ -62,13 +56,12 @@ struct SparseLinearParams {
 // The compressed operand, as it lies in the workspace. Mp = padded_rows(M): rows M .. Mp are zero.
 struct CompressedOperand {
   void* values;        // T [Mp, K' / 2]: kept values, then U = T / s, then zeros
-  uint32_t* metadata;  // layout of `kernels`, Mp rows by K' channels
+  uint32_t* metadata;  // in the layout of `set`, Mp rows by K' channels
   float* scale;        // s [Mp]
   float* parts;        // sums of the pruning pass between its two kernels, prune_parts_bytes
   void* gemm;          // workspace of the GEMM
   size_t gemm_bytes;
-  void* reordered;  // T [M, K]: x[:, order]; there only with an order
-  Kernels kernels;
+  InstructionSet set;  // that will multiply
 };
 
 // Bytes of workspace of a call on any GPU that this library runs on, from its sizes and whether it has an
@@ -76,15 +69,15 @@ struct CompressedOperand {
 size_t workspace_bytes(const SparseLinearParams& params);
 
 // Where the compressed operand lies in the call's workspace.
-CompressedOperand compressed_operand(const SparseLinearParams& params, Kernels kernels);
+CompressedOperand compressed_operand(const SparseLinearParams& params, InstructionSet set);
 
-// The fastest kernels that the current device runs and this library was built with for the type.
+// The fastest instruction set that the current device runs and this library was built with for the type.
 // Returns cudaErrorNotSupported where there are none, or what querying the device returns.
-cudaError_t choose_kernels(DType dtype, Kernels* kernels);
+cudaError_t choose_instructions(DType dtype, InstructionSet* set);
 
-// Whether the library was built with these kernels for the type and the current device runs them; else
+// Whether the library was built with the instruction set for the type and the current device runs it; else
 // cudaErrorNotSupported, or what querying the device returns.
-cudaError_t check_runs(Kernels kernels, DType dtype);
+cudaError_t check_runs(InstructionSet set, DType dtype);
 
 // Whether a call's sizes are within the limits above (else cudaErrorInvalidValue) and its pointers there and
 // aligned (cudaErrorMisalignedAddress).
@@ -92,29 +85,27 @@ cudaError_t check_arguments(const SparseLinearParams& params);
 
 // Queues the whole op on `stream`: pruning pass, then GEMM. Allocates nothing, never synchronizes, may be
 // captured. `tile`: a configuration of sparse_gemm.h, or -1 for the dispatcher's choice. Returns
-// what check_arguments, choose_kernels and the launches return.
+// what check_arguments, choose_instructions and the launches return.
 cudaError_t launch_sparse_linear(const SparseLinearParams& params, int tile, cudaStream_t stream);
 
-// The parts of launch_sparse_linear; they do not check their arguments. launch_prune begins with
-// launch_reorder when there is an order.
-cudaError_t launch_reorder(const SparseLinearParams& params, void* out, cudaStream_t stream);
+// The parts of launch_sparse_linear; they do not check their arguments.
 cudaError_t launch_prune(const SparseLinearParams& params, const CompressedOperand& out, cudaStream_t stream);
 cudaError_t launch_pruned_gemm(const SparseLinearParams& params, const CompressedOperand& a, int tile,
                                cudaStream_t stream);
 
-// One call of the op with a sparse weight, which was compressed at compile time for the kernels that read it.
-// Np = padded_rows(N).
+// One call of the op with a sparse weight, which was compressed at compile time for the instruction set that
+// reads it. Np = padded_rows(N).
 struct SparseWeightParams {
   DType dtype;
-  int64_t rows;      // M, tokens; up to kMaxRows
-  int channels;      // K, a multiple of 64, up to kMaxChannels
-  int out_channels;  // N, a multiple of 8
-  int gelu_from;     // as above
-  Kernels kernels;   // whose metadata layout the weight has
+  int64_t rows;        // M, tokens; up to kMaxRows
+  int channels;        // K, a multiple of 64, up to kMaxChannels
+  int out_channels;    // N, a multiple of 8
+  int gelu_from;       // as above
+  InstructionSet set;  // whose metadata layout the weight has
 
   const void* x;             // T [M, K]
   const void* values;        // T [Np, K / 2]; rows N .. Np are zero
-  const uint32_t* metadata;  // layout of `kernels`, Np rows by K channels
+  const uint32_t* metadata;  // in the layout of `set`, Np rows by K channels
   const void* bias;          // T [N]
   void* y;                   // T [M, N]
   void* workspace;           // weight_workspace_bytes, 256-byte aligned
@@ -123,7 +114,7 @@ struct SparseWeightParams {
 size_t weight_workspace_bytes(const SparseWeightParams& params);
 
 // Queues it on `stream`, as above. Returns cudaErrorNotSupported also where the device cannot
-// run `kernels`.
+// run `set`.
 cudaError_t launch_sparse_weight_linear(const SparseWeightParams& params, int tile, cudaStream_t stream);
 
 }  // namespace lynx

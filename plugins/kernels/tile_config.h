@@ -83,6 +83,7 @@ constexpr int kMaxSmsSm90 = 132;  // of H100, H200 and GH200; others have fewer
 
 // Bytes that a stream-K configuration needs at most: CUTLASS divides the tiles of less than two waves, each
 // with partial sums in float32 and a barrier per warp group.
+constexpr int64_t stream_k_bytes(const TileConfig&, int64_t, int64_t) { return 0; }
 constexpr int64_t stream_k_bytes(const TileConfigSm90& tile, int64_t rows, int64_t columns) {
   if (!tile.stream_k) return 0;
   const int64_t tiles = tiles_of(tile, rows, columns);

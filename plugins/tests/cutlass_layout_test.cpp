@@ -41,7 +41,7 @@ Pruned prune(int64_t rows, int64_t width) {
     for (int64_t b = 0; b < blocks; ++b) {
       uint32_t z[8];
       for (uint32_t& pair : z) pair = random() | 0x00010001u;  // no zeros: a kept one would look dropped
-      const lynx::CompressedBlock block = lynx::compress_block<lynx::Fp16>(z, nullptr, nullptr);
+      const lynx::CompressedBlock block = lynx::compress_block<lynx::Fp16>(z, nullptr);
       std::memcpy(&out.values[m * width / 2 + b * 8], block.values, sizeof block.values);
       out.metadata[m * blocks + b] = uint16_t(block.metadata);
       std::memcpy(&out.dense[m * width + b * 16], z, sizeof z);

@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
 #include <climits>
 #include <cmath>
 #include <cstdio>
@@ -20,12 +21,16 @@
 #include <string>
 #include <vector>
 
+#include "guarded.h"
 #include "kernels/activation.h"
 #include "kernels/sparse24.h"
 #include "kernels/sparse_gemm.h"
 #include "kernels/sparse_linear.h"
 
 namespace {
+
+using lynx::test::check;
+using lynx::test::Guarded;
 
 int passed = 0, failed = 0;
 
@@ -35,23 +40,17 @@ void report(bool ok, const std::string& name, const std::string& detail = "") {
   ++(ok ? passed : failed);
 }
 
-// A CUDA error outside the calls under test: the run is worthless after it.
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::printf("FAIL %s: %s\n%d passed, %d failed\n", what, cudaGetErrorString(error), passed, failed + 1);
-  std::exit(1);
-}
-
 // ---- Problems
 // -----------------------------------------------------------------------------------------------
 
-lynx::Kernels kernels;  // those under test
+lynx::InstructionSet set;  // under test
 
-const char* kernels_name() { return kernels == lynx::Kernels::kSm90 ? "wgmma.sp" : "mma.sp"; }
+const char* set_name() { return lynx::traits_of(set).name; }
 
 int64_t metadata_word(int64_t m, int64_t block, int64_t rows) {
-  return kernels == lynx::Kernels::kSm90 ? lynx::Sm90Metadata<lynx::kAtomWidthSm90>::word(m, block, rows)
-                                         : lynx::Sm80Metadata::word(m, block, rows);
+  return set == lynx::InstructionSet::kWgmmaSp
+             ? lynx::Sm90Metadata<lynx::kAtomWidthSm90>::word(m, block, rows)
+             : lynx::Sm80Metadata::word(m, block, rows);
 }
 
 enum class Special { kNone, kTies, kZeroRows, kInfinity, kNan };
@@ -59,7 +58,7 @@ enum class Special { kNone, kTies, kZeroRows, kInfinity, kNan };
 struct Case {
   lynx::DType dtype = lynx::DType::kBf16;
   int rows = 300, channels = 192, out_channels = 576, rank = 16;
-  bool norm_scale = true, order = false, centre = false, saliency = false;
+  bool norm_scale = true;
   Special special = Special::kNone;
   int gelu_from = INT_MAX;  // output channel
 
@@ -67,8 +66,7 @@ struct Case {
     static const char* const kSpecial[] = {"", ", ties", ", zero rows", ", infinities", ", NaNs"};
     return std::string(dtype == lynx::DType::kBf16 ? "bf16" : "fp16") + " " + std::to_string(rows) + " x " +
            std::to_string(channels) + " -> " + std::to_string(out_channels) + ", rank " +
-           std::to_string(rank) + (norm_scale ? ", norm scale" : "") + (order ? ", order" : "") +
-           (centre ? ", centre" : "") + (saliency ? ", saliency" : "") +
+           std::to_string(rank) + (norm_scale ? ", norm scale" : "") +
            (gelu_from < out_channels ? ", GELU from " + std::to_string(gelu_from) : "") +
            kSpecial[int(special)];
   }
@@ -89,8 +87,7 @@ using Halves = std::vector<uint16_t>;
 
 // The op's inputs on the host.
 struct Inputs {
-  Halves x, weight, lora_down, bias, centre, saliency;
-  std::vector<int32_t> order;
+  Halves x, weight, lora_down, bias;
 };
 
 Halves normal_values(std::mt19937& random, size_t count, float deviation, lynx::DType dtype) {
@@ -134,12 +131,6 @@ Inputs make_inputs(const Case& c) {
   }
   in.lora_down = normal_values(random, size_t(std::max(c.rank, 1)) * c.channels, deviation, c.dtype);
   in.bias = normal_values(random, size_t(c.out_channels), 1.0f, c.dtype);
-  in.centre = normal_values(random, size_t(c.channels), 0.5f, c.dtype);
-  in.saliency = normal_values(random, size_t(c.channels), 0.3f, c.dtype);
-  for (uint16_t& value : in.saliency) value = from_float(c.dtype, 0.1f + std::fabs(to_float(c.dtype, value)));
-  in.order.resize(size_t(c.channels));
-  std::iota(in.order.begin(), in.order.end(), 0);
-  std::shuffle(in.order.begin(), in.order.end(), random);
   return in;
 }
 
@@ -148,25 +139,10 @@ Inputs make_inputs(const Case& c) {
 
 // What the pruning pass must leave, but for the scale and U, whose sums may be taken in another order.
 struct Expected {
-  Halves z;                        // [rows, channels]
   Halves values;                   // [rows_padded, width / 2], U left zero
-  std::vector<uint32_t> metadata;  // layout of `kernels`
+  std::vector<uint32_t> metadata;  // in the layout of `set`
   std::vector<double> scale;       // [rows]
 };
-
-// The z of one block of row m.
-template <class Element>
-void expected_z(const Case& c, const Inputs& in, int64_t m, int64_t block, uint32_t (&z)[8]) {
-  uint16_t picked[16];
-  for (int i = 0; i < 16; ++i) {
-    const int64_t k = block * 16 + i;
-    picked[i] = in.x[size_t(m * c.channels + (c.order ? in.order[size_t(k)] : k))];
-  }
-  std::memcpy(z, picked, sizeof z);
-  uint32_t centre[8];
-  std::memcpy(centre, &in.centre[size_t(block * 16)], sizeof centre);
-  for (int i = 0; c.centre && i < 8; ++i) z[i] = lynx::subtract_pair<Element>(z[i], centre[i]);
-}
 
 template <class Element>
 double squares(const uint16_t* values, int count) {
@@ -180,21 +156,17 @@ template <class Element>
 Expected expected_operand(const Case& c, const Inputs& in) {
   const int64_t rows_padded = lynx::padded_rows(c.rows), width = lynx::padded_width(c.channels, c.rank);
   Expected out;
-  out.z.resize(in.x.size());
   out.values.assign(size_t(rows_padded * width / 2), 0);
   out.metadata.assign(size_t(lynx::Sm80Metadata::bytes(rows_padded, width) / 4), lynx::kEmptyMetadataPair);
   out.scale.assign(size_t(c.rows), 1.0);
   for (int64_t m = 0; m < c.rows; ++m) {
     double all = 0.0, kept = 0.0;
     for (int64_t block = 0; block < c.channels / lynx::kBlock; ++block) {
-      uint16_t* z = &out.z[size_t(m * c.channels + block * 16)];
+      const uint16_t* z = &in.x[size_t(m * c.channels + block * 16)];
       uint16_t* values = &out.values[size_t(m * width / 2 + block * 8)];
-      uint32_t words[8], saliency[8];
-      expected_z<Element>(c, in, m, block, words);
-      std::memcpy(saliency, &in.saliency[size_t(block * 16)], sizeof saliency);
-      const lynx::CompressedBlock compressed =
-          lynx::compress_block<Element>(words, c.saliency ? saliency : nullptr, nullptr);
-      std::memcpy(z, words, sizeof words);
+      uint32_t words[8];
+      std::memcpy(words, z, sizeof words);
+      const lynx::CompressedBlock compressed = lynx::compress_block<Element>(words, nullptr);
       std::memcpy(values, compressed.values, sizeof compressed.values);
       uint32_t& word = out.metadata[size_t(metadata_word(m & ~int64_t(8), block, rows_padded))];
       const int shift = m & 8 ? 16 : 0;
@@ -218,12 +190,11 @@ struct ExpectedRow {
 double sum_error(int64_t terms) { return 4.0 * 0x1p-23 * std::sqrt(double(terms)); }
 
 // z of row m, and the same with the dropped channels zero, as the metadata say.
-void decode_row(const Case& c, const Expected& operand, int m, std::vector<double>& z,
+void decode_row(const Case& c, const Inputs& in, const Expected& operand, int m, std::vector<double>& z,
                 std::vector<double>& pruned) {
   z.resize(size_t(c.channels));
   pruned.assign(size_t(c.channels), 0.0);
-  for (int k = 0; k < c.channels; ++k)
-    z[size_t(k)] = to_float(c.dtype, operand.z[size_t(m) * c.channels + k]);
+  for (int k = 0; k < c.channels; ++k) z[size_t(k)] = to_float(c.dtype, in.x[size_t(m) * c.channels + k]);
   for (int group = 0; group < c.channels / 4; ++group) {
     const int64_t word = metadata_word(m & ~8, group / 4, lynx::padded_rows(c.rows));
     const uint32_t nibble = operand.metadata[size_t(word)] >> ((m & 8 ? 16 : 0) + 4 * (group % 4)) & 15u;
@@ -237,7 +208,7 @@ ExpectedRow expected_row(const Case& c, const Inputs& in, const Expected& operan
   const double scale = operand.scale[size_t(m)], half = roundoff(c.dtype);
   const auto value = [&](uint16_t bits) { return double(to_float(c.dtype, bits)); };
   std::vector<double> z, pruned;
-  decode_row(c, operand, m, z, pruned);
+  decode_row(c, in, operand, m, z, pruned);
   ExpectedRow out;
   for (int j = 0; j < c.rank; ++j) {
     double t = 0.0, magnitude = 0.0;
@@ -297,48 +268,7 @@ std::vector<int> sample_rows(const Case& c) {
   return rows;
 }
 
-// ---- Device memory
-// ------------------------------------------------------------------------------------------
-
-// Device memory between two strips of canary bytes, filled with a pattern that is a NaN in every format.
-class Guarded {
- public:
-  explicit Guarded(size_t bytes) : bytes_(bytes) {
-    check(cudaMalloc(&base_, bytes + 2 * kStrip), "cudaMalloc");
-    check(cudaMemset(base_, kCanary, bytes + 2 * kStrip), "cudaMemset");
-    check(cudaMemset(data(), 0xff, bytes), "cudaMemset");
-  }
-  ~Guarded() { cudaFree(base_); }
-  Guarded(const Guarded&) = delete;
-  Guarded& operator=(const Guarded&) = delete;
-
-  char* data() const { return static_cast<char*>(base_) + kStrip; }
-
-  bool intact() const {
-    std::vector<unsigned char> strips(2 * kStrip);
-    check(cudaMemcpy(strips.data(), base_, kStrip, cudaMemcpyDeviceToHost), "cudaMemcpy");
-    check(cudaMemcpy(strips.data() + kStrip, data() + bytes_, kStrip, cudaMemcpyDeviceToHost), "cudaMemcpy");
-    return std::all_of(strips.begin(), strips.end(), [](unsigned char byte) { return byte == kCanary; });
-  }
-
-  template <class T>
-  std::vector<T> copy(size_t count) const {
-    std::vector<T> out(count);
-    check(cudaMemcpy(out.data(), data(), count * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
-    return out;
-  }
-
-  template <class T>
-  void set(const std::vector<T>& values) {
-    check(cudaMemcpy(data(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
-  }
-
- private:
-  static constexpr size_t kStrip = 4096;
-  static constexpr int kCanary = 0xa5;
-  size_t bytes_;
-  void* base_ = nullptr;
-};
+// ---- The device
 
 template <class T>
 size_t bytes_of(const std::vector<T>& values) {
@@ -351,35 +281,27 @@ class DeviceProblem {
   DeviceProblem(const Case& c, const Inputs& in)
       : x(bytes_of(in.x)),
         y(size_t(c.rows) * c.out_channels * 2),
-        workspace(workspace_of(c)),
+        workspace(lynx::workspace_bytes(sizes_of(c))),
         case_(c),
         weight_(bytes_of(in.weight)),
         lora_down_(bytes_of(in.lora_down)),
-        bias_(bytes_of(in.bias)),
-        order_(bytes_of(in.order)),
-        centre_(bytes_of(in.centre)),
-        saliency_(bytes_of(in.saliency)) {
+        bias_(bytes_of(in.bias)) {
     x.set(in.x), weight_.set(in.weight), lora_down_.set(in.lora_down), bias_.set(in.bias);
-    order_.set(in.order), centre_.set(in.centre), saliency_.set(in.saliency);
   }
 
   lynx::SparseLinearParams params() const {
     lynx::SparseLinearParams p = sizes_of(case_);
     p.x = x.data(), p.weight = weight_.data(), p.lora_down = lora_down_.data(), p.bias = bias_.data();
-    p.order = case_.order ? reinterpret_cast<const int32_t*>(order_.data()) : nullptr;
-    p.centre = case_.centre ? centre_.data() : nullptr;
-    p.saliency = case_.saliency ? saliency_.data() : nullptr;
     p.y = y.data(), p.workspace = workspace.data();
     return p;
   }
 
-  lynx::CompressedOperand operand() const { return lynx::compressed_operand(params(), kernels); }
+  lynx::CompressedOperand operand() const { return lynx::compressed_operand(params(), set); }
 
-  Halves result() const { return y.copy<uint16_t>(size_t(case_.rows) * case_.out_channels); }
+  Halves result() const { return y.copy<uint16_t>(); }
 
   bool intact() const {
-    for (const Guarded* part :
-         {&x, &y, &workspace, &weight_, &lora_down_, &bias_, &order_, &centre_, &saliency_}) {
+    for (const Guarded* part : {&x, &y, &workspace, &weight_, &lora_down_, &bias_}) {
       if (!part->intact()) return false;
     }
     return true;
@@ -397,16 +319,8 @@ class DeviceProblem {
     return p;
   }
 
-  // For either kind of kernels: the tests go through both.
-  static size_t workspace_of(const Case& c) {
-    static const int32_t some_order = 0;
-    lynx::SparseLinearParams p = sizes_of(c);
-    p.order = c.order ? &some_order : nullptr;
-    return lynx::workspace_bytes(p);
-  }
-
   Case case_;
-  Guarded weight_, lora_down_, bias_, order_, centre_, saliency_;
+  Guarded weight_, lora_down_, bias_;
 };
 
 template <class T>
@@ -416,11 +330,11 @@ std::vector<T> from_device(const void* data, size_t count) {
   return out;
 }
 
-// The whole op on the kernels under test; as the plugin launches it where they are the device's best.
+// The whole op by the instruction set under test; as the plugin launches it where that is the device's best.
 cudaError_t launch(const DeviceProblem& problem, cudaStream_t stream) {
-  lynx::Kernels best;
-  check(lynx::choose_kernels(problem.params().dtype, &best), "choose_kernels");
-  if (kernels == best) return lynx::launch_sparse_linear(problem.params(), lynx::kAnyTile, stream);
+  lynx::InstructionSet best;
+  check(lynx::choose_instructions(problem.params().dtype, &best), "choose_instructions");
+  if (set == best) return lynx::launch_sparse_linear(problem.params(), lynx::kAnyTile, stream);
   const cudaError_t error = lynx::launch_prune(problem.params(), problem.operand(), stream);
   if (error != cudaSuccess) return error;
   return lynx::launch_pruned_gemm(problem.params(), problem.operand(), lynx::kAnyTile, stream);
@@ -485,7 +399,7 @@ std::string check_result(const Case& c, const Halves& y, const std::vector<int>&
 // Every tile configuration, on the operand that the pruning pass left.
 std::string check_tiles(const Case& c, DeviceProblem& problem, const std::vector<int>& rows,
                         const std::vector<ExpectedRow>& wanted, double* worst) {
-  for (int tile = 0; tile < lynx::tile_count(kernels); ++tile) {
+  for (int tile = 0; tile < lynx::tile_count(set); ++tile) {
     check(cudaMemset(problem.y.data(), 0xff, size_t(c.rows) * c.out_channels * 2), "cudaMemset");
     const cudaError_t error = lynx::launch_pruned_gemm(problem.params(), problem.operand(), tile, nullptr);
     check(cudaDeviceSynchronize(), "GEMM");
@@ -524,14 +438,19 @@ void run_case(const Case& c) {
   report(wrong.empty(), c.name(), wrong.empty() ? detail : wrong);
 }
 
-// The tolerance must be able to fail: y under another mask (by saliency) may not pass for y without it.
+// The tolerance must be able to fail: y of the halves of x that are dropped may not pass for y.
 void run_negative_control() {
   Case c;
   const Inputs in = make_inputs(c);
   const Expected operand = expected_operand<lynx::Bf16>(c, in);
-  Case other = c;
-  other.saliency = true;
-  DeviceProblem problem(other, in);
+  Inputs other = in;
+  for (size_t i = 0; i < in.x.size(); i += 4) {
+    const auto size = [&](size_t k) { return std::fabs(lynx::Bf16::to_float(in.x[i + k])); };
+    std::array<size_t, 4> order = {0, 1, 2, 3};
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return size(a) > size(b); });
+    other.x[i + order[0]] = other.x[i + order[1]] = 0;
+  }
+  DeviceProblem problem(c, other);
   check(launch(problem, nullptr), "negative control");
   check(cudaDeviceSynchronize(), "negative control");
   int refused = 0;
@@ -544,7 +463,7 @@ void run_negative_control() {
 
 Case flux_case() {
   Case c;
-  c.rows = 512, c.channels = 768, c.out_channels = 1152, c.rank = 64, c.order = c.centre = c.saliency = true;
+  c.rows = 512, c.channels = 768, c.out_channels = 1152, c.rank = 64;
   return c;
 }
 
@@ -618,10 +537,6 @@ void run_refusals() {
   ok &= refused(cudaErrorInvalidValue, [](Params& p) { p.out_channels = 12; });
   ok &= refused(cudaErrorInvalidValue, [](Params& p) { p.rows = 0; });
   ok &= refused(cudaErrorInvalidValue, [](Params& p) { p.gelu_from = 8; });
-  ok &= refused(cudaErrorInvalidValue, [](Params& p) {
-    p.channels = lynx::kMaxOrderedChannels + 16;
-    p.order = reinterpret_cast<const int32_t*>(p.x);
-  });
   ok &= refused(cudaErrorInvalidValue, [](Params& p) { p.y = nullptr; });
   ok &= refused(cudaErrorMisalignedAddress, [](Params& p) { p.x = static_cast<const char*>(p.x) + 2; });
   report(ok, "wrong sizes and pointers are refused before any launch");
@@ -642,11 +557,6 @@ std::vector<Case> all_cases() {
     for (const bool norm_scale : {false, true})
       add([=](Case& c) { c.rank = rank, c.norm_scale = norm_scale; });
   }
-  for (int flags = 1; flags < 8; ++flags) {
-    for (const int rank : {0, 64}) {
-      add([=](Case& c) { c.rank = rank, c.order = flags & 1, c.centre = flags & 2, c.saliency = flags & 4; });
-    }
-  }
   for (const int from : {0, 64, 512}) add([=](Case& c) { c.gelu_from = from; });
   for (const int rows : {1, 33, 64, 127, 129}) add([=](Case& c) { c.rows = rows; });
   for (const int channels : {16, 48, 208, 768, 960, 3072}) add([=](Case& c) { c.channels = channels; });
@@ -654,19 +564,15 @@ std::vector<Case> all_cases() {
     add([=](Case& c) { c.out_channels = out_channels; });
   for (const Special special : {Special::kTies, Special::kZeroRows, Special::kInfinity, Special::kNan}) {
     for (const bool norm_scale : {false, true}) {
-      for (const bool general : {false, true}) {
-        add([=](Case& c) {
-          c.special = special, c.norm_scale = norm_scale, c.order = c.centre = c.saliency = general;
-        });
-      }
+      add([=](Case& c) { c.special = special, c.norm_scale = norm_scale; });
     }
   }
   for (const int rank : {0, 32, 64, 112}) {  // few tiles: several thread blocks prune each
-    add([=](Case& c) { c.rows = 33, c.channels = 3600, c.rank = rank, c.centre = rank == 32; });
+    add([=](Case& c) { c.rows = 33, c.channels = 3600, c.rank = rank; });
   }
   add([](Case& c) { c.rows = 4608, c.channels = 4304, c.out_channels = 512, c.rank = 64; });
   add([](Case& c) { c.rows = 4608, c.channels = 3072, c.out_channels = 9216, c.rank = 64; });
-  add([](Case& c) { c.rows = 512, c.channels = 15360, c.out_channels = 3072, c.rank = 128, c.order = true; });
+  add([](Case& c) { c.rows = 512, c.channels = 15360, c.out_channels = 3072, c.rank = 128; });
   add([](Case& c) {
     c.rows = 4608, c.channels = 3072, c.out_channels = 18432, c.rank = 0, c.norm_scale = false;
   });
@@ -693,24 +599,24 @@ double microseconds(const std::function<void()>& work) {
 void run_timing() {
   int sm_count = 0;
   check(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, 0), "device attribute");
-  std::printf("\n%s, bf16, times in microseconds; * is the tile that choose_tile takes\n", kernels_name());
-  const bool sm90 = kernels == lynx::Kernels::kSm90;
+  std::printf("\n%s, bf16, times in microseconds; * is the tile that choose_tile takes\n", set_name());
+  const bool sm90 = set == lynx::InstructionSet::kWgmmaSp;
   const int shapes[][4] = {{64, 3072, 9216, 64},    {128, 3072, 9216, 64},   {256, 3072, 3072, 64},
                            {512, 3072, 3072, 64},   {512, 3072, 9216, 64},   {4608, 3072, 9216, 0},
                            {4608, 3072, 9216, 64},  {4608, 3072, 9216, 128}, {4608, 3072, 12288, 64},
                            {4608, 12288, 3072, 64}, {4608, 15360, 3072, 64}};
   for (const auto& shape : shapes) {
-    for (const bool order : {false, true}) {
+    {
       Case c;
-      c.rows = shape[0], c.channels = shape[1], c.out_channels = shape[2], c.rank = shape[3], c.order = order;
+      c.rows = shape[0], c.channels = shape[1], c.out_channels = shape[2], c.rank = shape[3];
       DeviceProblem problem(c, make_inputs(c));
       const auto params = problem.params();
       const auto operand = problem.operand();
       const double prune =
           microseconds([&] { check(lynx::launch_prune(params, operand, nullptr), "prune"); });
-      std::printf("%5d x %5d -> %5d, rank %3d%s: prune %.1f", c.rows, c.channels, c.out_channels, c.rank,
-                  order ? ", order" : "", prune);
-      for (int tile = 0; !order && tile < lynx::tile_count(kernels); ++tile) {
+      std::printf("%5d x %5d -> %5d, rank %3d: prune %.1f", c.rows, c.channels, c.out_channels, c.rank,
+                  prune);
+      for (int tile = 0; tile < lynx::tile_count(set); ++tile) {
         const double time =
             microseconds([&] { check(lynx::launch_pruned_gemm(params, operand, tile, nullptr), "GEMM"); });
         const int64_t width = lynx::padded_width(c.channels, c.rank);
@@ -741,16 +647,15 @@ int main(int argc, char** argv) {
   std::printf("%s, sm_%d%d\n", properties.name, properties.major, properties.minor);
   const bool timing = argc > 1 && std::strcmp(argv[1], "--time") == 0;
   const std::string only = argc > 1 && !timing ? argv[1] : "";
-  std::vector<lynx::Kernels> all;
-  for (const lynx::Kernels each : {lynx::Kernels::kSm80, lynx::Kernels::kSm90}) {
-    if (lynx::check_runs(each, lynx::DType::kBf16) == cudaSuccess) all.push_back(each);
+  std::vector<lynx::InstructionSet> all;
+  for (const lynx::InstructionSetTraits& each : lynx::kInstructionSets) {
+    if (lynx::check_runs(each.set, lynx::DType::kBf16) == cudaSuccess) all.push_back(each.set);
   }
-  for (const lynx::Kernels each : all) {
-    kernels = each;
-    std::printf("%s\n", kernels_name());
+  for (const lynx::InstructionSet each : all) {
+    set = each;
+    std::printf("%s\n", set_name());
     for (const Case& c : all_cases()) {
-      const bool runs =
-          lynx::check_runs(kernels, c.dtype) == cudaSuccess;  // else the library was built without
+      const bool runs = lynx::check_runs(set, c.dtype) == cudaSuccess;  // else the library was built without
       if (runs && c.name().find(only) != std::string::npos) run_case(c);
     }
     if (!only.empty()) continue;
@@ -760,8 +665,8 @@ int main(int argc, char** argv) {
     run_refusals();
   }
   std::printf("%d passed, %d failed\n", passed, failed);
-  for (const lynx::Kernels each : all) {
-    kernels = each;
+  for (const lynx::InstructionSet each : all) {
+    set = each;
     if (timing) run_timing();
   }
   return failed == 0 ? 0 : 1;

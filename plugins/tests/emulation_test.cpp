@@ -24,10 +24,10 @@
 
 namespace {
 
-using emulation::Guarded;
+using emulation::Buffer;
 using emulation::Schedule;
 using lynx::DType;
-using lynx::Kernels;
+using lynx::InstructionSet;
 using lynx::Producer;
 
 int passed = 0, failed = 0;
@@ -46,10 +46,10 @@ void report(const std::string& wrong, const std::string& name) {
 enum class Special { kNone, kTies, kZeroRows, kInfinity, kNan, kSubnormal, kHuge, kAnything };
 
 struct Case {
-  Kernels kernels = Kernels::kSm80;
+  InstructionSet set = InstructionSet::kMmaSp;
   DType dtype = DType::kBf16;
   int rows = 70, channels = 192, rank = 16;
-  bool norm_scale = true, order = false, centre = false, saliency = false;
+  bool norm_scale = true;
   Special special = Special::kNone;
   Producer producer = Producer::kNone;
   bool rms = false;
@@ -66,10 +66,9 @@ struct Case {
     static const char* const kSpecial[] = {"",       ", ties",       ", zero rows", ", infinities",
                                            ", NaNs", ", subnormals", ", huge",      ", any bits"};
     static const char* const kProducer[] = {"", "", ", GELU", ", gated"};
-    return std::string(kernels == Kernels::kSm90 ? "wgmma.sp " : "mma.sp ") +
-           (dtype == DType::kBf16 ? "bf16 " : "fp16 ") + std::to_string(rows) + " x " +
-           std::to_string(channels) + ", rank " + std::to_string(rank) + (norm_scale ? ", norm scale" : "") +
-           (order ? ", order" : "") + (centre ? ", centre" : "") + (saliency ? ", saliency" : "") +
+    return traits_of(set).name + std::string(" ") + (dtype == DType::kBf16 ? "bf16 " : "fp16 ") +
+           std::to_string(rows) + " x " + std::to_string(channels) + ", rank " + std::to_string(rank) +
+           (norm_scale ? ", norm scale" : "") +
            (producer == Producer::kNorm
                 ? (rms ? ", RMSNorm, gains " : ", LayerNorm, gains ") + std::to_string(gain_rows)
                 : kProducer[int(producer)]) +
@@ -80,8 +79,7 @@ struct Case {
 using Halves = std::vector<uint16_t>;
 
 struct Inputs {
-  Halves x, lora_down, centre, saliency, gain, shift, gate;
-  std::vector<int32_t> order;
+  Halves x, lora_down, gain, shift, gate;
 };
 
 constexpr float kEpsilon = 1e-6f;  // of the norms
@@ -150,17 +148,9 @@ Inputs make_inputs(const Case& c) {
   make_special(in.x, c, random);
   in.lora_down =
       normal_values(random, int64_t(c.rank) * c.channels, 1.0f / std::sqrt(float(c.channels)), value);
-  in.centre = normal_values(random, c.channels, 0.5f, value);
-  in.saliency = normal_values(random, c.channels, 0.5f, value);  // the kernels take its magnitude
-  if (c.special == Special::kAnything) {
-    for (uint16_t& each : in.saliency) each = any_bits(random, value);
-  }
   in.gain = normal_values(random, int64_t(c.gain_rows) * c.channels, 1.0f, value);
   in.shift = normal_values(random, int64_t(c.gain_rows) * c.channels, 0.3f, value);
   in.gate = normal_values(random, int64_t(c.rows) * c.channels, 1.0f, value);
-  in.order.resize(size_t(c.channels));
-  std::iota(in.order.begin(), in.order.end(), 0);
-  std::shuffle(in.order.begin(), in.order.end(), random);
   return in;
 }
 
@@ -183,7 +173,6 @@ Range operator*(Range a, Range b) {
 }
 
 struct Expected {
-  Halves reordered;                // [rows, channels]
   Halves values;                   // [rows_padded, width / 2], U left 0
   Halves metadata;                 // [rows_padded, width / 16], as the layout deals them
   std::vector<Range> z;            // [rows, channels], only behind a producer: then the above hold none of it
@@ -208,7 +197,7 @@ Range expected_scale(Range all, double kept, int64_t terms) {
 }
 
 int64_t metadata_index(const Case& c, int64_t m, int64_t block) {
-  return c.kernels == Kernels::kSm90
+  return c.set == InstructionSet::kWgmmaSp
              ? reference::sm90_index(m, block, c.rows_padded(), std::min(lynx::kTilesSm90[0].k, 128))
              : reference::sm80_index(m, block, c.rows_padded());
 }
@@ -219,15 +208,10 @@ double roundings(const Case& c) { return double(c.channels / 16 + 16) * 0x1p-24;
 
 // z of row m without a producer, to the bit; zeros beyond the last row.
 Halves exact_z(const Case& c, const Inputs& in, int64_t m) {
-  const reference::Rounding& value = c.value();
-  Halves z(static_cast<size_t>(c.channels));
-  if (m >= c.rows) return z;
-  for (size_t k = 0; k < z.size(); ++k) {
-    const size_t from = c.order ? size_t(in.order[k]) : k;
-    z[k] = in.x[size_t(m) * z.size() + from];
-    if (c.centre) z[k] = value.nearest(float(value[z[k]] - value[in.centre[k]]));
-  }
-  return z;
+  const auto channels = size_t(c.channels);
+  if (m >= c.rows) return Halves(channels);
+  const uint16_t* const row = &in.x[size_t(m) * channels];
+  return Halves(row, row + channels);
 }
 
 // norm(x) of row m before gain and shift, in float32.
@@ -281,13 +265,11 @@ std::vector<Range> produced_z(const Case& c, const Inputs& in, int64_t m) {
 }
 
 // Keeps 2 of group `group` of row m.
-void expect_group(const Case& c, const Inputs& in, const Halves& z, int64_t m, int64_t group, Expected& out) {
+void expect_group(const Case& c, const Halves& z, int64_t m, int64_t group, Expected& out) {
   const reference::Rounding& value = c.value();
   std::array<double, 4> score;
   for (size_t i = 0; i < 4; ++i) {
-    const size_t k = size_t(4 * group) + i;
-    score[i] = std::fabs(value[z[k]]);
-    if (c.saliency) score[i] = double(float(score[i] * std::fabs(value[in.saliency[k]])));
+    score[i] = std::fabs(value[z[size_t(4 * group) + i]]);
   }
   const auto kept = reference::kept_positions(score);
   for (size_t i = 0; i < 2; ++i) {
@@ -320,7 +302,7 @@ Expected expect(const Case& c, const Inputs& in) {
     std::vector<Range> z;
     if (c.producer == Producer::kNone || m >= c.rows) {
       const Halves exact = exact_z(c, in, m);
-      for (int64_t group = 0; group < c.channels / 4; ++group) expect_group(c, in, exact, m, group, out);
+      for (int64_t group = 0; group < c.channels / 4; ++group) expect_group(c, exact, m, group, out);
       for (const uint16_t bits : exact) z.push_back({c.value()[bits], c.value()[bits]});
     } else {
       z = produced_z(c, in, m);
@@ -336,9 +318,6 @@ Expected expect(const Case& c, const Inputs& in) {
     }
     out.squares.push_back(squares);
     expect_t(c, in, z, out);
-    for (int k = 0; c.order && k < c.channels; ++k) {
-      out.reordered.push_back(in.x[size_t(m * c.channels + in.order[size_t(k)])]);
-    }
   }
   return out;
 }
@@ -377,68 +356,61 @@ bool possible(const Range* z, int nibble, const double (&values)[2]) {
 
 // What a launch left, byte by byte.
 struct Found {
-  Halves reordered, values, metadata;
+  Halves values, metadata;
   std::vector<float> scale;
 
   bool same_bytes(const Found& other) const {
-    return reordered == other.reordered && values == other.values && metadata == other.metadata &&
+    return values == other.values && metadata == other.metadata &&
            std::memcmp(scale.data(), other.scale.data(), scale.size() * sizeof(float)) == 0;
   }
 };
 
 template <class T>
-std::unique_ptr<Guarded> input(const char* name, const std::vector<T>& values, bool there = true) {
+std::unique_ptr<Buffer> input(const char* name, const std::vector<T>& values, bool there = true) {
   if (!there || values.empty()) return nullptr;
-  auto out = std::make_unique<Guarded>(name, values.size() * sizeof(T));
+  auto out = std::make_unique<Buffer>(name, values.size() * sizeof(T));
   out->set(values.data());
   return out;
 }
 
 template <class T>
-std::vector<T> contents(const Guarded& from) {
+std::vector<T> contents(const Buffer& from) {
   std::vector<T> out(from.bytes() / sizeof(T));
   std::memcpy(out.data(), from.data(), from.bytes());
   return out;
 }
 
-const void* address(const std::unique_ptr<Guarded>& buffer) { return buffer ? buffer->data() : nullptr; }
+const void* address(const std::unique_ptr<Buffer>& buffer) { return buffer ? buffer->data() : nullptr; }
 
 // Runs launch_prune under a schedule, its outputs filled with `fill` before; returns what went wrong.
 std::string prune(const Case& c, const Inputs& in, Schedule schedule, int fill, Found& found) {
   emulation::schedule = schedule;
   emulation::sm_count = c.sm_count;
   const auto x = input("x", in.x), lora_down = input("lora_down", in.lora_down);
-  const auto order = input("order", in.order, c.order), centre = input("centre", in.centre, c.centre);
-  const auto saliency = input("saliency", in.saliency, c.saliency);
   const bool norm = c.producer == Producer::kNorm;
   const auto gain = input("gain", in.gain, norm), shift = input("shift", in.shift, norm);
   const auto gate = input("gate", in.gate, c.producer == Producer::kGated);
   const size_t elements = size_t(c.rows_padded() * c.width());
-  Guarded values("values", elements), metadata("metadata", elements / 8);
-  Guarded scale("scale", size_t(c.rows_padded()) * sizeof(float));
-  Guarded parts("parts", size_t(lynx::prune_parts_bytes(c.rows_padded(), c.rank)));
-  Guarded reordered("reordered", c.order ? in.x.size() * 2 : 0);
-  for (Guarded* out : {&values, &metadata, &scale, &parts, &reordered}) out->fill(fill);
+  Buffer values("values", elements), metadata("metadata", elements / 8);
+  Buffer scale("scale", size_t(c.rows_padded()) * sizeof(float));
+  Buffer parts("parts", size_t(lynx::prune_parts_bytes(c.rows_padded(), c.rank)));
+  for (Buffer* out : {&values, &metadata, &scale, &parts}) out->fill(fill);
 
   lynx::SparseLinearParams params = {};
   params.dtype = c.dtype, params.rows = c.rows, params.channels = c.channels, params.rank = c.rank;
   params.norm_scale = c.norm_scale;
   params.x = address(x), params.lora_down = address(lora_down);
-  params.order = static_cast<const int32_t*>(address(order));
-  params.centre = address(centre), params.saliency = address(saliency);
   params.producer = c.producer, params.rms = c.rms, params.epsilon = kEpsilon, params.gain_rows = c.gain_rows;
   params.gain = address(gain), params.shift = address(shift), params.gate = address(gate);
   lynx::CompressedOperand operand = {};
   operand.values = values.data(), operand.metadata = static_cast<uint32_t*>(metadata.data());
   operand.scale = static_cast<float*>(scale.data()), operand.parts = static_cast<float*>(parts.data());
-  operand.reordered = reordered.data();
-  operand.kernels = c.kernels;
+  operand.set = c.set;
   if (lynx::launch_prune(params, operand, nullptr) != cudaSuccess) return emulation::error;
-  for (const Guarded* out : {&values, &metadata, &scale, &parts, &reordered}) {
+  for (const Buffer* out : {&values, &metadata, &scale, &parts}) {
     if (!out->intact()) return "bytes around an output were written";
   }
-  found = {contents<uint16_t>(reordered), contents<uint16_t>(values), contents<uint16_t>(metadata),
-           contents<float>(scale)};
+  found = {contents<uint16_t>(values), contents<uint16_t>(metadata), contents<float>(scale)};
   return "";
 }
 
@@ -504,7 +476,6 @@ std::string compare_row(const Case& c, const Expected& wanted, const Found& foun
 }
 
 std::string compare(const Case& c, const Expected& wanted, const Found& found) {
-  if (c.order && found.reordered != wanted.reordered) return "x[:, order] differs";
   for (int64_t m = 0; m < c.rows_padded(); ++m) {
     const std::string wrong = compare_row(c, wanted, found, m);
     if (!wrong.empty()) return wrong;
@@ -528,9 +499,9 @@ void run_case(const Case& c) {
 
 // As many rows as may be, of which three tiles run: the first, one at an element beyond 2^31, the last. They
 // must leave what the same rows leave in a small problem.
-void run_far_rows(Kernels kernels) {
+void run_far_rows(InstructionSet set) {
   Case near;
-  near.kernels = kernels, near.rows = 3 * lynx::kPruneRows;
+  near.set = set, near.rows = 3 * lynx::kPruneRows;
   const Inputs in = make_inputs(near);
   Found wanted;
   std::string wrong = prune(near, in, Schedule::kForward, 0, wanted);
@@ -540,8 +511,8 @@ void run_far_rows(Kernels kernels) {
   const int64_t tiles[] = {0, (int64_t(1) << 31) / (far.channels * lynx::kPruneRows) + 1,
                            far.rows_padded() / lynx::kPruneRows - 1};
   const size_t elements = size_t(far.rows_padded() * far.width());
-  Guarded x("x", size_t(far.rows) * size_t(far.channels) * 2), values("values", elements);
-  Guarded metadata("metadata", elements / 8), scale("scale", size_t(far.rows_padded()) * sizeof(float));
+  Buffer x("x", size_t(far.rows) * size_t(far.channels) * 2), values("values", elements);
+  Buffer metadata("metadata", elements / 8), scale("scale", size_t(far.rows_padded()) * sizeof(float));
   const auto lora_down = input("lora_down", in.lora_down);
   const size_t tile_elements = size_t(lynx::kPruneRows) * size_t(far.channels);
   for (size_t i = 0; i < 3; ++i) {
@@ -553,7 +524,7 @@ void run_far_rows(Kernels kernels) {
   params.norm_scale = far.norm_scale, params.x = x.data(), params.lora_down = address(lora_down);
   lynx::CompressedOperand operand = {};
   operand.values = values.data(), operand.metadata = static_cast<uint32_t*>(metadata.data());
-  operand.scale = static_cast<float*>(scale.data()), operand.kernels = kernels;
+  operand.scale = static_cast<float*>(scale.data()), operand.set = set;
   emulation::schedule = Schedule::kForward, emulation::sm_count = 132;
   emulation::runs_block = [&](unsigned block) { return std::count(tiles, tiles + 3, int64_t(block)) > 0; };
   if (wrong.empty() && lynx::launch_prune(params, operand, nullptr) != cudaSuccess) wrong = emulation::error;
@@ -582,7 +553,7 @@ void run_far_rows(Kernels kernels) {
 // in it, read as the tensor cores do, gives.
 void run_workspace() {
   Case c;
-  c.order = c.centre = true, c.kernels = Kernels::kSm90, emulation::compute_capability = 90;
+  c.set = InstructionSet::kWgmmaSp, emulation::compute_capability = 90;
   const Inputs in = make_inputs(c);
   const reference::Rounding& value = c.value();
   constexpr int kOutChannels = 24;
@@ -591,15 +562,14 @@ void run_workspace() {
   const Halves bias = normal_values(random, kOutChannels, 1.0f, value);
   emulation::schedule = Schedule::kForward;
   const auto x = input("x", in.x), lora_down = input("lora_down", in.lora_down), w = input("weight", weight),
-             b = input("bias", bias), order = input("order", in.order), centre = input("centre", in.centre);
+             b = input("bias", bias);
   lynx::SparseLinearParams params = {};
   params.dtype = c.dtype, params.rows = c.rows, params.channels = c.channels, params.rank = c.rank;
   params.out_channels = params.gelu_from = kOutChannels, params.norm_scale = c.norm_scale;
   params.x = x->data(), params.weight = w->data(), params.lora_down = lora_down->data(),
   params.bias = b->data();
-  params.order = static_cast<const int32_t*>(order->data()), params.centre = centre->data();
-  Guarded workspace("workspace", lynx::workspace_bytes(params));
-  Guarded y("y", size_t(c.rows) * kOutChannels * 2);
+  Buffer workspace("workspace", lynx::workspace_bytes(params));
+  Buffer y("y", size_t(c.rows) * kOutChannels * 2);
   workspace.fill(0xff), y.fill(0xff);
   params.y = y.data(), params.workspace = workspace.data();
   constexpr int kAnyTile = -1;
@@ -613,30 +583,28 @@ void run_workspace() {
     if (wrong.empty() && lynx::launch_sparse_linear(spoilt, kAnyTile, nullptr) != due)
       wrong = "takes a wrong argument";
   };
-  const Found whole = {Halves(), contents<uint16_t>(y), Halves(), {}};
+  const Found whole = {contents<uint16_t>(y), Halves(), {}};
   using Params = lynx::SparseLinearParams;
   refused(cudaErrorInvalidValue, [](Params& p) { p.rank = 24; });
   refused(cudaErrorInvalidValue, [](Params& p) { p.rank = 144; });
   refused(cudaErrorInvalidValue, [](Params& p) { p.channels = 200; });
-  refused(cudaErrorInvalidValue, [](Params& p) { p.channels = lynx::kMaxOrderedChannels + 16; });
-  refused(cudaErrorInvalidValue, [](Params& p) { p.order = nullptr, p.channels = lynx::kMaxChannels + 64; });
+  refused(cudaErrorInvalidValue, [](Params& p) { p.channels = lynx::kMaxChannels + 64; });
   refused(cudaErrorInvalidValue, [](Params& p) { p.out_channels = 12; });
   refused(cudaErrorInvalidValue, [](Params& p) { p.rows = 0; });
   refused(cudaErrorInvalidValue, [](Params& p) { p.y = nullptr; });
   refused(cudaErrorInvalidValue, [](Params& p) { p.gelu_from = 8; });
-  refused(cudaErrorInvalidValue, [](Params& p) { p.producer = Producer::kGelu; });  // beside an order
+  refused(cudaErrorInvalidValue, [](Params& p) { p.producer = Producer::kGated; });  // and no gate
   refused(cudaErrorMisalignedAddress, [](Params& p) { p.x = static_cast<const char*>(p.x) + 2; });
   if (wrong.empty() && contents<uint16_t>(y) != whole.values) wrong = "a refused call wrote y";
 
   // The same operand from buffers of its own gives y.
   Found apart;
   if (wrong.empty()) wrong = prune(c, in, Schedule::kForward, 0xff, apart);
-  const lynx::CompressedOperand operand = lynx::compressed_operand(params, c.kernels);
+  const lynx::CompressedOperand operand = lynx::compressed_operand(params, c.set);
   if (wrong.empty() &&
       (std::memcmp(operand.values, apart.values.data(), apart.values.size() * 2) != 0 ||
        std::memcmp(operand.metadata, apart.metadata.data(), apart.metadata.size() * 2) != 0 ||
-       std::memcmp(operand.scale, apart.scale.data(), apart.scale.size() * 4) != 0 ||
-       std::memcmp(operand.reordered, apart.reordered.data(), apart.reordered.size() * 2) != 0)) {
+       std::memcmp(operand.scale, apart.scale.data(), apart.scale.size() * 4) != 0)) {
     wrong = "the parts of the workspace overlap";
   }
   if (wrong.empty() && !workspace.intact()) wrong = "bytes outside the workspace were written";
@@ -654,36 +622,28 @@ std::vector<Case> base_cases() {
   for (const int rank : {0, 16, 32, 48, 64, 96, 128}) {
     for (const bool norm_scale : {false, true})
       add([=](Case& c) { c.rank = rank, c.norm_scale = norm_scale; });
-    add([=](Case& c) { c.rank = rank, c.rows = 5, c.channels = 528, c.centre = c.saliency = true; });
+    add([=](Case& c) { c.rank = rank, c.rows = 5, c.channels = 528; });
   }
-  for (int flags = 1; flags < 8; ++flags) {
-    add([=](Case& c) {
-      c.rank = flags % 2 ? 64 : 0, c.order = flags & 1, c.centre = flags & 2, c.saliency = flags & 4;
-    });
-  }
-  for (const int rows : {1, 8, 9, 16, 17, 63, 64, 65, 129})
-    add([=](Case& c) { c.rows = rows, c.order = true; });
+  for (const int rows : {1, 8, 9, 16, 17, 63, 64, 65, 129}) add([=](Case& c) { c.rows = rows; });
   for (const int channels : {16, 32, 48, 64, 80, 208, 512, 1040}) {
-    add([=](Case& c) { c.channels = channels, c.rows = 20, c.rank = 32, c.order = true; });
+    add([=](Case& c) { c.channels = channels, c.rows = 20, c.rank = 32; });
     add([=](Case& c) { c.channels = channels, c.rows = 20, c.rank = 0; });
   }
   for (const Special special : {Special::kTies, Special::kZeroRows, Special::kInfinity, Special::kNan,
                                 Special::kSubnormal, Special::kHuge, Special::kAnything}) {
-    for (int flags = 0; flags < 4; ++flags) {
+    for (const bool norm_scale : {false, true}) {
       add([=](Case& c) {
         c.special = special, c.rows = 40, c.rank = special == Special::kHuge ? 0 : 16;
-        c.norm_scale = flags & 1, c.saliency = flags & 2;
-        c.order = c.centre = flags == 3;
+        c.norm_scale = norm_scale;
       });
     }
   }
-  add([](Case& c) { c.rows = 3, c.channels = lynx::kMaxOrderedChannels, c.rank = 16, c.order = true; });
+  add([](Case& c) { c.rows = 3, c.channels = 24576; });
   // Six of eight tiles in a wave, two behind it that three thread blocks share each; then all tiles shared.
   for (const auto& [rank, sm_count] : {std::pair(0, 2), {32, 2}, {48, 3}, {112, 6}}) {
-    for (const bool general : {false, true}) {
+    for (const int channels : {4112, 4304}) {
       add([=, rank = rank, sm_count = sm_count](Case& c) {
-        c.rows = 124, c.channels = general ? 4112 : 4304, c.rank = rank, c.sm_count = sm_count;
-        c.order = c.centre = c.saliency = general;
+        c.rows = 124, c.channels = channels, c.rank = rank, c.sm_count = sm_count;
       });
     }
     for (const Producer producer : {Producer::kNorm, Producer::kGelu, Producer::kGated}) {
@@ -719,12 +679,12 @@ std::vector<Case> quick_cases() {
   };
   add([](Case&) {});
   add([](Case& c) { c.rank = 0, c.rows = 17, c.channels = 208, c.special = Special::kTies; });
-  add([](Case& c) { c.rank = 48, c.rows = 20, c.channels = 1040, c.order = c.centre = c.saliency = true; });
-  add([](Case& c) { c.rank = 128, c.rows = 5, c.norm_scale = false, c.centre = true; });
-  add([](Case& c) { c.rows = 9, c.order = true, c.special = Special::kNan; });
+  add([](Case& c) { c.rank = 48, c.rows = 20, c.channels = 1040; });
+  add([](Case& c) { c.rank = 128, c.rows = 5, c.norm_scale = false; });
+  add([](Case& c) { c.rows = 9, c.special = Special::kNan; });
   add([](Case& c) { c.rows = 20, c.special = Special::kZeroRows; });
   add([](Case& c) { c.rows = 124, c.channels = 4112, c.rank = 32, c.sm_count = 2; });
-  add([](Case& c) { c.rows = 20, c.saliency = true, c.special = Special::kTies; });
+  add([](Case& c) { c.rows = 20, c.special = Special::kTies; });
   add([](Case& c) { c.rows = 18, c.producer = Producer::kNorm, c.gain_rows = 2; });
   add([](Case& c) { c.rows = 18, c.producer = Producer::kGated, c.rank = 0; });
   add([](Case& c) { c.rows = 18, c.producer = Producer::kGelu, c.channels = 528, c.rank = 32; });
@@ -738,7 +698,7 @@ std::vector<Case> random_cases(int count) {
   for (int i = 0; i < count; ++i) {
     Case c;
     c.rows = 1 + below(130), c.channels = 16 * (1 + below(40)), c.rank = 16 * below(9);
-    c.norm_scale = below(2), c.order = below(2), c.centre = below(2), c.saliency = below(2);
+    c.norm_scale = below(2);
     c.special = Special(below(6));
     cases.push_back(c);
   }
@@ -753,17 +713,17 @@ int main(int argc, char** argv) {
   if (!quick) {
     for (const Case& c : random_cases(40)) cases.push_back(c);
   }
-  for (const Kernels kernels : {Kernels::kSm80, Kernels::kSm90}) {
+  for (const lynx::InstructionSetTraits& traits : lynx::kInstructionSets) {
     for (const DType dtype : {DType::kBf16, DType::kFp16}) {
       if (quick && dtype == DType::kFp16) continue;
       for (Case c : cases) {
-        c.kernels = kernels, c.dtype = dtype;
+        c.set = traits.set, c.dtype = dtype;
         run_case(c);
       }
     }
   }
   run_workspace();
-  for (const Kernels kernels : {Kernels::kSm80, Kernels::kSm90}) run_far_rows(kernels);
+  for (const lynx::InstructionSetTraits& traits : lynx::kInstructionSets) run_far_rows(traits.set);
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;
 }

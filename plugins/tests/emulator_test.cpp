@@ -10,7 +10,7 @@
 
 namespace {
 
-using emulation::Guarded;
+using emulation::Buffer;
 using emulation::Schedule;
 
 int passed = 0, failed = 0;
@@ -82,7 +82,7 @@ std::string run(Schedule schedule, Fault fault, std::vector<float>* left) {
   emulation::schedule = schedule;
   std::vector<float> values(64);
   for (size_t i = 0; i < 64; ++i) values[i] = float(i);
-  Guarded in("in", 256), out("out", 256);
+  Buffer in("in", 256), out("out", 256);
   in.set(values.data());
   out.fill(0);
   const cudaError_t code =

@@ -63,31 +63,27 @@ uint16_t tricky_value(std::mt19937& random, Format format) {
 }
 
 template <class Element>
-void check_blocks(Format format, bool with_saliency, const char* name) {
+void check_blocks(Format format, const char* name) {
   std::mt19937 random(11);
   bool positions_ok = true, values_ok = true, norms_ok = true;
   for (int round = 0; round < 200000; ++round) {
-    uint16_t z[16], saliency[16];
+    uint16_t z[16];
     for (int i = 0; i < 16; ++i) {
       z[i] = round % 5 == 0 ? uint16_t(0x3c00 + random() % 2) : tricky_value(random, format);
-      saliency[i] = Element::from_float(0.25f * float(1 + random() % 8));
-      // A NaN outranks a NaN by its payload where there is no saliency; all are made alike to test the tie.
+      // A NaN outranks a NaN by its payload; all are made alike to test the tie.
       if (std::isnan(value_of(z[i], format))) z[i] = uint16_t(0x7fff | (z[i] & 0x8000));
     }
-    uint32_t z_words[8], saliency_words[8];
+    uint32_t z_words[8];
     std::memcpy(z_words, z, sizeof z);
-    std::memcpy(saliency_words, saliency, sizeof saliency);
     lynx::RowNorm norm;
-    const lynx::CompressedBlock block =
-        lynx::compress_block<Element>(z_words, with_saliency ? saliency_words : nullptr, &norm);
+    const lynx::CompressedBlock block = lynx::compress_block<Element>(z_words, &norm);
     uint16_t values[8];
     std::memcpy(values, block.values, sizeof values);
     double all = 0.0, kept = 0.0;
     for (int q = 0; q < 4; ++q) {
       std::array<double, 4> score;
       for (int i = 0; i < 4; ++i) {
-        const double weight = with_saliency ? value_of(saliency[4 * q + i], format) : 1.0;
-        score[i] = double(float(std::fabs(value_of(z[4 * q + i], format)) * weight));
+        score[i] = std::fabs(value_of(z[4 * q + i], format));
         all += value_of(z[4 * q + i], format) * value_of(z[4 * q + i], format);
       }
       const auto wanted = reference::kept_positions(score);
@@ -104,7 +100,7 @@ void check_blocks(Format format, bool with_saliency, const char* name) {
     };
     norms_ok &= close(norm.all, all) && close(norm.kept, kept);
   }
-  const std::string title = std::string(name) + (with_saliency ? ", saliency" : "");
+  const std::string title = name;
   report(positions_ok, (title + ": kept positions of 800000 groups").c_str());
   report(values_ok, (title + ": compressed values").c_str());
   report(norms_ok, (title + ": norms").c_str());
@@ -161,10 +157,8 @@ void check_padding() {
 int main() {
   check_conversions<lynx::Bf16>(kBf16Format, reference::bf16(), "bf16");
   check_conversions<lynx::Fp16>(kFp16Format, reference::fp16(), "fp16");
-  for (const bool with_saliency : {false, true}) {
-    check_blocks<lynx::Bf16>(kBf16Format, with_saliency, "bf16");
-    check_blocks<lynx::Fp16>(kFp16Format, with_saliency, "fp16");
-  }
+  check_blocks<lynx::Bf16>(kBf16Format, "bf16");
+  check_blocks<lynx::Fp16>(kFp16Format, "fp16");
   for (const int64_t rows : {64, 192}) {
     for (const int64_t width : {64, 192, 320}) {
       const auto title = [&](const char* name) {

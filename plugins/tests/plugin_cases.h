@@ -93,7 +93,7 @@ struct SparseLinearCase {
   std::string plugin = "LynxSparseLinear";
   DataType type = DataType::kBF16;
   int64_t batch = 2, length = 33, channels = 192, out_channels = 192, rank = 16;
-  bool norm_scale = true, order = false, centre = false, saliency = false, rms = false;
+  bool norm_scale = true, rms = false;
   int64_t gelu_from = -1;  // none
 };
 
@@ -158,13 +158,8 @@ inline Problem sparse_linear(const SparseLinearCase& c) {
     return k < 0 || (k < 2 * c.rank && k % 4 < 2) ? deviation * normal(random) : 0.0;
   });
   down.fill([&](int64_t) { return deviation * normal(random); });
-  Values bias(c.type, {c.out_channels}), centre(c.type, {c.channels}), saliency(c.type, {c.channels});
+  Values bias(c.type, {c.out_channels});
   bias.fill([&](int64_t) { return normal(random); });
-  centre.fill([&](int64_t) { return 0.5 * normal(random); });
-  saliency.fill([&](int64_t) { return 0.1 + std::fabs(0.3 * normal(random)); });
-  std::vector<int32_t> order(static_cast<size_t>(c.channels));
-  std::iota(order.begin(), order.end(), 0);
-  std::shuffle(order.begin(), order.end(), random);
   const int64_t first_rows = norm ? c.batch : gated ? rows : 0;
   Values first(c.type, {c.batch, first_rows / c.batch, c.channels});  // gain, or the gate
   first.fill([&](int64_t) { return 1.0 + 0.05 * normal(random); });
@@ -175,20 +170,14 @@ inline Problem sparse_linear(const SparseLinearCase& c) {
   out.plugin = c.plugin;
   out.title = c.plugin + (c.type == DataType::kBF16 ? " bf16 " : " fp16 ") + std::to_string(rows) + " x " +
               std::to_string(c.channels) + " -> " + std::to_string(c.out_channels) + ", rank " +
-              std::to_string(c.rank) + (c.norm_scale ? ", norm scale" : "") + (c.order ? ", order" : "") +
-              (c.centre ? ", centre" : "") + (c.saliency ? ", saliency" : "") + (c.rms ? ", RMS" : "") +
+              std::to_string(c.rank) + (c.norm_scale ? ", norm scale" : "") + (c.rms ? ", RMS" : "") +
               (c.gelu_from >= 0 ? ", GELU from " + std::to_string(c.gelu_from) : "");
   out.attributes = {{"rank", double(c.rank)},
                     {"norm_scale", double(c.norm_scale)},
-                    {"has_order", double(c.order)},
-                    {"has_centre", double(c.centre)},
-                    {"has_saliency", double(c.saliency)},
                     {"activation", double(c.gelu_from >= 0)},
                     {"activation_from", double(std::max<int64_t>(c.gelu_from, 0))}};
   if (norm) out.attributes["rms"] = double(c.rms), out.attributes["epsilon"] = epsilon;
-  out.inputs = {
-      x.tensor(),      weight.tensor(),  down.tensor(), bias.tensor(), int_tensor({c.channels}, order),
-      centre.tensor(), saliency.tensor()};
+  out.inputs = {x.tensor(), weight.tensor(), down.tensor(), bias.tensor()};
   if (norm || gated) out.inputs.push_back(first.tensor());
   if (norm) out.inputs.push_back(second.tensor());
   out.out_channels = c.out_channels;
@@ -197,18 +186,13 @@ inline Problem sparse_linear(const SparseLinearCase& c) {
   const auto rounded = [&](double value) { return double(to_float(c.type, from_float(c.type, value))); };
   for (int64_t m = 0; m < rows; ++m) {
     std::vector<double> z = producer_row(c, x, first, second, m, m / c.length, epsilon);
-    const std::vector<double> plain = z;
-    for (int64_t k = 0; k < c.channels; ++k) {
-      double value = c.order ? plain[size_t(order[size_t(k)])] : plain[size_t(k)];
-      if (c.centre) value -= centre[k];
-      z[size_t(k)] = rounded(value);
-    }
+    for (double& value : z) value = rounded(value);
     std::vector<double> kept(z.size(), 0.0);
     double all_squares = 0.0, kept_squares = 0.0;
     for (int64_t group = 0; group < c.channels; group += 4) {
       int64_t position[4] = {group, group + 1, group + 2, group + 3};
       const auto score = [&](int64_t k) {  // in float32, as the op says
-        return float(std::fabs(z[size_t(k)])) * (c.saliency ? float(saliency[k]) : 1.0f);
+        return float(std::fabs(z[size_t(k)]));
       };
       std::stable_sort(position, position + 4, [&](int64_t a, int64_t b) { return score(a) > score(b); });
       for (int i = 0; i < 2; ++i) kept[size_t(position[i])] = z[size_t(position[i])];
@@ -355,10 +339,6 @@ inline std::vector<Problem> problems_of(const std::string& plugin) {
     SparseLinearCase gelu_behind = c;
     gelu_behind.gelu_from = 64;
     out.push_back(sparse_linear(gelu_behind));
-    if (plugin != "LynxSparseLinear") continue;
-    SparseLinearCase general = c;
-    general.order = general.centre = general.saliency = true;
-    out.push_back(sparse_linear(general));
   }
   return out;
 }

@@ -21,6 +21,7 @@
 #include <thread>
 #include <vector>
 
+#include "guarded.h"
 #include "plugin_cases.h"
 #include "tensorrt_side.h"
 
@@ -43,13 +44,6 @@ bool report(bool ok, const std::string& name, const std::string& detail = "") {
   std::fflush(stdout);
   ++(ok ? passed : failed);
   return ok;
-}
-
-// A CUDA error outside the plugin: the run is worthless after it.
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::printf("FAIL %s: %s\n%d passed, %d failed\n", what, cudaGetErrorString(error), passed, failed + 1);
-  std::exit(1);
 }
 
 // ---- The build, as far as it needs no GPU
@@ -165,44 +159,6 @@ BuiltNode build(nvinfer1::IPluginCreatorV3One& creator, const Problem& problem) 
 
 // ---- Execution
 
-// Device memory between two strips of canary bytes.
-class Guarded {
- public:
-  explicit Guarded(size_t bytes) : bytes_(bytes) {
-    check(cudaMalloc(&base_, bytes + 2 * kStrip), "cudaMalloc");
-    check(cudaMemset(base_, kCanary, bytes + 2 * kStrip), "cudaMemset");
-    poison();
-  }
-  ~Guarded() { cudaFree(base_); }
-  Guarded(const Guarded&) = delete;
-  Guarded& operator=(const Guarded&) = delete;
-
-  void* data() const { return static_cast<char*>(base_) + kStrip; }
-  void poison() { check(cudaMemset(data(), 0xff, bytes_), "cudaMemset"); }  // NaN in every format
-  void set(const std::vector<char>& bytes) {
-    check(cudaMemcpy(data(), bytes.data(), bytes.size(), cudaMemcpyHostToDevice), "cudaMemcpy");
-  }
-  std::vector<uint16_t> halves() const {
-    std::vector<uint16_t> out(bytes_ / 2);
-    check(cudaMemcpy(out.data(), data(), bytes_, cudaMemcpyDeviceToHost), "cudaMemcpy");
-    return out;
-  }
-  bool intact() const {
-    std::vector<unsigned char> strips(2 * kStrip);
-    check(cudaMemcpy(strips.data(), base_, kStrip, cudaMemcpyDeviceToHost), "cudaMemcpy");
-    check(cudaMemcpy(strips.data() + kStrip, static_cast<char*>(data()) + bytes_, kStrip,
-                     cudaMemcpyDeviceToHost),
-          "cudaMemcpy");
-    return std::all_of(strips.begin(), strips.end(), [](unsigned char byte) { return byte == kCanary; });
-  }
-
- private:
-  static constexpr size_t kStrip = 4096;
-  static constexpr int kCanary = 0xa5;
-  size_t bytes_;
-  void* base_ = nullptr;
-};
-
 // An execution context: its own clone of the plugin, workspace, and here its own inputs and output.
 class Context {
  public:
@@ -237,7 +193,7 @@ class Context {
     y_.poison();
     if (!enqueue(nullptr)) return {};
     check(cudaDeviceSynchronize(), "enqueue");
-    return y_.halves();
+    return y_.copy<uint16_t>();
   }
 
   void set_x(const std::vector<char>& bytes) { inputs_[0]->set(bytes); }
@@ -314,7 +270,7 @@ void run_graph(const Problem& problem, const BuiltNode& node) {
     check(cudaDeviceSynchronize(), "before replay");
     check(cudaGraphLaunch(executable, stream), "replay");
     check(cudaStreamSynchronize(stream), "replay");
-    ok &= context.y().halves() == *due;
+    ok &= context.y().copy<uint16_t>() == *due;
   }
   report(ok && context.intact(), problem.title + ": CUDA graph, replayed on other inputs");
   cudaGraphExecDestroy(executable), cudaGraphDestroy(graph), cudaStreamDestroy(stream);
@@ -333,7 +289,7 @@ void run_contexts(const Problem& problem, const BuiltNode& node) {
   check(cudaDeviceSynchronize(), "before the streams");
   for (int round = 0; round < 50; ++round) ok &= a.enqueue(streams[0]) && b.enqueue(streams[1]);
   check(cudaDeviceSynchronize(), "two streams");
-  ok &= a.y().halves() == alone_a && b.y().halves() == alone_b && a.intact() && b.intact();
+  ok &= a.y().copy<uint16_t>() == alone_a && b.y().copy<uint16_t>() == alone_b && a.intact() && b.intact();
   report(ok, problem.title + ": two contexts on two streams, same bits as alone");
   for (cudaStream_t stream : streams) cudaStreamDestroy(stream);
 }
@@ -399,7 +355,7 @@ void run_threads(const Problem& problem, const BuiltNode& node) {
   }
   for (std::thread& thread : threads) thread.join();
   for (size_t i = 0; i < contexts.size(); ++i) {
-    if (contexts[i]->y().halves() != alone[i] || !contexts[i]->intact()) ok = false;
+    if (contexts[i]->y().copy<uint16_t>() != alone[i] || !contexts[i]->intact()) ok = false;
   }
   report(ok, problem.title + ": " + std::to_string(kThreads) + " host threads at once, same bits as alone");
 }

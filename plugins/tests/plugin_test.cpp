@@ -45,8 +45,7 @@ void lynx::log_error(const char* message) noexcept {
 namespace {
 
 using namespace lynx::test;
-using emulation::Guarded;
-using lynx::Kernels;
+using emulation::Buffer;
 using lynx::Producer;
 using nvinfer1::DataType;
 using nvinfer1::TensorRTPhase;
@@ -122,14 +121,14 @@ size_t workspace_of(IPluginV3& plugin, const std::vector<DynamicPluginTensorDesc
 // wrong.
 std::string run(IPluginV3& plugin, const Problem& problem, size_t workspace_bytes) {
   const std::vector<PluginTensorDesc> descs = static_descs(problem);
-  std::vector<std::unique_ptr<Guarded>> inputs;
+  std::vector<std::unique_ptr<Buffer>> inputs;
   std::vector<const void*> pointers;
   for (const HostTensor& input : problem.inputs) {
-    inputs.push_back(std::make_unique<Guarded>("input", input.bytes.size()));
+    inputs.push_back(std::make_unique<Buffer>("input", input.bytes.size()));
     inputs.back()->set(input.bytes.data());
     pointers.push_back(inputs.back()->data());
   }
-  Guarded workspace("workspace", workspace_bytes), y("y", problem.y.size() * 2);
+  Buffer workspace("workspace", workspace_bytes), y("y", problem.y.size() * 2);
   workspace.fill(0xff), y.fill(0xff);
   void* outputs[] = {y.data()};
   auto* const runtime = runtime_of(plugin);
@@ -178,7 +177,7 @@ void check_workspace() {
   }
 }
 
-// The same kernels must take both: a workspace for many rows is enough for any fewer.
+// A workspace for many rows is enough for any fewer.
 void check_workspace_grows() {
   bool ok = true;
   lynx::SparseLinearParams params{};
@@ -188,9 +187,9 @@ void check_workspace_grows() {
     const size_t bytes = lynx::workspace_bytes(params);
     ok &= bytes >= before;
     before = bytes;
-    for (const Kernels kernels : {Kernels::kSm80, Kernels::kSm90}) {
-      if (!lynx::holds(kernels, params.dtype)) continue;
-      const lynx::CompressedOperand operand = lynx::compressed_operand(params, kernels);
+    for (const lynx::InstructionSetTraits& each : lynx::kInstructionSets) {
+      if (!lynx::holds(each.set, params.dtype)) continue;
+      const lynx::CompressedOperand operand = lynx::compressed_operand(params, each.set);
       ok &= size_t(static_cast<char*>(operand.gemm) - static_cast<char*>(nullptr)) + operand.gemm_bytes <=
             bytes;
     }
@@ -202,21 +201,21 @@ void check_dynamic_axes() {
   const Problem problem = norm_problem();
   const auto plugin = make(norm_creator, problem.attributes);
   auto descs = two_dynamic_axes(problem, 2, 100);  // gain and shift: [batch, 1, K]
-  for (const size_t gains : {size_t(7), size_t(8)}) descs[gains] = dynamic_descs(problem)[gains];
+  for (const size_t gains : {size_t(4), size_t(5)}) descs[gains] = dynamic_descs(problem)[gains];
   report(configure(*plugin, descs) == 0, "x [-1, -1, K] with gain [-1, 1, K]");
-  for (const size_t gains : {size_t(7), size_t(8)}) descs[gains].desc.dims.d[0] = 2;
+  for (const size_t gains : {size_t(4), size_t(5)}) descs[gains].desc.dims.d[0] = 2;
   report(configure(*plugin, descs) == 0, "x [-1, -1, K] with gain [2, 1, K]: x is not one row");
   report_run(*plugin, problem, workspace_of(*plugin, descs), "and run with 2 x 9 tokens");
   auto nothing = static_descs(problem);
   nothing[0].dims.d[1] = nothing.back().dims.d[1] = 0;
   auto* const runtime = runtime_of(*plugin);
-  report(runtime->onShapeChange(nothing.data(), 9, &nothing.back(), 1) == 0 &&
+  report(runtime->onShapeChange(nothing.data(), 6, &nothing.back(), 1) == 0 &&
              runtime->enqueue(nothing.data(), &nothing.back(), nullptr, nullptr, nullptr, nullptr) == 0,
          "no tokens: nothing is touched");
   auto odd = static_descs(problem);
   odd[0].dims.d[0] = odd.back().dims.d[0] = 1, odd[0].dims.d[1] = odd.back().dims.d[1] = 9;
   report(
-      runtime->onShapeChange(odd.data(), 9, &odd.back(), 1) != 0 && was_said("gain has 2 rows for 9 tokens"),
+      runtime->onShapeChange(odd.data(), 6, &odd.back(), 1) != 0 && was_said("gain has 2 rows for 9 tokens"),
       "9 tokens are not 2 rows of gains");
 }
 
@@ -256,7 +255,7 @@ void check_tactics() {
   const auto descs = static_descs(problem);
   auto* const runtime = runtime_of(*plugin);
   const auto taken = [&](int32_t tactic) {
-    return runtime->setTactic(tactic) == 0 && runtime->onShapeChange(descs.data(), 7, &descs.back(), 1) == 0;
+    return runtime->setTactic(tactic) == 0 && runtime->onShapeChange(descs.data(), 4, &descs.back(), 1) == 0;
   };
   emulation::compute_capability = 80;
   report(taken(0) && taken(2), "tactics 0 and 2");
@@ -294,7 +293,7 @@ void check_types() {
     report(taken == held && (held || was_said("x is fp16, and the plugin library was built without fp16")),
            held ? "a type that the library holds" : "a type that the library lacks");
     const auto descs = dynamic_descs(problem);
-    report(build_of(*plugin)->supportsFormatCombination(0, descs.data(), 7, 1) == held,
+    report(build_of(*plugin)->supportsFormatCombination(0, descs.data(), 4, 1) == held,
            "the same as a format");
   }
 }
@@ -329,7 +328,7 @@ void check_rows() {
   report(configure(*plugin, above) != 0 && was_said("x has 33554432 rows"), "2^25 rows are refused at build");
   auto fixed = static_descs(problem);
   fixed[0].dims.d[0] = 512, fixed[0].dims.d[1] = 65536;
-  report(runtime_of(*plugin)->onShapeChange(fixed.data(), 7, &fixed.back(), 1) != 0 &&
+  report(runtime_of(*plugin)->onShapeChange(fixed.data(), 4, &fixed.back(), 1) != 0 &&
              was_said("x has 33554432 rows"),
          "and at run time");
 }
@@ -345,14 +344,14 @@ void check_memory() {
   const Fields bad(*linear_creator.getFieldNames(), {});
   auto* const build = build_of(*plugin);
   auto* const runtime = runtime_of(*plugin);
-  const void* const nowhere[7] = {};
+  const void* const nowhere[4] = {};
   void* nothing = nullptr;
   DataType y;
   no_memory = true;
   const bool failed_all =
-      build->getOutputDataTypes(&y, 1, types.data(), 7) != 0 &&
-      build->getOutputDataTypes(&y, 1, types.data(), 6) != 0 &&
-      build->configurePlugin(descs.data(), 7, &descs.back(), 1) != 0 && runtime->setTactic(99) != 0 &&
+      build->getOutputDataTypes(&y, 1, types.data(), 4) != 0 &&
+      build->getOutputDataTypes(&y, 1, types.data(), 3) != 0 &&
+      build->configurePlugin(descs.data(), 4, &descs.back(), 1) != 0 && runtime->setTactic(99) != 0 &&
       runtime->enqueue(wrong.data(), &wrong.back(), nowhere, &nothing, nullptr, nullptr) != 0 &&
       linear_creator.createPlugin("node", nullptr, TensorRTPhase::kBUILD) == nullptr &&
       plugin->clone() == nullptr;

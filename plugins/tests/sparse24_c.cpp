@@ -8,21 +8,14 @@
 namespace {
 
 template <class Element>
-void prune(const uint16_t* x, const uint16_t* centre, const uint16_t* saliency, int64_t rows,
-           int64_t channels, uint16_t* z, uint16_t* values, uint16_t* metadata, float* scale) {
+void prune(const uint16_t* x, int64_t rows, int64_t channels, uint16_t* values, uint16_t* metadata,
+           float* scale) {
   for (int64_t m = 0; m < rows; ++m) {
     lynx::RowNorm norm;
     for (int64_t k = 0; k < channels; k += lynx::kBlock) {
-      uint32_t words[8], centre_words[8], saliency_words[8];
+      uint32_t words[8];
       std::memcpy(words, x + m * channels + k, sizeof words);
-      if (centre != nullptr) {
-        std::memcpy(centre_words, centre + k, sizeof centre_words);
-        for (int i = 0; i < 8; ++i) words[i] = lynx::subtract_pair<Element>(words[i], centre_words[i]);
-      }
-      if (saliency != nullptr) std::memcpy(saliency_words, saliency + k, sizeof saliency_words);
-      const lynx::CompressedBlock block =
-          lynx::compress_block<Element>(words, saliency == nullptr ? nullptr : saliency_words, &norm);
-      std::memcpy(z + m * channels + k, words, sizeof words);
+      const lynx::CompressedBlock block = lynx::compress_block<Element>(words, &norm);
       std::memcpy(values + (m * channels + k) / 2, block.values, sizeof block.values);
       metadata[(m * channels + k) / lynx::kBlock] = uint16_t(block.metadata);
     }
@@ -34,13 +27,12 @@ void prune(const uint16_t* x, const uint16_t* centre, const uint16_t* saliency, 
 
 extern "C" {
 
-// x, z: [rows, channels] 16-bit patterns; centre, saliency: [channels] or null; values: [rows, channels / 2];
-// metadata: [rows, channels / 16]; scale: [rows]. Returns 0, or 1 for channels that are no whole blocks.
-int lynx_prune(int is_bf16, const uint16_t* x, const uint16_t* centre, const uint16_t* saliency, int64_t rows,
-               int64_t channels, uint16_t* z, uint16_t* values, uint16_t* metadata, float* scale) {
+// x: [rows, channels] 16-bit patterns; values: [rows, channels / 2]; metadata: [rows, channels / 16]; scale:
+// [rows]. Returns 0, or 1 for channels that are no whole blocks.
+int lynx_prune(int is_bf16, const uint16_t* x, int64_t rows, int64_t channels, uint16_t* values,
+               uint16_t* metadata, float* scale) {
   if (channels % lynx::kBlock != 0) return 1;
-  (is_bf16 ? prune<lynx::Bf16> : prune<lynx::Fp16>)(x, centre, saliency, rows, channels, z, values, metadata,
-                                                    scale);
+  (is_bf16 ? prune<lynx::Bf16> : prune<lynx::Fp16>)(x, rows, channels, values, metadata, scale);
   return 0;
 }
 

@@ -40,8 +40,7 @@ RESERVED_BYTES = 1 * KIB
 
 ELEMENTS = ("bf16", "fp16")
 OPERANDS = ("activation", "weight")  # which side of a GEMM is sparse
-LAYOUTS = ("80", "90")
-VARIANTS = ("plain", "general", "norm", "act")  # Variant of prune.cu
+VARIANTS = ("plain", "norm", "act")  # Variant of prune_tile.cuh
 RANKS = (0, 16, 32, 64, 128)
 RANKS_OF_A_WARP = 64  # at most
 FINISH_THREADS = 256
@@ -74,10 +73,10 @@ def prune_threads(rank: int) -> int:
 
 
 def blocks_per_sm(rank: int, variant: str) -> int:
-    """Thread blocks of the pruning kernel that share an SM, as prune.cu claims."""
+    """Thread blocks of the pruning kernel that share an SM, as prune_tile.cuh claims."""
     if rank >= RANKS_OF_A_WARP:
         return 1024 // prune_threads(rank) // 2
-    return 3 if variant in ("plain", "general") else 2
+    return 3 if variant == "plain" else 2
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Kernel:
 class Role:
     """Which of our kernels a symbol is."""
 
-    family: str  # prune, finish, reorder, mma.sp, wgmma.sp
+    family: str  # prune, finish, mma.sp, wgmma.sp
     element: str = ""
     layout: str = ""
     rank: int = 0
@@ -146,8 +145,6 @@ def role_of(name: str) -> Role | None:
         return Role("prune", element.lower(), layout[:2], int(rank), VARIANTS[int(variant)])
     if match := FINISH_NAME.search(name):
         return Role("finish", match[1].lower(), match[2][:2])
-    if "reorder_kernel" in name:
-        return Role("reorder")
     element = "bf16" if "bfloat16_t" in name else "fp16"
     operand = next((operand for operand, epilogue in EPILOGUES.items() if epilogue.search(name)), "")
     if match := MMA_NAME.search(name):
@@ -176,15 +173,13 @@ def check(kernels: Iterable[Kernel]) -> list[str]:
 
 
 def _check_complete(kernels: list[Kernel]) -> list[str]:
-    """Every architecture has every kernel it needs; GEMMs of the element types the library was built with."""
+    """Every architecture has every kernel it needs, for the element types that it has GEMMs of."""
     found = Counter((kernel.arch, role.title) for kernel in kernels if (role := role_of(kernel.name)))
     gemms = {(k.arch, role.element) for k in kernels if (role := role_of(k.name)) and role.tile}
     archs = {kernel.arch for kernel in kernels}
     wrong = [] if gemms else ["the library has no GEMM"]
-    for arch in sorted(archs):
-        due = _roles_due(arch, sorted(element for of_arch, element in gemms if of_arch == arch))
-        if arch == "90a" and "90" not in archs:
-            due["prune and reorder kernels for sm_90"] = 1
+    for arch in sorted(archs | ({"90"} if "90a" in archs else set())):
+        due = _roles_due(arch, gemms)
         wrong += [
             f"sm_{arch} {title}: {found[arch, title]} kernels where {number} are due"
             for title, number in due.items()
@@ -193,18 +188,18 @@ def _check_complete(kernels: list[Kernel]) -> list[str]:
     return wrong
 
 
-def _roles_due(arch: str, elements: list[str]) -> Counter[str]:
+def _roles_due(arch: str, gemms: set[tuple[str, str]]) -> Counter[str]:
+    """wgmma.sp is sm_90a's; the pruning pass for it is plain sm_90's. All others have both for mma.sp."""
     due: Counter[str] = Counter()
-    if arch != "90a":  # wgmma.sp's architecture; what every GPU runs is compiled for sm_90
-        due[Role("reorder").title] = 1
-        for element in ELEMENTS:
-            for layout in LAYOUTS:
-                due[Role("finish", element, layout).title] = 1
-                for rank in RANKS:
-                    due.update(Role("prune", element, layout, rank, variant).title for variant in VARIANTS)
-    if arch != "90":
-        family, tiles = ("wgmma.sp", WGMMA_TILES) if arch == "90a" else ("mma.sp", MMA_TILES)
-        for element in elements:
+    elements = sorted(element for of_arch, element in gemms if of_arch == ("90a" if arch == "90" else arch))
+    for element in elements:
+        if arch != "90a":
+            layout = "90" if arch == "90" else "80"
+            due[Role("finish", element, layout).title] = 1
+            for rank in RANKS:
+                due.update(Role("prune", element, layout, rank, variant).title for variant in VARIANTS)
+        if arch != "90":
+            family, tiles = ("wgmma.sp", WGMMA_TILES) if arch == "90a" else ("mma.sp", MMA_TILES)
             for tile in tiles:
                 due.update(Role(family, element, tile=tile, operand=operand).title for operand in OPERANDS)
     return due
@@ -223,8 +218,7 @@ def _check_instructions(kernel: Kernel, role: Role) -> Iterator[str]:
             yield "no MOVM: nothing turns the result"
         if kernel.count("@[?]?MOVM") or kernel.count("[?]MOVM"):
             yield "a MOVM that some lanes of a warp may not reach"
-    # wgmma.sp's layout is written on sm_90 alone; elsewhere its kernels are empty.
-    if role.family == "prune" and (role.layout == "80" or kernel.arch == "90"):
+    if role.family == "prune":
         due = min(role.rank, RANKS_OF_A_WARP) // 8 * 4  # of 16x8x16 over a step of 64 channels
         if kernel.count(r"HMMA\.16816\.F32" + suffix) < due:
             yield f"fewer than {due} HMMA of {role.element} with float32 accumulation"
@@ -248,10 +242,8 @@ def _launch(role: Role) -> tuple[int, int, int]:
     """Threads, bytes of dynamic shared memory, and thread blocks that must fit an SM."""
     if role.family == "prune":
         return prune_threads(role.rank), 0, blocks_per_sm(role.rank, role.variant)
-    if role.family == "finish":
+    if role.tile is None:
         return FINISH_THREADS, 0, 1
-    if role.tile is None:  # reorder, with up to 48 KiB of dynamic shared memory
-        return 256, 48 * KIB, 1
     return role.tile.threads, role.tile.shared_bytes, 1
 
 

@@ -35,7 +35,7 @@ from lynx_compile.passes.export import OPSET
 from lynx_compile.passes.rewrite import DenseLinear, LynxOnnx, SparseNode
 from tests.engine.fakes import FakeCuda, FakeTensorRT, ICudaEngine
 
-INPUTS = ("x", "weight", "lora_down", "bias", "order", "centre", "saliency")
+INPUTS = ("x", "weight", "lora_down", "bias")
 TOKENS = 32
 TYPES = {
     torch.bfloat16: TensorProto.BFLOAT16,
@@ -237,15 +237,12 @@ def _tensors(
         f"{name}.weight": torch.randn(out_channels, width).to(dtype),
         f"{name}.lora_down": torch.randn(max(rank, 1), channels).to(dtype),
         f"{name}.bias": torch.randn(out_channels).to(dtype),
-        f"{name}.order": torch.arange(channels, dtype=torch.int32),
-        f"{name}.centre": torch.zeros(channels).to(dtype),
-        f"{name}.saliency": torch.ones(channels).to(dtype),
     }
 
 
 def _node(name: str, inputs: list[str], rank: int, namespace: str | None) -> onnx.NodeProto:
     attributes: dict[str, int | str] = {"rank": rank, "norm_scale": 0, "plugin_version": "1"}
-    attributes |= {"has_order": 0, "has_centre": 0, "has_saliency": 0, "activation": 0, "activation_from": 0}
+    attributes |= {"activation": 0, "activation_from": 0}
     if namespace is not None:
         attributes["plugin_namespace"] = namespace
     return helper.make_node("LynxSparseLinear", inputs, [f"{name}.y"], name=name, domain="lynx", **attributes)

@@ -85,9 +85,6 @@ def _operands(rank: int) -> dict[str, torch.Tensor]:
         "weight": weight,
         "lora_down": torch.randn(max(rank, 1), CHANNELS),
         "bias": torch.randn(OUT_CHANNELS),
-        "order": torch.arange(CHANNELS, dtype=torch.int32),
-        "centre": torch.zeros(CHANNELS),
-        "saliency": torch.ones(CHANNELS),
     }
 
 
@@ -101,10 +98,9 @@ def _op(producer: Producers) -> tuple[str, dict[str, torch.Tensor], dict[str, in
 
 def _model(op: str, feed: dict[str, torch.Tensor], attributes: dict[str, int | float]) -> onnx.ModelProto:
     kinds = {torch.float32: TensorProto.FLOAT, torch.int32: TensorProto.INT32}
-    flags = dict.fromkeys(("has_order", "has_centre", "has_saliency"), 0)
     node = oh.make_node(
         op, list(feed), ["y"], domain=DOMAIN, plugin_namespace="lynx", plugin_version="1",
-        **flags, **attributes,
+        **attributes,
     )  # fmt: skip
     inputs = [oh.make_tensor_value_info(n, kinds[v.dtype], v.shape) for n, v in feed.items()]
     graph = oh.make_graph(

@@ -63,18 +63,13 @@ def test_norm_scale_restores_the_norm() -> None:
 @pytest.mark.parametrize("norm_scale", [False, True])
 def test_sparse_linear_is_its_formula(rank: int, norm_scale: bool) -> None:
     torch.manual_seed(0)
-    x, order = torch.randn(2, 3, 64, dtype=torch.float64), torch.randperm(64)
-    centre, saliency = torch.randn(2, 64, dtype=torch.float64)
+    x = torch.randn(2, 3, 64, dtype=torch.float64)
     refit, up = torch.randn(24, 64, dtype=torch.float64), torch.randn(24, rank, dtype=torch.float64)
     down, bias = torch.randn(max(rank, 1), 64, dtype=torch.float64), torch.randn(24, dtype=torch.float64)
-    y = sparse_linear(
-        x, expand_low_rank(refit, up), down, bias, rank=rank, norm_scale=norm_scale,
-        order=order, centre=centre, saliency=saliency,
-    )  # fmt: skip
-    z = x[..., order] - centre
-    keep = keep_mask(z, saliency)
-    scale = norm_scale_of(z, keep).double() if norm_scale else 1.0
-    expected = scale * ((z * keep) @ refit.T) + (z @ down[:rank].T) @ up.T + bias
+    y = sparse_linear(x, expand_low_rank(refit, up), down, bias, rank=rank, norm_scale=norm_scale)
+    keep = keep_mask(x)
+    scale = norm_scale_of(x, keep).double() if norm_scale else 1.0
+    expected = scale * ((x * keep) @ refit.T) + (x @ down[:rank].T) @ up.T + bias
     assert torch.allclose(y, expected, rtol=1e-10, atol=1e-10)
 
 

@@ -77,12 +77,8 @@ def sparse_linear_model(path: Path, op: str = "LynxSparseLinear", **wrong: Any) 
         ),
         "lora_down": (dtype, [wrong.get("down_rows", max(rank, 1)), channels]),
         "bias": (dtype, [wrong.get("bias", out_channels)]),
-        "order": (wrong.get("order_dtype", TensorProto.INT32), [channels]),
-        "centre": (dtype, [channels]),
-        "saliency": (dtype, [channels]),
     }
     attributes: dict[str, int | float] = {"rank": rank, "norm_scale": 1}
-    attributes |= dict.fromkeys(("has_order", "has_centre", "has_saliency"), int(op == "LynxSparseLinear"))
     attributes |= {"activation": 0, "activation_from": 0}
     if op == "LynxNormSparseLinear":
         shapes["gain"] = (wrong.get("gain_dtype", dtype), wrong.get("gain", [2, 1, channels]))
@@ -190,7 +186,6 @@ def test_node_builds_without_a_gpu(tmp_path: Path, op: str, good: dict[str, Any]
     ("op", "wrong", "reason"),
     [
         ("LynxSparseLinear", {"channels": 200}, "x has 200 channels, not a multiple of 16"),
-        ("LynxSparseLinear", {"channels": 24592}, "x has 24592 channels and an order"),
         ("LynxSparseLinear", {"out_channels": 12}, "weight has 12 rows, not a multiple of 8"),
         ("LynxSparseLinear", {"width": 192}, "weight has 192 columns where 256 are due"),
         ("LynxSparseLinear", {"down_rows": 8}, "lora_down has 8 rows where 16 are due"),
@@ -198,7 +193,6 @@ def test_node_builds_without_a_gpu(tmp_path: Path, op: str, good: dict[str, Any]
         ("LynxSparseLinear", {"rank": 24}, "rank is 24"),
         ("LynxSparseLinear", {"dtype": TensorProto.FLOAT}, "x is neither bf16 nor fp16"),
         ("LynxSparseLinear", {"weight_dtype": TensorProto.FLOAT16}, "weight has the wrong dtype"),
-        ("LynxSparseLinear", {"order_dtype": TensorProto.INT64}, "order has the wrong dtype"),
         ("LynxSparseLinear", {"attributes": {"activation": 2}}, "a flag is 2"),
         (
             "LynxSparseLinear",
@@ -215,15 +209,12 @@ def test_node_builds_without_a_gpu(tmp_path: Path, op: str, good: dict[str, Any]
         (NORM, {"shift": [1, 1, 192]}, "shift has 1 rows where 2 are due"),
         (NORM, {"gain": [7, 1, 192], "shift": [7, 1, 192]}, "gain has 7 rows for"),
         (NORM, {"gain_dtype": TensorProto.FLOAT16}, "gain has the wrong dtype"),
-        (NORM, {"without": ["shift"]}, "the node has 8 inputs instead of 9"),
+        (NORM, {"without": ["shift"]}, "the node has 5 inputs instead of 6"),
         (NORM, {"attributes": {"rms": 2}}, "a flag is 2"),
         (NORM, {"attributes": {"epsilon": 0.0}}, "epsilon is not positive"),
-        (NORM, {"attributes": {"has_centre": 1}}, "and a fused producer do not go together"),
-        (GELU, {"attributes": {"has_order": 1}}, "and a fused producer do not go together"),
         (GELU, {"width": 192}, "weight has 192 columns where 256 are due"),
-        (GATED, {"attributes": {"has_saliency": 1}}, "and a fused producer do not go together"),
         (GATED, {"gate_channels": 96}, "gate has 96 channels where 192 are due"),
-        (GATED, {"without": ["gate"]}, "the node has 7 inputs instead of 8"),
+        (GATED, {"without": ["gate"]}, "the node has 4 inputs instead of 5"),
         (WEIGHT, {"channels": 96}, "x has 96 channels, not a multiple of 64"),
         (WEIGHT, {"values": [576, 192]}, "values has 192 columns where 96 are due"),
         (WEIGHT, {"values": [512, 96]}, "values has 512 rows where 576 are due"),

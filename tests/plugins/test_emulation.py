@@ -14,14 +14,13 @@ import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 
-from lynx_compile.ops.sparse_linear import expand_low_rank, sparse_linear
+from lynx_compile.ops.sparse_linear import expand_low_rank, keep_mask, sparse_linear
 from lynx_compile.torch_ops.bindings import DTYPES, OTHER_VERSION, _Call, _WeightCall, load_library
 
 from .native import PLUGINS, compile_cpp
 
 pytestmark = pytest.mark.slow  # half a minute of g++
 OUT_CHANNELS = 72
-HELD = [f"-DLYNX_{kernels}_{dtype}" for kernels in ("SM80", "SM90") for dtype in ("BF16", "FP16")]
 INVALID_VALUE = 1  # CUDA's
 EPSILON = 1e-6
 NONE, NORM, GELU, GATED = range(4)  # Producer in sparse_linear.h
@@ -31,11 +30,14 @@ NONE, NORM, GELU, GATED = range(4)  # Producer in sparse_linear.h
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     tests = PLUGINS / "tests"
     sources = [
-        *(tests / "emulation" / f"{name}.cpp" for name in ("emulation", "prune", "reorder", "sparse_gemm")),
+        *(
+            tests / "emulation" / f"{name}.cpp"
+            for name in ("emulation", "prune_bf16", "prune_fp16", "sparse_gemm")
+        ),
         *(PLUGINS / "kernels" / f"{name}.cpp" for name in ("sparse_gemm", "sparse_linear")),
     ]
     options = ["-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{tests / 'emulation'}"]
-    options += [*HELD, *map(str, sources)]
+    options += map(str, sources)
     output = tmp_path_factory.mktemp("emulation") / "emulated.so"
     return load_library(compile_cpp(PLUGINS / "c_api.cpp", output, *options))
 
@@ -76,13 +78,13 @@ def assert_rows_equal(y: torch.Tensor, wanted: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(("dtype", "capability"), list(itertools.product(DTYPES, (80, 90))))
 @pytest.mark.parametrize(
-    ("rows", "channels", "rank", "norm_scale", "options"),
+    ("rows", "channels", "rank", "norm_scale"),
     [
-        (70, 192, 16, True, ()),
-        (65, 208, 0, False, ()),
-        (17, 528, 64, True, ("order", "centre", "saliency")),
-        (33, 64, 128, False, ("centre",)),
-        (9, 1040, 32, True, ("saliency",)),
+        (70, 192, 16, True),
+        (65, 208, 0, False),
+        (17, 528, 64, True),
+        (33, 64, 128, False),
+        (9, 1040, 32, True),
     ],
 )
 def test_equals_the_definition(
@@ -93,19 +95,12 @@ def test_equals_the_definition(
     channels: int,
     rank: int,
     norm_scale: bool,
-    options: tuple[str, ...],
 ) -> None:
     tensors = operands(rows, channels, rank, dtype)
-    choices = {
-        "order": torch.randperm(channels).int(),
-        "centre": torch.randn(channels).mul(0.5).to(dtype),
-        "saliency": torch.rand(channels).add(0.1).to(dtype),
-    }
-    chosen = {name: choices[name] for name in options}
-    wanted = sparse_linear(**tensors, rank=rank, norm_scale=norm_scale, **chosen)
+    wanted = sparse_linear(**tensors, rank=rank, norm_scale=norm_scale)
     for reverse in (0, 1):
         library.lynx_emulate(capability, reverse)
-        y = run(library, {**tensors, **chosen}, rank=rank, norm_scale=norm_scale)
+        y = run(library, tensors, rank=rank, norm_scale=norm_scale)
         assert_rows_equal(y, wanted)
 
 
@@ -212,6 +207,7 @@ def test_another_selection_is_noticed(library: ctypes.CDLL) -> None:
     """The bound must be able to fail."""
     tensors = operands(70, 192, 16, torch.bfloat16)
     library.lynx_emulate(80, 0)
-    y = run(library, {**tensors, "saliency": torch.rand(192).to(torch.bfloat16)}, rank=16, norm_scale=1)
+    smallest = torch.where(keep_mask(tensors["x"]), 0, tensors["x"])  # of each group, the other two
+    y = run(library, {**tensors, "x": smallest}, rank=16, norm_scale=1)
     with pytest.raises(AssertionError):
         assert_rows_equal(y, sparse_linear(**tensors, rank=16, norm_scale=True))

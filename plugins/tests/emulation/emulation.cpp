@@ -69,12 +69,12 @@ struct Fibre {
 };
 
 struct SharedObject {
-  std::unique_ptr<Guarded> memory;
+  std::unique_ptr<Buffer> memory;
   bool in_block = false;  // named by a thread of the running block
 };
 
-std::vector<const Guarded*> buffers;  // all there are
-std::vector<Fibre> fibres;            // of a block; kept for the next
+std::vector<const Buffer*> buffers;  // all there are
+std::vector<Fibre> fibres;           // of a block; kept for the next
 jmp_buf scheduler;
 sigjmp_buf escape;  // out of a fibre that did something wrong
 volatile sig_atomic_t in_fibre = 0;
@@ -84,7 +84,7 @@ struct Launch {
   const std::function<void()>* thread;
 } launch;
 std::map<const void*, SharedObject> shared_objects;
-std::unique_ptr<Guarded> dynamic_memory;
+std::unique_ptr<Buffer> dynamic_memory;
 
 size_t page() { return size_t(sysconf(_SC_PAGESIZE)); }
 
@@ -109,7 +109,7 @@ void on_signal(int number, siginfo_t* info, void*) {
   if (number != SIGSEGV && number != SIGBUS) {
     give_up("undefined behaviour: a misaligned vector, an array's bounds, a shift or an overflow");
   }
-  for (const Guarded* buffer : buffers) {
+  for (const Buffer* buffer : buffers) {
     const std::string place = buffer->describe(info->si_addr);
     if (!place.empty()) give_up("touches " + place);
   }
@@ -246,7 +246,7 @@ bool run(unsigned grid, unsigned threads, size_t dynamic_bytes, const std::funct
   catch_signals();
   if (fibres.size() < threads) fibres.resize(threads);
   shared_objects.clear();
-  dynamic_memory.reset(dynamic_bytes ? new Guarded("dynamic shared memory", dynamic_bytes) : nullptr);
+  dynamic_memory.reset(dynamic_bytes ? new Buffer("dynamic shared memory", dynamic_bytes) : nullptr);
   launch = {grid, threads, &thread};
   if (!run_grid()) return false;
   for (const auto& [key, object] : shared_objects) {
@@ -267,7 +267,7 @@ void collective(Collective* perform, void* arguments) {
 void* block_shared(const void* key, size_t bytes) {
   SharedObject& object = shared_objects[key];
   if (!object.memory) {
-    object.memory = std::make_unique<Guarded>("shared memory", bytes);
+    object.memory = std::make_unique<Buffer>("shared memory", bytes);
     object.memory->fill(kPoison);
     size_t all = dynamic_memory ? dynamic_memory->bytes() : 0;
     for (const auto& [other, each] : shared_objects) all += each.memory->bytes();
@@ -281,9 +281,9 @@ void* dynamic_shared() {
   return dynamic_memory->data();
 }
 
-// ---- Guarded ----
+// ---- Buffer ----
 
-Guarded::Guarded(std::string name, size_t bytes) : name_(std::move(name)), bytes_(bytes) {
+Buffer::Buffer(std::string name, size_t bytes) : name_(std::move(name)), bytes_(bytes) {
   const size_t aligned = (bytes + 15) / 16 * 16;  // what the device allocates begins so
   inner_ = (aligned + page() - 1) / page() * page();
   base_ = static_cast<char*>(
@@ -295,25 +295,25 @@ Guarded::Guarded(std::string name, size_t bytes) : name_(std::move(name)), bytes
   buffers.push_back(this);
 }
 
-Guarded::~Guarded() {
+Buffer::~Buffer() {
   buffers.erase(std::find(buffers.begin(), buffers.end(), this));
   munmap(base_, inner_ + 2 * page());
 }
 
-void Guarded::set(const void* from) {
+void Buffer::set(const void* from) {
   std::memcpy(data_, from, bytes_);
   if (mprotect(base_ + page(), inner_, PROT_READ) != 0) std::abort();
 }
 
-void Guarded::fill(int byte) { std::memset(data_, byte, bytes_); }
+void Buffer::fill(int byte) { std::memset(data_, byte, bytes_); }
 
-bool Guarded::intact() const {
+bool Buffer::intact() const {
   const auto canary = [](char byte) { return static_cast<unsigned char>(byte) == kCanary; };
   return std::all_of(base_ + page(), data_, canary) &&
          std::all_of(data_ + bytes_, base_ + page() + inner_, canary);
 }
 
-std::string Guarded::describe(const void* address) const {
+std::string Buffer::describe(const void* address) const {
   const auto at = reinterpret_cast<intptr_t>(address), base = reinterpret_cast<intptr_t>(base_);
   if (at < base || at >= base + intptr_t(inner_ + 2 * page())) return "";
   const intptr_t offset = at - reinterpret_cast<intptr_t>(data_);

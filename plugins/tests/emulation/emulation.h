@@ -2,7 +2,7 @@
 // Runs a CUDA kernel on the CPU: one fibre per thread, one thread block after the other. Slow and strict: it
 // is there to find out whether a kernel is right, on machines without a GPU.
 //
-// A launch fails, with a sentence in error(), when a thread touches memory outside a Guarded buffer, when a
+// A launch fails, with a sentence in error(), when a thread touches memory outside a Buffer buffer, when a
 // warp diverges at a collective, when a barrier is not reached by all threads, and when device code compiled
 // with -fsanitize=undefined -fsanitize-undefined-trap-on-error does something undefined (a misaligned vector,
 // an array's bounds). Every launch must be run under both schedules: threads that race give different bytes.
@@ -49,12 +49,12 @@ void* dynamic_shared();
 
 // A buffer whose surroundings cannot be touched: inaccessible pages, and canary bytes up to them. Zero where
 // nothing has been written, and such parts of it take no memory.
-class Guarded {
+class Buffer {
  public:
-  Guarded(std::string name, size_t bytes);
-  ~Guarded();
-  Guarded(const Guarded&) = delete;
-  Guarded& operator=(const Guarded&) = delete;
+  Buffer(std::string name, size_t bytes);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
 
   void* data() const { return data_; }
   size_t bytes() const { return bytes_; }

@@ -2,6 +2,7 @@
 // In place of CUTLASS's GEMMs: multiplies a compressed operand, read as the tensor cores read it, in float64.
 // Writes all of its workspace, as stream-K may.
 #include <cstring>
+#include <functional>
 
 #include "kernels/sparse_gemm.h"
 
@@ -10,10 +11,10 @@
 namespace lynx {
 namespace {
 
-using Index = int64_t(int64_t m, int64_t block, int64_t rows);
+using Index = std::function<int64_t(int64_t m, int64_t block, int64_t rows)>;
 
 // One row of the decompressed operand [width], zeros where nothing was kept.
-std::vector<double> decompress(const SparseGemmCall& call, int64_t m, Index* index,
+std::vector<double> decompress(const SparseGemmCall& call, int64_t m, const Index& index,
                                const reference::Rounding& value) {
   const auto* values = static_cast<const uint16_t*>(call.values) + int64_t(m) * call.width / 2;
   const auto* metadata = reinterpret_cast<const uint16_t*>(call.metadata);
@@ -26,7 +27,7 @@ std::vector<double> decompress(const SparseGemmCall& call, int64_t m, Index* ind
   return row;
 }
 
-cudaError_t multiply(const SparseGemmCall& call, Operand operand, Index* index,
+cudaError_t multiply(const SparseGemmCall& call, Operand operand, const Index& index,
                      const reference::Rounding& value) {
   if (call.workspace_bytes > 0) std::memset(call.workspace, 0xff, call.workspace_bytes);
   const auto* dense = static_cast<const uint16_t*>(call.dense);
@@ -54,35 +55,26 @@ const reference::Rounding& rounding() {
   return std::is_same_v<Element, Bf16> ? reference::bf16() : reference::fp16();
 }
 
-// An atom is as wide as the tile, up to 128 channels.
-template <TileIndexSm90 kIndex>
-int64_t sm90_index(int64_t m, int64_t block, int64_t rows) {
-  return reference::sm90_index(m, block, rows, std::min(kTilesSm90[kIndex].k, 128));
-}
-
 }  // namespace
 
-template <class Element, TileIndex kIndex, Operand kOperand>
-cudaError_t launch_gemm_sm80(const SparseGemmCall& call, int, cudaStream_t) {
-  return multiply(call, kOperand, reference::sm80_index, rounding<Element>());
+// An atom of wgmma.sp's metadata is as wide as the tile, up to 128 channels.
+template <InstructionSet kSet, class Element, Operand kOperand>
+cudaError_t launch_gemm(const SparseGemmCall& call, int tile, int, cudaStream_t) {
+  const auto index = [tile](int64_t m, int64_t block, int64_t rows) {
+    return kSet == InstructionSet::kMmaSp
+               ? reference::sm80_index(m, block, rows)
+               : reference::sm90_index(m, block, rows, std::min(kTilesSm90[tile].k, 128));
+  };
+  return multiply(call, kOperand, index, rounding<Element>());
 }
 
-template <class Element, TileIndexSm90 kIndex, Operand kOperand>
-cudaError_t launch_gemm_sm90(const SparseGemmCall& call, int, cudaStream_t) {
-  return multiply(call, kOperand, sm90_index<kIndex>, rounding<Element>());
-}
-
-#define LYNX_INSTANTIATE(function, element, tile)                                                \
-  template cudaError_t function<element, tile, Operand::kActivation>(const SparseGemmCall&, int, \
-                                                                     cudaStream_t);              \
-  template cudaError_t function<element, tile, Operand::kWeight>(const SparseGemmCall&, int, cudaStream_t);
-#define LYNX_INSTANTIATE_ALL(element)                  \
-  LYNX_INSTANTIATE(launch_gemm_sm80, element, kMedium) \
-  LYNX_INSTANTIATE(launch_gemm_sm80, element, kSmall)  \
-  LYNX_INSTANTIATE(launch_gemm_sm90, element, kWide)   \
-  LYNX_INSTANTIATE(launch_gemm_sm90, element, kTall)   \
-  LYNX_INSTANTIATE(launch_gemm_sm90, element, kNarrow)
-LYNX_INSTANTIATE_ALL(Bf16)
-LYNX_INSTANTIATE_ALL(Fp16)
+LYNX_INSTANTIATE_GEMM(InstructionSet::kMmaSp, Bf16, Operand::kActivation);
+LYNX_INSTANTIATE_GEMM(InstructionSet::kMmaSp, Bf16, Operand::kWeight);
+LYNX_INSTANTIATE_GEMM(InstructionSet::kMmaSp, Fp16, Operand::kActivation);
+LYNX_INSTANTIATE_GEMM(InstructionSet::kMmaSp, Fp16, Operand::kWeight);
+LYNX_INSTANTIATE_GEMM(InstructionSet::kWgmmaSp, Bf16, Operand::kActivation);
+LYNX_INSTANTIATE_GEMM(InstructionSet::kWgmmaSp, Bf16, Operand::kWeight);
+LYNX_INSTANTIATE_GEMM(InstructionSet::kWgmmaSp, Fp16, Operand::kActivation);
+LYNX_INSTANTIATE_GEMM(InstructionSet::kWgmmaSp, Fp16, Operand::kWeight);
 
 }  // namespace lynx
