@@ -149,8 +149,9 @@ def compile_(
         _configure_logging(verbose)
         from lynx_compile import pipeline  # torch takes seconds to import; a bad recipe need not wait
 
-        manifest = pipeline.compile(values, output, cache=cache, fresh=fresh, display=_stage)
-    out.print(manifest.summary())
+        manifests = pipeline.compile(values, output, cache=cache, fresh=fresh, display=_stage)
+    for manifest in manifests:
+        out.print(manifest.summary())
 
 
 @bench_app.command()

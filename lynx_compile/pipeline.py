@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from lynx_compile import __version__, models
+from lynx_compile import __version__
 from lynx_compile.engine import trt
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError
@@ -18,17 +18,29 @@ from lynx_compile.files.lock import lock, this_process
 from lynx_compile.files.outputs import Outputs
 from lynx_compile.files.ownership import claimed
 from lynx_compile.files.resume import Display, Stages, silent
-from lynx_compile.models import flux
+from lynx_compile.models import prompts
+from lynx_compile.models import recording as recordings
+from lynx_compile.models.dit import DTYPES, find_dit
+from lynx_compile.models.opened import Opened, open_model
+from lynx_compile.models.recording import Recording
 from lynx_compile.passes.build import BUILD, BuiltEngine, build
 from lynx_compile.passes.calibrate import CALIBRATE, Statistics, calibrate, measurements
 from lynx_compile.passes.compensate import COMPENSATE, compensate
 from lynx_compile.passes.describe import describe
 from lynx_compile.passes.export import EXPORT, DenseOnnx, export
+from lynx_compile.passes.record import CAPTURE, named_components, record
 from lynx_compile.passes.rewrite import REWRITE, LynxOnnx, rewrite
 from lynx_compile.passes.select import select
+from lynx_compile.passes.speed_table import CostTable
 from lynx_compile.recipe import Recipe
 from lynx_compile.tools import report
 from lynx_compile.tools.compiled import Compiled
+
+RECORDED_ALIKE = {
+    "prompts": "",
+    "tokens_per_call": 1,
+    "memory_gib": 1.0,
+}  # what of calibration no recording depends on
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +52,12 @@ def compile(
     cache: Path | None = None,
     fresh: bool = False,
     display: Display | None = None,
-) -> Manifest:
+) -> tuple[Manifest, ...]:
     """Compile ``recipe`` into the engine ``output``, with its manifest, ONNX, weights and log beside it.
 
-    A stage whose inputs are unchanged since the last run is taken from the cache. Nothing beside ``output`` is
-    touched before every stage has succeeded, but for the log.
+    A pipeline of several denoisers becomes as many engines: ``-o wan.engine`` writes wan.transformer.engine and
+    wan.transformer_2.engine. A stage whose inputs are unchanged since the last run is taken from the cache. Nothing
+    beside ``output`` is touched before every stage has succeeded, but for the log.
 
     Args:
         cache: folder of what the stages leave; OUT.cache by default.
@@ -61,65 +74,105 @@ def compile(
         stages = Stages(outputs, fresh, display or silent)
         backend = trt.backend(recipe.engine.backend)
         plugin = trt.plugin_library(recipe.engine.plugin)
-        dit = models.load(recipe)
-        plan = select(dit.groups, recipe.sparsity, None if backend.ahead_of_time else trt.gpu())
-        statistics = stages.run(
-            CALIBRATE,
-            Statistics,
-            lambda progress: calibrate(dit, plan, recipe, outputs.cache / "statistics", progress),
-            dit.digest, recipe.model.dtype, recipe.shapes, recipe.calibration.model_copy(update={"source": ""}),
-            file_digest(Path(recipe.calibration.source)), recipe.sparsity.uses_norm_scale,
-            measurements(plan),
-        )  # fmt: skip
-        weights = stages.run(
-            COMPENSATE,
-            tuple[Path, ...],
-            lambda progress: compensate(
-                dit, plan, statistics, recipe.sparsity, outputs.cache / "weights", progress
-            ),
-            # The costs count through what they decide.
-            stages.key(CALIBRATE), recipe.sparsity.model_copy(update={"costs": None}),
-            tuple((decision.linear.path, decision.operand) for decision in plan.decisions),
-            reads=(CALIBRATE,),
-        )  # fmt: skip
-        dit.release()  # a large model and its copy in the exporter would not fit together
-        dense = stages.run(
-            EXPORT,
-            DenseOnnx,
-            lambda _: export(dit, outputs.dense),
-            dit.digest, recipe.model.dtype, recipe.shapes,
-        )  # fmt: skip
-        dit.release()
-        external = recipe.engine.weights == "external"
-        layout = trt.metadata_layout(backend)
-        lynx = stages.run(
-            REWRITE,
-            LynxOnnx,
-            lambda _: rewrite(
-                dense, plan, weights, outputs.cache / "lynx" / outputs.onnx.name,
-                external=external, metadata_layout=layout,
-            ),
-            stages.key(COMPENSATE), stages.key(EXPORT), plan, outputs.onnx.name, external, layout,
-            reads=(COMPENSATE, EXPORT), published=True,
-        )  # fmt: skip
-        built = stages.run(
-            BUILD,
-            BuiltEngine,
-            lambda progress: build(
-                lynx, recipe.engine, outputs.cache / "engine" / outputs.engine.name, progress=progress
-            ),
-            stages.key(REWRITE), recipe.engine.model_copy(update={"plugin": None}), plugin.sha256,
-            backend.name, backend.version, trt.build_gpu(backend), outputs.engine.name,
-            reads=(REWRITE,), published=True,
-        )  # fmt: skip
-        written = stages.written(REWRITE, BUILD)
-        manifest = describe(recipe, dit, lynx, built, written, stages.costs, flux.call(dit.inputs))
-        with stages.publish(REWRITE, BUILD):  # an engine never stands beside another run's manifest
-            manifest.write(outputs.manifest)
-            Compiled(recipe, stages.key(EXPORT), built.sha256).write(outputs)
-        report.write(outputs)
-        log.info("done: %s", manifest.summary())
-        return manifest
+        if recipe.sparsity.costs is not None:
+            CostTable.load(
+                Path(recipe.sparsity.costs)
+            )  # what is wrong with it is said before the pipeline runs
+        opened = open_model(recipe, outputs.cache / "converted")
+        recording = _recording(recipe, opened, outputs, stages)
+        compiled = _compile_engine
+        if len(recording.components) == 1:
+            return (
+                compiled(
+                    recipe, opened, recording, recording.components[0], outputs, stages, backend, plugin
+                ),
+            )
+        manifests = []
+        for component in recording.components:
+            part = outputs.part(component)
+            with claimed(part, recipe.files, recipe.checkpoint):
+                own = Stages(part, fresh, display or silent)
+                manifests.append(compiled(recipe, opened, recording, component, part, own, backend, plugin))
+        return tuple(manifests)
+
+
+def _recording(recipe: Recipe, opened: Opened, outputs: Outputs, stages: Stages) -> Recording:
+    """The pipeline's calls, or those that were recorded before."""
+    if recipe.calibration.recording is not None:
+        return recordings.load(Path(recipe.calibration.recording))
+    assert recipe.calibration.prompts is not None, "the recipe has checked it"
+    path = Path(recipe.calibration.prompts)
+    rows = prompts.read(path)
+    return stages.run(
+        CAPTURE,
+        Recording,
+        lambda progress: record(recipe, opened, rows, outputs.cache / "recording", progress),
+        {name: checkpoint.digest() for name, checkpoint in opened.checkpoints.items()},
+        file_digest(path), recipe.call, named_components(recipe), recipe.model.dtype,
+        recipe.calibration.model_copy(update=RECORDED_ALIKE),
+    )  # fmt: skip
+
+
+def _compile_engine(
+    recipe: Recipe,
+    opened: Opened,
+    recording: Recording,
+    component: str,
+    outputs: Outputs,
+    stages: Stages,
+    backend: trt.Backend,
+    plugin: trt.PluginLibrary,
+) -> Manifest:
+    """One denoiser, from its recorded calls to its engine."""
+    dit = find_dit(opened.checkpoints[component], recording, component, DTYPES[recipe.model.dtype])
+    plan = select(dit.groups, recipe.sparsity, None if backend.ahead_of_time else trt.gpu())
+    recorded = recording.header.key, component, dit.calls.index, recipe.model.dtype
+    statistics = stages.run(
+        CALIBRATE,
+        Statistics,
+        lambda progress: calibrate(dit, plan, recording, recipe, outputs.cache / "statistics", progress),
+        dit.digest, *recorded, recipe.calibration.tokens_per_call, recipe.calibration.seed,
+        recipe.sparsity.uses_norm_scale, measurements(plan),
+    )  # fmt: skip
+    weights = stages.run(
+        COMPENSATE,
+        tuple[Path, ...],
+        lambda progress: compensate(dit, plan, statistics, recipe.sparsity, outputs.cache / "weights", progress),
+        # The costs count through what they decide.
+        stages.key(CALIBRATE), recipe.sparsity.model_copy(update={"costs": None}),
+        tuple((decision.linear.path, decision.operand) for decision in plan.decisions),
+        reads=(CALIBRATE,),
+    )  # fmt: skip
+    dit.release()  # a large model and its copy in the exporter would not fit together
+    dense = stages.run(EXPORT, DenseOnnx, lambda _: export(dit, outputs.dense), dit.digest, *recorded)
+    dit.release()
+    external = recipe.engine.weights == "external"
+    layout = trt.metadata_layout(backend)
+    lynx = stages.run(
+        REWRITE,
+        LynxOnnx,
+        lambda _: rewrite(
+            dense, plan, weights, outputs.cache / "lynx" / outputs.onnx.name,
+            external=external, metadata_layout=layout,
+        ),
+        stages.key(COMPENSATE), stages.key(EXPORT), plan, outputs.onnx.name, external, layout,
+        reads=(COMPENSATE, EXPORT), published=True,
+    )  # fmt: skip
+    built = stages.run(
+        BUILD,
+        BuiltEngine,
+        lambda progress: build(lynx, recipe.engine, outputs.cache / "engine" / outputs.engine.name, progress=progress),
+        stages.key(REWRITE), recipe.engine.model_copy(update={"plugin": None}), plugin.sha256,
+        backend.name, backend.version, trt.build_gpu(backend), outputs.engine.name,
+        reads=(REWRITE,), published=True,
+    )  # fmt: skip
+    manifest = describe(recipe, dit, dense, lynx, built, stages.written(REWRITE, BUILD), stages.costs)
+    with stages.publish(REWRITE, BUILD):  # an engine never stands beside another run's manifest
+        manifest.write(outputs.manifest)
+        Compiled(recipe, stages.key(EXPORT), built.sha256).write(outputs)
+    report.write(outputs)
+    log.info("done: %s", manifest.summary())
+    return manifest
 
 
 @contextmanager

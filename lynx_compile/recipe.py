@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipe: what to compile, for which shapes and GPUs, and how sparse. YAML in, frozen values out."""
+"""The recipe: what to compile, how its pipeline is called, for which GPUs, how sparse. YAML in, frozen values out."""
 
 from __future__ import annotations
 
@@ -77,7 +77,6 @@ class Model(_Strict):
     """
 
     source: str = Field(min_length=1)
-    subfolder: str = "transformer"
     revision: str | None = None
     variant: Annotated[str, Field(pattern=r"^[\w-]+$")] | None = None
     pipeline: Annotated[str, Field(pattern=r"^\w+$")] | None = None
@@ -155,37 +154,37 @@ def _form(value: Any) -> str:
     return next((name for name in FORMS if name[5:-1] in keys), "form[source]")
 
 
-class Shapes(_Strict):
-    """Static shapes of the engine: batch, image height and width in pixels, text tokens."""
-
-    batch: Annotated[int, Field(ge=1, le=1024)] = 1
-    height: Annotated[int, Field(ge=1, le=16384)]
-    width: Annotated[int, Field(ge=1, le=16384)]
-    text_length: Annotated[int, Field(ge=1, le=8192)] = 512
-
-
 class Calibration(_Strict):
-    """Inputs of the denoising loop whose activations are measured.
+    """The pipeline's calls whose activations are measured.
 
-    ``source``: a safetensors file with one row per prompt for every conditioning input of the transformer, or a
-    text file with one prompt a line (encoded by the checkpoint's own text encoders).
-    ``samples``: prompt and noise pairs to denoise; ``steps``: denoising steps of each, all of them measured.
-    ``tokens_per_step``: of each sample and step at most so many tokens, drawn at random, enter the moments.
+    ``prompts``: a text file with a prompt a line, or a safetensors file of encoded ones, with a row per prompt of
+    every argument of the pipeline's call that it holds. ``recording``: or calls that were recorded before, maybe on
+    another machine: the pipeline is not run then, and needs no text encoders here.
+    ``samples``: prompts to run, in turn where there are fewer; ``batch``: prompts to a run, also the engine's.
+    ``states_per_prompt``: calls that are recorded of a run, drawn at random; null: all of them.
+    ``tokens_per_call``: of each sample and call at most so many tokens, drawn at random, enter the moments.
     ``memory_gib``: most memory that moments take at once; layers that do not fit are measured in further passes.
     """
 
-    source: str = Field(min_length=1)
+    prompts: Annotated[str, Field(min_length=1)] | None = None
+    recording: Annotated[str, Field(min_length=1)] | None = None
     samples: Annotated[int, Field(ge=1)] = 64
-    steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    batch: Annotated[int, Field(ge=1, le=1024)] = 1
+    states_per_prompt: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    tokens_per_step: Annotated[int, Field(ge=1)] = 1024
-    guidance: Annotated[float, Field(gt=0)] = 3.5
+    tokens_per_call: Annotated[int, Field(ge=1)] = 1024
     memory_gib: Annotated[float, Field(gt=0)] = 8.0
 
-    @field_validator("guidance", "memory_gib", mode="before")
+    @field_validator("memory_gib", mode="before")
     @classmethod
     def _whole_numbers_are_fine(cls, value: Any) -> Any:
         return float(value) if type(value) is int else value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Calibration:
+        if (self.prompts is None) == (self.recording is None):
+            raise ValueError("give either 'prompts' or 'recording'")
+        return self
 
 
 _ONE_OPERAND, _OPERAND_GLOBS = "literal[operand]", "dict[operand]"
@@ -315,7 +314,11 @@ class Compare(_Strict):
 
 
 class Recipe(_Strict):
-    """A whole recipe."""
+    """A whole recipe.
+
+    ``call``: arguments of the pipeline's call, as Python would give them: height, width, num_inference_steps ... They
+    decide the shapes that the engine is built for.
+    """
 
     model: Annotated[
         Annotated[Model, Tag("form[source]")]
@@ -323,7 +326,7 @@ class Recipe(_Strict):
         | Annotated[OnnxModel, Tag("form[onnx]")],
         Discriminator(_form),
     ]
-    shapes: Shapes
+    call: dict[str, Any] = {}
     calibration: Calibration
     sparsity: Sparsity = Sparsity()
     engine: Engine = Engine()
@@ -339,7 +342,11 @@ class Recipe(_Strict):
         update: dict[str, Any] = {
             "model": self.model.resolved(folder),
             "calibration": self.calibration.model_copy(
-                update={"source": _absolute(folder, self.calibration.source)}
+                update={
+                    name: _absolute(folder, value)
+                    for name in ("prompts", "recording")
+                    if (value := getattr(self.calibration, name)) is not None
+                }
             ),
         }
         if self.sparsity.costs is not None:
@@ -353,7 +360,7 @@ class Recipe(_Strict):
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that it names, once it is ``resolved``."""
-        named = [self.calibration.source, self.sparsity.costs, self.engine.plugin]
+        named = [self.calibration.prompts, self.sparsity.costs, self.engine.plugin]
         named += [getattr(self.model, key, None) for key in ("weights", "config", "onnx")]
         return tuple(Path(name) for name in named if isinstance(name, str))
 

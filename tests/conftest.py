@@ -3,20 +3,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from safetensors.torch import save_file
 
-from lynx_compile import models
-from lynx_compile.models import flux
+from lynx_compile.files.progress import no_progress
+from lynx_compile.models import prompts
+from lynx_compile.models.dit import DTYPES, DiT, find_dit
+from lynx_compile.models.opened import open_model
+from lynx_compile.models.recording import Recording
+from lynx_compile.models.structure import LinearGroup, find_structure
+from lynx_compile.passes.record import record
+from lynx_compile.recipe import Recipe
 from lynx_compile.tools import bench
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -45,25 +55,68 @@ FLUX_DEV = TINY | {  # the config of FLUX.1-dev
     "pooled_projection_dim": 768,
     "axes_dims_rope": (16, 56, 56),
 }
+INDEX = {
+    "_class_name": "FluxPipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    **{name: [None, None] for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")},
+}
 RECIPE = """\
 model:
   source: model
   dtype: fp16
-shapes:
-  batch: 2
-  height: 16
-  width: 16
-  text_length: 4
+call:
+  height: 128
+  width: 128
+  num_inference_steps: 4
+  output_type: latent
 calibration:
-  source: prompts.safetensors
+  prompts: prompts.safetensors
   samples: 6
-  steps: 4
+  batch: 2
 """
 
 
-def tiny_groups() -> tuple[models.LinearGroup, ...]:
-    """The groups of the tiny model at its recipe's shapes."""
-    return models.find_groups(TINY, flux.example_inputs(TINY, 2, 8, 8, 4, torch.float16))
+@cache
+def tiny_groups() -> tuple[LinearGroup, ...]:
+    """The groups of the tiny model in its recipe's call."""
+    return flux_groups(TINY)
+
+
+def flux_groups(
+    config: dict[str, Any], side: int = 8, text: int = 4, batch: int = 2
+) -> tuple[LinearGroup, ...]:
+    """The groups of a FLUX for ``side`` x ``side`` image tokens and ``text`` text tokens."""
+    with torch.device("meta"):
+        skeleton = FluxTransformer2DModel.from_config(config)
+    arguments = {
+        "hidden_states": torch.empty(batch, side * side, config["in_channels"], device="meta"),
+        "encoder_hidden_states": torch.empty(batch, text, config["joint_attention_dim"], device="meta"),
+        "pooled_projections": torch.empty(batch, config["pooled_projection_dim"], device="meta"),
+        "timestep": torch.empty(batch, device="meta"),
+        "guidance": torch.empty(batch, device="meta") if config["guidance_embeds"] else None,
+        "img_ids": torch.empty(side * side, 3, device="meta"),
+        "txt_ids": torch.empty(text, 3, device="meta"),
+    }
+    return find_structure(skeleton, arguments).groups
+
+
+def open_dit(recipe: Recipe) -> tuple[DiT, Recording]:
+    """The recipe's transformer, and its pipeline's calls."""
+    opened = open_model(recipe, _scratch() / "converted")
+    rows = prompts.read(Path(recipe.calibration.prompts or ""))
+    calls = recipe.calibration.model_copy(update={"memory_gib": 1.0, "tokens_per_call": 1})
+    name = hashlib.sha256(f"{recipe.model} {recipe.call} {calls}".encode()).hexdigest()[:16]
+    recording = record(recipe, opened, rows, _scratch() / name, no_progress)
+    component = recording.components[0]
+    return find_dit(
+        opened.checkpoints[component], recording, component, DTYPES[recipe.model.dtype]
+    ), recording
+
+
+@cache
+def _scratch() -> Path:
+    return Path(tempfile.mkdtemp(prefix="lynx-recordings-"))
 
 
 def write_costs(
@@ -94,7 +147,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder / "model" / "transformer")
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "model" / "scheduler")
-    prompts = {"encoder_hidden_states": torch.randn(3, 4, 32), "pooled_projections": torch.randn(3, 16)}
+    (folder / "model" / "model_index.json").write_text(json.dumps(INDEX))
+    prompts = {"prompt_embeds": torch.randn(3, 4, 32), "pooled_prompt_embeds": torch.randn(3, 16)}
     save_file(prompts, folder / "prompts.safetensors")
     (folder / "tiny.yaml").write_text(RECIPE)
     return folder

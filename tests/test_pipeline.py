@@ -14,9 +14,10 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
-from lynx_compile import models, pipeline
+from lynx_compile import pipeline
 from lynx_compile.engine import trt
 from lynx_compile.errors import InputError, StageError
+from lynx_compile.models.checkpoint import Checkpoint
 from lynx_compile.ops.functions import DOMAIN
 from lynx_compile.passes.rewrite import LynxOnnx
 from lynx_compile.recipe import load_recipe
@@ -49,7 +50,7 @@ def test_no_model_is_in_memory_while_the_engine_is_built_and_one_while_it_is_exp
     """Neither the calibrated module nor what export read lives on; and export makes no copy."""
     loaded: list[weakref.ref[torch.nn.Module]] = []
     seen: dict[str, int] = {}
-    load, trace = models._module, torch.onnx.export
+    load, trace = Checkpoint.load, torch.onnx.export
 
     def counted_load(*arguments: Any) -> torch.nn.Module:
         module = load(*arguments)
@@ -67,13 +68,13 @@ def test_no_model_is_in_memory_while_the_engine_is_built_and_one_while_it_is_exp
         seen["build"] = sum(module() is not None for module in loaded)
         raise StageError("build", "there is none here.", "Do without.")
 
-    monkeypatch.setattr(models, "_module", counted_load)
+    monkeypatch.setattr(Checkpoint, "load", counted_load)
     monkeypatch.setattr(torch.onnx, "export", counted_trace)
     monkeypatch.setattr(pipeline, "build", refuse)
     gc.collect()
     before = alive()  # of other tests
     _stages_run(project)
-    assert len(loaded) == 2 and seen == {"export": 1, "build": 0}
+    assert len(loaded) == 3 and seen == {"export": 1, "build": 0}  # for the pipeline, to calibrate, to export
 
 
 def _ops(project: Path) -> set[tuple[str, int]]:
@@ -88,7 +89,7 @@ def _ops(project: Path) -> set[tuple[str, int]]:
 def test_another_operand_compensates_and_rewrites_again(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    everything = ["calibrate", "compensate", "export", "rewrite", "build"]
+    everything = ["capture", "calibrate", "compensate", "export", "rewrite", "build"]
     assert _stages_run(project, "sparsity: {operand: activation}\n") == everything
     activations = {("LynxSparseLinear", 0), ("LynxNormSparseLinear", 0)}
     assert _ops(project) == activations
@@ -116,7 +117,7 @@ def test_costs_run_again_what_they_decide_otherwise(project: Path, monkeypatch: 
     monkeypatch.setattr(
         pipeline, "build", lambda lynx, *a, **o: (rewritten.append(lynx), build(lynx, *a, **o))
     )
-    assert _stages_run(project) == ["calibrate", "compensate", "export", "rewrite", "build"]
+    assert _stages_run(project) == ["capture", "calibrate", "compensate", "export", "rewrite", "build"]
     assert _ops(project) == {("LynxSparseWeightLinear", 80)}
     assert {node.gain for node in rewritten[-1].sparse} == {None}
     costs = "sparsity: {costs: gpu.json}\n"

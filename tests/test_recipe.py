@@ -9,16 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from lynx_compile import models
 from lynx_compile.errors import InputError
-from lynx_compile.models import Linear, LinearGroup, find_groups
-from lynx_compile.models.flux import example_inputs
+from lynx_compile.models.structure import Linear, LinearGroup
 from lynx_compile.passes.calibrate import TOKENS_PER_CHANNEL, measurements
 from lynx_compile.passes.select import select
 from lynx_compile.recipe import Model, ModuleModel, OnnxModel, Sparsity, load_recipe
-from tests.conftest import FLUX_DEV, RECIPE, tiny_groups
+from tests.conftest import FLUX_DEV, RECIPE, flux_groups, open_dit, tiny_groups
 
 ENGINES = Path(__file__).parents[1] / "engines"
 
@@ -49,67 +46,76 @@ def _error(folder: Path, text: str) -> str:
             "r.yaml:1: the key 'model.source' is missing. Add 'source:' under 'model'.",
         ),
         ("  source: model", "  source: ''", "r.yaml:2: 'model.source' is wrong"),
-        ("shapes:", "shape:", "r.yaml:4: unknown key 'shape'. Did you mean 'shapes'?"),
-        ("  batch: 2", "  batch: 0", "r.yaml:5: 'shapes.batch' is wrong"),
-        ("  batch: 2", "  batch: two", "r.yaml:5: 'shapes.batch' is wrong"),
-        ("  batch: 2", "  batch: 2.5", "r.yaml:5: 'shapes.batch' is wrong"),
-        ("  height: 16\n", "", "r.yaml:4: the key 'shapes.height' is missing."),
+        ("call:", "cal:", "r.yaml:4: unknown key 'cal'. Did you mean 'call'?"),
+        ("  batch: 2", "  batch: 0", "r.yaml:12: 'calibration.batch' is wrong"),
+        ("  batch: 2", "  batch: two", "r.yaml:12: 'calibration.batch' is wrong"),
+        ("  batch: 2", "  batch: 2.5", "r.yaml:12: 'calibration.batch' is wrong"),
+        (
+            "  prompts: prompts.safetensors\n",
+            "",
+            "'calibration' is wrong: give either 'prompts' or",
+        ),
+        (
+            "  samples: 6",
+            "  recording: calls",
+            "'calibration' is wrong: give either 'prompts' or",
+        ),
         ("  samples: 6", "  samples: -1", "r.yaml:11: 'calibration.samples' is wrong"),
         ("  samples: 6", "  memory_gib: 0", "r.yaml:11: 'calibration.memory_gib' is wrong"),
         (
-            "  steps: 4",
-            "  steps: 4\nsparsity:\n  rank: 17",
+            "  batch: 2",
+            "  batch: 2\nsparsity:\n  rank: 17",
             "r.yaml:14: 'sparsity.rank' is wrong: it must be 'auto' or",
         ),
         (
-            "  steps: 4",
-            "  steps: 4\nsparsity:\n  rank: 256",
+            "  batch: 2",
+            "  batch: 2\nsparsity:\n  rank: 256",
             "r.yaml:14: 'sparsity.rank' is wrong: it must be 'auto' or",
         ),
-        ("  steps: 4", "  steps: 4\nsparsity:\n  rank: true", "r.yaml:14: 'sparsity.rank' is wrong"),
+        ("  batch: 2", "  batch: 2\nsparsity:\n  rank: true", "r.yaml:14: 'sparsity.rank' is wrong"),
         (
-            "  steps: 4",
-            "  steps: 4\nsparsity: {method: none, rank: 16}",
+            "  batch: 2",
+            "  batch: 2\nsparsity: {method: none, rank: 16}",
             "r.yaml:13: 'sparsity' is wrong: method 'none'",
         ),
-        ("  steps: 4", "  steps: 4\nsparsity: {method: best}", "'sparsity.method' is wrong"),
+        ("  batch: 2", "  batch: 2\nsparsity: {method: best}", "'sparsity.method' is wrong"),
         (
-            "  steps: 4",
-            "  steps: 4\nsparsity: {include: 3}",
+            "  batch: 2",
+            "  batch: 2\nsparsity: {include: 3}",
             "'sparsity.include' is wrong: it should be a list, such",
         ),
         (
-            "  steps: 4",
-            "  steps: 4\nsparsity:\n  operand: weights",
+            "  batch: 2",
+            "  batch: 2\nsparsity:\n  operand: weights",
             "r.yaml:14: 'sparsity.operand' is wrong: Input should be 'auto', 'activation' or 'weight' (got 'weights')",
         ),
-        ("  steps: 4", "  steps: 4\nsparsity:\n  operand: 3", "r.yaml:14: 'sparsity.operand' is wrong"),
-        ("  steps: 4", "  steps: 4\nsparsity:\n  operand: none", "r.yaml:14: 'sparsity.operand' is wrong"),
+        ("  batch: 2", "  batch: 2\nsparsity:\n  operand: 3", "r.yaml:14: 'sparsity.operand' is wrong"),
+        ("  batch: 2", "  batch: 2\nsparsity:\n  operand: none", "r.yaml:14: 'sparsity.operand' is wrong"),
         (
-            "  steps: 4",
-            "  steps: 4\nsparsity:\n  operand:\n    '*.ff.*': weight\n    '*': both",
+            "  batch: 2",
+            "  batch: 2\nsparsity:\n  operand:\n    '*.ff.*': weight\n    '*': both",
             "r.yaml:16: 'sparsity.operand.*' is wrong: Input should be 'auto', 'activation', 'weight' or 'none' (got",
         ),
         (
-            "  steps: 4",
-            "  steps: 4\nsparsity:\n  operand:\n    '*.ff.*': weight\n    '*.ff.*': none",
+            "  batch: 2",
+            "  batch: 2\nsparsity:\n  operand:\n    '*.ff.*': weight\n    '*.ff.*': none",
             "r.yaml:16: the key '*.ff.*' is there twice.",
         ),
         (
-            "  steps: 4",
-            "  steps: 4\nsparsity: {method: paper, operand: {'*.ff.*': weight}}",
+            "  batch: 2",
+            "  batch: 2\nsparsity: {method: paper, operand: {'*.ff.*': weight}}",
             "r.yaml:13: 'sparsity' is wrong: method 'paper' prunes activations",
         ),
         (
-            "  steps: 4",
-            "  steps: 4\nsparsity: {operand: weight, rank: 16}",
+            "  batch: 2",
+            "  batch: 2\nsparsity: {operand: weight, rank: 16}",
             "r.yaml:13: 'sparsity' is wrong: the weight operand has no low-rank branch",
         ),
-        ("  steps: 4", "  steps: 4\nsparsity:\n  costs: ''", "r.yaml:14: 'sparsity.costs' is wrong"),
-        ("  steps: 4", "  steps: 4\nsparsity:\n  costs: [a.json]", "r.yaml:14: 'sparsity.costs' is wrong"),
-        ("  steps: 4", "  steps: 4\nengine:\n  gpus: [sm80, sm99]", "r.yaml:14: 'engine.gpus.1' is wrong"),
-        ("  steps: 4", "  steps: 4\nengine:\n  gpus: []", "r.yaml:14: 'engine.gpus' is wrong"),
-        ("  steps: 4", "  steps: 4\nengine: {weights: shared}", "'engine.weights' is wrong"),
+        ("  batch: 2", "  batch: 2\nsparsity:\n  costs: ''", "r.yaml:14: 'sparsity.costs' is wrong"),
+        ("  batch: 2", "  batch: 2\nsparsity:\n  costs: [a.json]", "r.yaml:14: 'sparsity.costs' is wrong"),
+        ("  batch: 2", "  batch: 2\nengine:\n  gpus: [sm80, sm99]", "r.yaml:14: 'engine.gpus.1' is wrong"),
+        ("  batch: 2", "  batch: 2\nengine:\n  gpus: []", "r.yaml:14: 'engine.gpus' is wrong"),
+        ("  batch: 2", "  batch: 2\nengine: {weights: shared}", "'engine.weights' is wrong"),
         ("model:", "model: [", "this is not valid YAML"),
         ("model:", "model: !!python/object/apply:os.system ['true']\nx:", "this is not valid YAML"),
         (RECIPE, "", "a recipe is a mapping of sections. Start with 'model:'."),
@@ -119,7 +125,7 @@ def _error(folder: Path, text: str) -> str:
             "a: &a [*a, *a]\n",
             "r.yaml:1: YAML takes *a for an alias, since it begins with *. Quote it: '*a'.",
         ),
-        ("  steps: 4", "  1: 4", "r.yaml:12: 'calibration.1' is wrong: Keys should be strings"),
+        ("  batch: 2", "  1: 4", "r.yaml:12: 'calibration.1' is wrong: Keys should be strings"),
         (RECIPE, "\x00", "this is not valid YAML"),
     ],
 )
@@ -193,7 +199,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     ],
 )
 def test_what_yaml_reads_otherwise_than_people(tmp_path: Path, line: str, message: str) -> None:
-    found = _error(tmp_path, RECIPE.replace("  samples: 6\n  steps: 4", line))
+    found = _error(tmp_path, RECIPE.replace("  samples: 6\n  batch: 2", line))
     assert all(part in found for part in message.split(" .* ")), found
 
 
@@ -243,12 +249,12 @@ def test_a_page_of_the_hub_is_its_id(tmp_path: Path, source: str, taken: str, re
     ],
 )  # fmt: skip
 def test_mistakes_in_the_three_forms_of_a_model(tmp_path: Path, model: str, message: str) -> None:
-    assert message in _error(tmp_path, f"model: {model}\n{RECIPE[RECIPE.index('shapes') :]}")
+    assert message in _error(tmp_path, f"model: {model}\n{RECIPE[RECIPE.index('call') :]}")
 
 
 def test_the_other_forms_of_a_model(tmp_path: Path) -> None:
     def load(model: str) -> Model | ModuleModel | OnnxModel:
-        (tmp_path / "r.yaml").write_text(f"model: {model}\n{RECIPE[RECIPE.index('shapes') :]}")
+        (tmp_path / "r.yaml").write_text(f"model: {model}\n{RECIPE[RECIPE.index('call') :]}")
         return load_recipe(tmp_path / "r.yaml").model
 
     assert load("{onnx: a/b.onnx}") == OnnxModel(onnx=str(tmp_path / "a" / "b.onnx"))
@@ -292,7 +298,7 @@ def test_paths_are_relative_to_the_recipe_and_the_digest_is_not(tmp_path: Path) 
         (tmp_path / name / "r.yaml").write_text(RECIPE + "sparsity: {costs: bench/gpu.json}\n")
         recipe = load_recipe(tmp_path / name / "r.yaml")
         assert recipe.model.source == str(tmp_path / name / "model")
-        assert recipe.calibration.source == str(tmp_path / name / "prompts.safetensors")
+        assert recipe.calibration.prompts == str(tmp_path / name / "prompts.safetensors")
         assert recipe.sparsity.costs == str(tmp_path / name / "bench" / "gpu.json")
         digests.add(recipe.digest)
     assert len(digests) == 1
@@ -300,8 +306,8 @@ def test_paths_are_relative_to_the_recipe_and_the_digest_is_not(tmp_path: Path) 
 
 def test_the_shipped_recipes_are_valid() -> None:
     flux = load_recipe(ENGINES / "flux.yaml")
-    assert (flux.model.source, flux.shapes.height) == ("black-forest-labs/FLUX.1-dev", 1024)
-    assert Path(flux.calibration.source).is_file()
+    assert (flux.model.source, flux.call["height"]) == ("black-forest-labs/FLUX.1-dev", 1024)
+    assert Path(flux.calibration.prompts or "").is_file()
     assert Path(flux.sparsity.costs or "").is_file() and flux.sparsity.operands == ("activation", "weight")
     digits = load_recipe(ENGINES / "digits-flux.yaml")
     assert (digits.model.dtype, digits.sparsity.operands) == ("fp16", ("activation",))
@@ -312,14 +318,18 @@ def test_the_shipped_recipes_calibrate_on_enough_tokens(name: str) -> None:
     """As many tokens per channel as the solves need, for every linear, by arithmetic."""
     recipe = load_recipe(ENGINES / name)
     if recipe.model.source == "black-forest-labs/FLUX.1-dev":
-        groups = find_groups(FLUX_DEV, example_inputs(FLUX_DEV, 1, 64, 64, 512, torch.bfloat16))
+        groups = flux_groups(FLUX_DEV, side=64, text=512, batch=1)
     else:
-        groups = models.load(recipe).groups
+        once = recipe.calibration.model_copy(update={"samples": 1})
+        groups = open_dit(recipe.model_copy(update={"calibration": once}))[0].groups
     plan = select(groups, recipe.sparsity)
-    rows = {group.name: group.tokens // recipe.shapes.batch for group in plan.groups}  # of one sample
-    calls = recipe.calibration.samples * recipe.calibration.steps
+    batch = recipe.calibration.batch
+    rows = {group.name: group.tokens // batch for group in plan.groups}  # of one sample
+    calls = recipe.calibration.samples * (
+        recipe.calibration.states_per_prompt or recipe.call["num_inference_steps"]
+    )
     tokens_per_channel = {
-        one.name: calls * min(recipe.calibration.tokens_per_step, rows[one.name]) / one.channels
+        one.name: calls * min(recipe.calibration.tokens_per_call, rows[one.name]) / one.channels
         for one in measurements(plan)
     }
     assert min(tokens_per_channel.values()) >= TOKENS_PER_CHANNEL

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 HERE = Path(__file__).parent
 CONDITIONING = HERE / "conditioning.safetensors"
+# How the transformer's arguments are called in the pipeline's call.
+PIPELINE_NAMES = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
 CLASSES = 10
 SIZE = 16  # pixels along a side
 PATCH = 2  # a token packs PATCH x PATCH pixels
@@ -66,4 +68,10 @@ def make_conditioning(tokens: int, joint_dim: int, pooled_dim: int, seed: int) -
 
 def load_conditioning() -> dict[str, torch.Tensor]:
     """The table the model was trained with, a row per class; keys as in ``make_conditioning``."""
-    return load_file(CONDITIONING)
+    stored = load_file(CONDITIONING)
+    return {name: stored[argument] for name, argument in PIPELINE_NAMES.items()}
+
+
+def save_conditioning(conditioning: dict[str, torch.Tensor]) -> None:
+    """Store the table under the names of ``FluxPipeline``'s arguments."""
+    save_file({PIPELINE_NAMES[name]: rows for name, rows in conditioning.items()}, CONDITIONING)

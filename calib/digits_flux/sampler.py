@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from PIL import Image
 
 from calib.digits_flux import digits
-from lynx_compile.models.flux import Velocity, denoise, image_ids
 
+Velocity = Callable[..., torch.Tensor]
 MODEL = digits.HERE / "model"
 LINE = 0.4  # brightness of the lines of a contact sheet
 
@@ -53,6 +54,23 @@ def sample(
     return digits.unpack(torch.cat(denoised))
 
 
+def denoise(
+    transformer: Velocity,
+    scheduler: Any,
+    latents: torch.Tensor,
+    conditioning: Mapping[str, torch.Tensor],
+    steps: int,
+) -> torch.Tensor:
+    """The loop of diffusers' ``FluxPipeline`` on packed latents [batch, image tokens, channels], no dynamic shift."""
+    scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1.0 / steps, steps).tolist(), device=latents.device)
+    for timestep in scheduler.timesteps:
+        # The pipeline hands the transformer t in [0, 1]; the scheduler counts in thousandths.
+        fraction = (timestep / scheduler.config.num_train_timesteps).float().expand(latents.shape[0])
+        velocity = transformer(hidden_states=latents, timestep=fraction, **conditioning)
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+    return latents
+
+
 def noise(seed: int, count: int) -> torch.Tensor:
     """Gaussian latents [count, 64, 4] float32, each image from a generator of its own."""
     shape = (digits.SIDE**2, digits.PATCH**2)
@@ -64,6 +82,14 @@ def position_ids(prompts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     """RoPE positions of the image and text tokens, as FLUX numbers them."""
     text_tokens = prompts["encoder_hidden_states"].shape[1]
     return {"img_ids": image_ids(digits.SIDE, digits.SIDE), "txt_ids": torch.zeros(text_tokens, 3)}
+
+
+def image_ids(rows: int, columns: int) -> torch.Tensor:
+    """Position ids of an image's patches for RoPE: [rows * columns, 3] float32, (0, row, column)."""
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1] = torch.arange(rows)[:, None]
+    ids[..., 2] = torch.arange(columns)[None, :]
+    return ids.reshape(rows * columns, 3)
 
 
 def load_model(dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:

@@ -24,7 +24,7 @@ import typer
 
 from calib.digits_flux import classifier, digits, evaluate, sampler
 from lynx_compile import models
-from lynx_compile.models import LinearGroup
+from lynx_compile.models.structure import LinearGroup
 from lynx_compile.passes.calibrate import Statistics, calibrate
 from lynx_compile.passes.compensate import compensate, load_weights
 from lynx_compile.passes.export import DenseOnnx, export

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from calib.digits_flux import digits
-from lynx_compile.models.flux import image_ids
+from calib.digits_flux.sampler import image_ids
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def main(
     conditioning = digits.make_conditioning(
         SETTINGS.text_tokens, SETTINGS.joint_attention_dim, SETTINGS.pooled_projection_dim, SETTINGS.seed
     )
-    save_file(conditioning, digits.CONDITIONING)
+    digits.save_conditioning(conditioning)
     run = Run.restored(CHECKPOINT) if resume else Run.started()
     if not resume:
         LOG.write_text("step,loss,learning_rate,seconds\n")

@@ -107,6 +107,11 @@ class Outputs:
             )
         return found
 
+    def part(self, name: str) -> Outputs:
+        """Those of one of several engines: of transformer_2 in wan.engine, wan.transformer_2.engine and so on."""
+        base = self.engine.name.removesuffix(SUFFIX)
+        return Outputs.chosen(self.engine.with_name(f"{base}.{name}{SUFFIX}"), self.cache / name)
+
     @property
     def files(self) -> tuple[Path, ...]:
         """All of them, without the cache."""

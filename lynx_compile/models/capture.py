@@ -64,7 +64,7 @@ def capture(
         InputError: an argument is not the pipeline's, a component is not there or never called, or a call cannot
             become a graph. StageError: the pipeline fails.
     """
-    runs = _runs(inputs, batch)
+    runs = runs_of(inputs, batch)
     arguments = dict(call or {})
     _check_arguments(pipe, [*arguments, *(name for run in runs for name in run)])
     if states_per_prompt is not None and states_per_prompt < 1:
@@ -82,7 +82,7 @@ def capture(
         recorder = Recorder(pipe, modules, writer, set(components), states_per_prompt, seed)
         try:
             with recorder.listening():
-                _run(pipe, arguments | runs[writer.done], recorder, _sample_seed(seed, writer.done))
+                call_pipeline(pipe, arguments | runs[writer.done], sample_seed(seed, writer.done), recorder)
             found = recorder.components() if writer.components is None else writer.components
             writer.finish(recorder.sample, found)
         finally:
@@ -92,14 +92,21 @@ def capture(
     return load(folder)
 
 
-def _run(pipe: Pipeline, arguments: dict[str, Any], recorder: Recorder, seed: int) -> None:
-    """Call the pipeline once."""
+def call_pipeline(
+    pipe: Pipeline, arguments: Mapping[str, Any], seed: int, recorder: Recorder | None = None
+) -> Any:
+    """Call the pipeline once. Its last latents are not decoded unless ``arguments`` say so.
+
+    Raises:
+        InputError: it refuses its arguments. StageError: it fails.
+    """
     known = call_parameters(pipe)
+    arguments = dict(arguments)
     if "generator" in known:
         arguments.setdefault("generator", torch.Generator().manual_seed(seed))
     if "output_type" in known:
         arguments.setdefault("output_type", "latent")
-    if "callback_on_step_end" in known and "callback_on_step_end" not in arguments:
+    if recorder is not None and "callback_on_step_end" in known and "callback_on_step_end" not in arguments:
         recorder.counts_steps = True
         arguments["callback_on_step_end"] = recorder.on_step_end
         if "callback_on_step_end_tensor_inputs" in known:
@@ -115,7 +122,7 @@ def _run(pipe: Pipeline, arguments: dict[str, Any], recorder: Recorder, seed: in
                 f"The {name} refuses its arguments ({_first_line(error)}).", "Correct 'call:'."
             ) from None
         try:
-            pipe(**placed)
+            return pipe(**placed)
         except LynxError:
             raise
         except ValueError as error:  # what pipelines raise when they check their arguments
@@ -146,8 +153,8 @@ def _placed(pipe: Pipeline, value: Any) -> Any:
     return value.to(pipe._execution_device, pipe.dtype if value.is_floating_point() else None)
 
 
-def _runs(inputs: Inputs, batch: int) -> list[dict[str, Any]]:
-    """The prompts' own arguments, run by run."""
+def runs_of(inputs: Inputs, batch: int) -> list[dict[str, Any]]:
+    """The prompts' own arguments, run by run; the last run is filled up from the first prompts."""
     if not inputs:
         raise InputError("There is no prompt.", "Give at least two of different length.")
     for row in inputs:
@@ -197,7 +204,7 @@ def _modules(pipe: Pipeline, names: Sequence[str]) -> dict[str, torch.nn.Module]
         return {name: modules[name] for name in names}
     found: dict[str, torch.nn.Module] = {}
     for name, module in modules.items():
-        if _may_denoise(name, module) and all(module is not other for other in found.values()):
+        if may_denoise(name, type(module)) and all(module is not other for other in found.values()):
             found[name] = module
     if not found:
         raise InputError(
@@ -206,12 +213,12 @@ def _modules(pipe: Pipeline, names: Sequence[str]) -> dict[str, torch.nn.Module]
     return found
 
 
-def _may_denoise(name: str, module: torch.nn.Module) -> bool:
-    kind = type(module)
+def may_denoise(name: str, kind: type) -> bool:
+    """Whether a component of this name and class may be the transformer: neither autoencoder nor encoder."""
     # What lives in a pipeline's own folder prepares its conditioning (projections, connectors, duration embedders).
     is_other = kind.__module__.startswith(("diffusers.models.autoencoders", "diffusers.pipelines."))
     return (
-        isinstance(module, ModelMixin) and not is_other and "encoder" not in f"{name} {kind.__name__}".lower()
+        issubclass(kind, ModelMixin) and not is_other and "encoder" not in f"{name} {kind.__name__}".lower()
     )
 
 
@@ -250,7 +257,8 @@ def _update(digest: Any, value: Any) -> None:
         digest.update(f"{type(value).__name__} {value!r} ".encode())
 
 
-def _sample_seed(seed: int, sample: int) -> int:
+def sample_seed(seed: int, sample: int) -> int:
+    """The seed of a run."""
     return int(np.random.SeedSequence([seed, sample]).generate_state(1, np.uint32)[0])
 
 

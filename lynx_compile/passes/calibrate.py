@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the model's denoising loop and gather the second moments that compensation needs, linear by linear."""
+"""Run the recorded calls again and gather the second moments that compensation needs, linear by linear."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lynx_compile.errors import InputError, StageError
+from lynx_compile.engine.arguments import flatten, parameters, spread, unflatten
+from lynx_compile.errors import StageError
 from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import save_tensors
-from lynx_compile.models import DiT, flux
+from lynx_compile.models.dit import DiT
+from lynx_compile.models.recording import Recording
 from lynx_compile.models.structure import is_pointwise
 from lynx_compile.ops.sparse_linear import keep_mask, norm_scale_of
 from lynx_compile.passes.select import SparsityPlan
@@ -67,37 +70,48 @@ class Measurement:
         return 4 * self.channels**2 * (3 if self.pruned else 1)
 
 
-def calibrate(dit: DiT, plan: SparsityPlan, recipe: Recipe, folder: Path, progress: Progress) -> Statistics:
-    """Measure what the plan's linears read over the recipe's calibration inputs, all denoising steps.
+def calibrate(
+    dit: DiT, plan: SparsityPlan, recording: Recording, recipe: Recipe, folder: Path, progress: Progress
+) -> Statistics:
+    """Measure what the plan's linears read, over the recorded calls that the engine serves.
 
-    Deterministic: prompts in order, noise and token choice from ``calibration.seed``. Moments that do
+    Deterministic: calls in their order, the choice of tokens from ``calibration.seed``. Moments that do
     not fit ``calibration.memory_gib`` together are gathered in several passes.
 
     Raises:
-        InputError: the calibration source is missing or does not fit the model.
         StageError: an activation is not finite.
     """
     wanted = measurements(plan)
-    conditioning = load_conditioning(Path(recipe.calibration.source), dit, recipe)
     passes = _passes(wanted, recipe.calibration.memory_gib)
-    total = len(passes) * recipe.calibration.samples * recipe.calibration.steps
+    calls = dit.calls.calls
     tokens: dict[Measurement, int] = {}
-    done = 0
-
-    def step_done(samples: int) -> None:
-        nonlocal done
-        done += samples
-        progress("denoising (samples x steps)", done, total)
-
-    for part in passes:
-        with _measured(dit.module, part, recipe) as moments, torch.inference_mode():
-            _denoise_all(dit, recipe, conditioning, step_done)
+    for number, part in enumerate(passes):
+        with _measured(dit.module, part, recipe) as moments:
+            for done, call in enumerate(calls):
+                progress("calls", number * len(calls) + done, len(passes) * len(calls))
+                replay(dit, recording.arguments(call))
         for one in part:
             statistics = moments[one.name].finish()
             tokens[one] = statistics.tokens
             save_tensors(_file(folder, one.name), _tensors(statistics))
+    progress("calls", len(passes) * len(calls), len(passes) * len(calls))
     _warn_if_few(tokens)
     return Statistics(folder, tuple(one.name for one in wanted))
+
+
+def replay(dit: DiT, arguments: Mapping[str, Any]) -> Any:
+    """The result of a recorded call, run again where the module is: in the engine's dtypes, or all in float32."""
+    known = parameters(type(dit.module).forward)
+    like = next(p for p in dit.module.parameters() if p.is_floating_point())
+    compiled = flatten(dit.arguments).tensors
+    flat = flatten(arguments)
+    tensors = {}
+    for name, tensor in flat.tensors.items():
+        floating = torch.float32 if like.dtype == torch.float32 else compiled[name].dtype
+        tensors[name] = tensor.to(like.device, floating if tensor.is_floating_point() else None)
+    args, kwargs = spread(known, unflatten(flat.structure, tensors))
+    with torch.inference_mode():
+        return dit.module(*args, **kwargs)
 
 
 def measurements(plan: SparsityPlan) -> tuple[Measurement, ...]:
@@ -109,71 +123,6 @@ def measurements(plan: SparsityPlan) -> tuple[Measurement, ...]:
         )
         found[group.name] = replace(first, pruned=first.pruned or group.operand == "activation")
     return tuple(found.values())
-
-
-def load_conditioning(path: Path, dit: DiT, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """The conditioning rows, one per prompt: {input name: [prompts, ...]}, checked against the model.
-
-    A safetensors file holds them ready made; of a text file every line is a prompt, encoded here.
-    """
-    needed = {name: dit.inputs[name] for name in ("encoder_hidden_states", "pooled_projections")}
-    if not path.is_file():
-        raise InputError(f"The calibration source {path} does not exist.", "Correct calibration.source.")
-    rows = _encode(path, dit, recipe) if path.suffix == ".txt" else _read_rows(path, tuple(needed))
-    for name, example in needed.items():
-        if (
-            rows[name].ndim != example.ndim
-            or rows[name].shape[1:] != example.shape[1:]
-            or not len(rows[name])
-        ):
-            raise InputError(
-                f"{path}: '{name}' has shape {list(rows[name].shape)}, the model and recipe want "
-                f"[prompts, {', '.join(map(str, example.shape[1:]))}].",
-                "Encode the prompts with this model's text encoders and at the recipe's shapes.text_length.",
-            )
-        if not torch.isfinite(rows[name]).all():
-            raise InputError(
-                f"{path}: '{name}' holds values that are not finite.", "Encode the prompts again."
-            )
-    if len({len(value) for value in rows.values()}) != 1:
-        raise InputError(
-            f"{path}: its tensors have different numbers of rows.", "Give one row per prompt in each."
-        )
-    return rows
-
-
-def _read_rows(path: Path, needed: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            missing = set(needed) - set(file.keys())
-            if missing:
-                raise InputError(
-                    f"{path} holds no '{sorted(missing)[0]}'.",
-                    f"It needs one row per prompt of {', '.join(needed)}.",
-                )
-            return {name: file.get_tensor(name) for name in needed}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is not a readable safetensors file ({error}).", "Write it anew.") from None
-
-
-def _encode(path: Path, dit: DiT, recipe: Recipe) -> dict[str, torch.Tensor]:
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text.", "Write one prompt a line.") from None
-    if not prompts:
-        raise InputError(f"{path} holds no prompt.", "Write one prompt a line.")
-    prompts = prompts[: recipe.calibration.samples]
-    try:
-        return flux.encode_prompts(
-            dit.model.source, dit.model.revision, prompts, recipe.shapes.text_length, dit.dtype
-        )
-    except Exception as error:  # a missing encoder, tokenizer or network: diffusers raises many kinds
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"The prompts in {path} cannot be encoded: {dit.model.source} has no usable text encoders ({reason}).",
-            "Use a complete checkpoint, or give encoded prompts as safetensors.",
-        ) from None
 
 
 @contextmanager
@@ -212,7 +161,7 @@ def _measure(
     choice: torch.Generator,
 ) -> None:
     tokens = x.reshape(-1, x.shape[-1])
-    limit = calibration.tokens_per_step * x.shape[0]
+    limit = calibration.tokens_per_call * x.shape[0]
     if len(tokens) > limit:
         tokens = tokens[torch.randperm(len(tokens), generator=choice)[:limit].to(tokens.device)]
     tokens = tokens.float()
@@ -230,30 +179,6 @@ def _measure(
     if sparsity.uses_norm_scale:
         pruned = pruned * norm_scale_of(tokens, keep)
     moments.add(tokens, pruned)
-
-
-def _denoise_all(
-    dit: DiT, recipe: Recipe, conditioning: Mapping[str, torch.Tensor], step_done: Callable[[int], None]
-) -> None:
-    """Denoise every calibration sample, in batches of the recipe's size; sample i takes prompt i mod prompts."""
-    parameter = next(dit.module.parameters())
-    noise = torch.Generator().manual_seed(recipe.calibration.seed)
-    prompts = len(conditioning["encoder_hidden_states"])
-    for start in range(0, recipe.calibration.samples, recipe.shapes.batch):
-        batch = min(recipe.shapes.batch, recipe.calibration.samples - start)
-        rows = [(start + i) % prompts for i in range(batch)]
-        latents = torch.randn(batch, *dit.inputs["hidden_states"].shape[1:], generator=noise)
-        inputs = {name: value[rows].to(parameter) for name, value in conditioning.items()}
-        inputs |= {name: dit.inputs[name].to(parameter.device) for name in ("img_ids", "txt_ids")}
-        if "guidance" in dit.inputs:
-            inputs["guidance"] = torch.full((batch,), recipe.calibration.guidance, device=parameter.device)
-
-        def transformer(batch: int = batch, **kwargs: torch.Tensor) -> torch.Tensor:
-            velocity: torch.Tensor = dit.module(**kwargs, return_dict=False)[0]
-            step_done(batch)
-            return velocity
-
-        flux.denoise(transformer, dit.scheduler, latents.to(parameter), inputs, recipe.calibration.steps)
 
 
 def _passes(wanted: tuple[Measurement, ...], memory_gib: float) -> list[tuple[Measurement, ...]]:
@@ -277,7 +202,7 @@ def _warn_if_few(tokens: Mapping[Measurement, int]) -> None:
         needed = TOKENS_PER_CHANNEL * worst.channels
         log.warning(
             "%d of %d inputs were calibrated on too few tokens: '%s' on %d, its %d channels need at least %d. "
-            "Raise calibration.samples %.1f-fold (or steps, or tokens_per_step).",
+            "Raise calibration.samples %.1f-fold (or tokens_per_call).",
             len(short), len(tokens), worst.name, short[worst], worst.channels, needed, needed / short[worst],
         )  # fmt: skip
 

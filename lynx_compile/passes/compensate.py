@@ -31,7 +31,7 @@ from lynx_compile.errors import StageError
 from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import save_tensors
-from lynx_compile.models import DiT
+from lynx_compile.models.dit import DiT
 from lynx_compile.models.structure import LinearGroup
 from lynx_compile.ops.sparse_linear import expand_low_rank
 from lynx_compile.passes.calibrate import Statistics

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lynx_compile import __version__
 from lynx_compile.engine import trt
+from lynx_compile.engine.arguments import dtype_of, flatten
 from lynx_compile.engine.manifest import (
     FORMAT_VERSION,
     BackendVersion,
@@ -24,30 +25,31 @@ from lynx_compile.engine.manifest import (
     Weights,
 )
 from lynx_compile.files.digest import Written
+from lynx_compile.models.calls import recorded_call
 from lynx_compile.passes.build import BuiltEngine
+from lynx_compile.passes.export import DenseOnnx
 from lynx_compile.passes.rewrite import LynxOnnx, SparseNode
 
 if TYPE_CHECKING:
     from lynx_compile.files.resume import Cost
-    from lynx_compile.models import DiT
+    from lynx_compile.models.dit import DiT
     from lynx_compile.recipe import Recipe
 
 
 def describe(
     recipe: Recipe,
     dit: DiT,
+    dense: DenseOnnx,
     lynx: LynxOnnx,
     built: BuiltEngine,
     written: Mapping[str, Written],
     costs: Mapping[str, Cost] | None = None,
-    call: Call | None = None,
 ) -> Manifest:
     """The manifest of an engine that ``build`` has made.
 
     Args:
         written: the files of ``lynx`` and ``built`` by their names, as they were written.
         costs: of the stages, in their order.
-        call: how torch calls the transformer; None where it is no torch module.
     """
     names = {tensor.name for tensor in built.inputs}
     assert names.issuperset(lynx.external_inputs), "build checks it"
@@ -72,14 +74,14 @@ def describe(
         weights=_weights(lynx, built, written),
         recipe_sha256=recipe.digest,
         source=Source(
-            model=dit.model.source,
-            subfolder=dit.model.subfolder,
-            revision=dit.model.revision,
-            family=dit.family,
-            config=dict(dit.config),
+            model=getattr(recipe.model, "source", str(dit.checkpoint.folder)),
+            subfolder=dit.component,
+            revision=getattr(recipe.model, "revision", None),
+            family=dit.checkpoint.class_name,
+            config=dict(dit.checkpoint.config),
             sha256=dit.digest,
         ),
-        call=call,
+        call=_call(dit, dense),
         costs=Path(recipe.sparsity.costs).name if recipe.sparsity.costs else None,
         sparse=tuple(_sparse(node) for node in lynx.sparse),
         dense=tuple(DenseLinear(linear=linear.path, reason=linear.reason) for linear in lynx.dense),
@@ -90,6 +92,15 @@ def describe(
         ),
         stages=tuple(Stage(name=name, **asdict(cost)) for name, cost in (costs or {}).items()),
     )
+
+
+def _call(dit: DiT, dense: DenseOnnx) -> Call | None:
+    """How torch calls the transformer: as it was recorded, in the dtypes that the engine takes."""
+    if dense.output is None:
+        return None
+    call = recorded_call(dit.recorded, dit.calls, dit.arguments, dense.output, dense.baked)
+    dtypes = {name: dtype_of(tensor) for name, tensor in flatten(dit.arguments).tensors.items()}
+    return call.model_copy(update={"tensors": dtypes})
 
 
 def _weights(lynx: LynxOnnx, built: BuiltEngine, written: Mapping[str, Written]) -> Weights:

@@ -24,16 +24,18 @@ from onnxscript.rewriter.rules.common import _no_op
 from lynx_compile.engine.arguments import Arguments, Structure, flatten, unflatten
 from lynx_compile.errors import LynxError, StageError
 from lynx_compile.files.resume import StageVersion
-from lynx_compile.models import DiT
+from lynx_compile.models.dit import DiT
 from lynx_compile.models.structure import is_linear
 from lynx_compile.models.trace import Baked, exportable
+from lynx_compile.ops.functions import OPSET
 
 EXPORT = StageVersion("export", 2, ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir"))
-OPSET = 18
 LINEAR_KEY = "lynx.linear"  # metadata of a node that came from a linear: its module path
 FOLDED_BYTES = (
     4096  # constants larger than this are weights; folding those would copy them and lose their names
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,10 @@ def export(dit: DiT, path: Path, dtype: torch.dtype | None = None) -> DenseOnnx:
         StageError: torch cannot trace the module, or the result is not valid ONNX.
     """
     dtype = dtype or dit.dtype
-    arguments = {**dit.inputs, "return_dict": False}
-    return export_module(dit.module_on_cpu(dtype), arguments, path, dtype, {"output.0": "velocity"})
+    dense = export_module(dit.module_on_cpu(dtype), dit.arguments, path, dtype)
+    for baked in dense.baked:
+        log.warning("%s", baked)
+    return dense
 
 
 def export_module(
@@ -69,7 +73,6 @@ def export_module(
     arguments: Mapping[str, Any],
     path: Path,
     dtype: torch.dtype | None = None,
-    renamed: Mapping[str, str] | None = None,
 ) -> DenseOnnx:
     """Trace any module at the (static) shapes of one call of it.
 
@@ -78,7 +81,6 @@ def export_module(
         arguments: of ``forward``, by name, nested as the caller gives them. Tensors become graph inputs, named by
             their path (``x.0``); everything else is constant.
         dtype: of the inputs in half precision; what they have by default.
-        renamed: other names for outputs, which are ``output``, or ``output.0`` and so on of a tuple.
 
     Raises:
         InputError: an argument is neither a tensor nor a plain constant.
@@ -90,8 +92,7 @@ def export_module(
     with _quiet(), torch.no_grad(), _tensors_only(module, flat.structure, example, results):
         with exportable(module, example) as baked:
             program = _traced(module, tuple(example.values()))
-        renamed = renamed or {}
-        outputs = [renamed.get(name, name) for name in results[-1].tensors]
+        outputs = list(results[-1].tensors)
         onnx_program = _translated(program, tuple(example.values()), list(example), outputs)
         _fold(onnx_program.model)
         linears = {path for path, submodule in module.named_modules() if is_linear(submodule)}

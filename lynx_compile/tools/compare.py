@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.comparator import (
     Comparator,
@@ -34,7 +33,6 @@ from polygraphy.comparator import (
 from polygraphy.exception import PolygraphyException
 from polygraphy.logger import G_LOGGER
 
-from lynx_compile import models
 from lynx_compile.engine import trt
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError, LynxError, StageError
@@ -45,8 +43,6 @@ from lynx_compile.files.outputs import Outputs
 from lynx_compile.files.ownership import LOCK, PRODUCER, SCRATCH
 from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import Display, silent
-from lynx_compile.models import DiT, flux
-from lynx_compile.passes.calibrate import load_conditioning
 from lynx_compile.recipe import Recipe
 from lynx_compile.solve.moments import relative_error
 from lynx_compile.tools import report
@@ -59,23 +55,22 @@ from lynx_compile.tools.comparison import (
     missed,
 )
 from lynx_compile.tools.compiled import Compiled
+from lynx_compile.tools.held_out import (
+    Sampler,
+    State,
+    Values,
+    calibration_calls,
+    draw,
+    open_sampler,
+    read_states,
+    record_held_out,
+    replaced,
+)
 from lynx_compile.tools.linear_graphs import Part, linear_graphs
 
-Values = dict[str, np.ndarray]
-OUTPUT = "velocity"
 BEST_PSNR = 200.0  # of two equal images, whose PSNR is infinite
 SHEET_COLUMNS, SHEET_PIXELS = 8, 192
 DIFFERENCE_GAIN = 4
-
-
-@dataclass(frozen=True)
-class State:
-    """A whole batch on the dense model's trajectory: the model's inputs, and what the dense model makes of them."""
-
-    step: int
-    timestep: float
-    feed: Values
-    velocity: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -108,9 +103,7 @@ def compare(
     compiled = Compiled.read(outputs, manifest.engine.sha256)
     recipe, limits = compiled.recipe, compiled.recipe.compare
     display = display or silent
-    dit = models.load(recipe)
-    conditioning = load_conditioning(Path(recipe.calibration.source), dit, recipe)
-    not_measured: dict[str, str] = {}
+    component, not_measured = manifest.source.subfolder, dict[str, str]()
     with (
         _quiet(),
         locked(outputs.cache / LOCK),
@@ -123,25 +116,38 @@ def compare(
             parts = linear_graphs(dense, lynx, manifest, recipe.calibration.memory_gib, folder)
             progress("copied", 1, 1)
         with display("dense") as progress:
-            states, dense_latents = _trajectory(_runner(dense, "dense"), recipe, dit, conditioning, progress)
+            sampler = open_sampler(recipe, outputs.cache / "converted")
+            if sampler is None:
+                recording = calibration_calls(recipe)
+                not_measured["held-out calls"] = "the recipe has a recording, and no pipeline to make others"
+            else:
+                recording = record_held_out(sampler, component, folder / "held-out", progress)
+            states = read_states(recording, component, manifest)
+            reference = _dense_outputs(_runner(dense, "dense"), states, progress)
         with display("output") as progress:
-            on_output = _output_errors(_runner(lynx, "lynx"), states, progress)
+            on_output = _output_errors(_runner(lynx, "lynx"), states, reference, progress)
         with display("linears") as progress:
             linears = _linear_errors(parts, manifest, _spread(states, limits.states), progress)
         with display("images") as progress:
-            _, lynx_latents = _trajectory(_runner(lynx, "lynx"), recipe, dit, conditioning, progress)
             images, metric, reasons = _images(
-                recipe, dense_latents, lynx_latents, conditioning, outputs.sheet, run_metric
+                sampler,
+                component,
+                manifest,
+                _runner(lynx, "lynx"),
+                outputs.sheet,
+                limits.metric,
+                run_metric,
+                progress,
             )
             not_measured |= reasons
         with display("engines") as progress:
-            engines, reason = _engines(outputs, recipe, manifest, states, folder, progress)
+            engines, reason = _engines(outputs, recipe, manifest, states, reference, folder, progress)
             not_measured |= {"engines": reason} if reason else {}
     comparison = Comparison(
         format_version=1,
         engine_sha256=manifest.engine.sha256,
         samples=limits.samples,
-        steps=recipe.calibration.steps,
+        steps=len(on_output),
         seed=limits.seed,
         states=min(limits.states, len(states)),
         linears=linears,
@@ -189,49 +195,27 @@ def _runner(path: Path, name: str) -> OnnxrtRunner:
     return OnnxrtRunner(SessionFromOnnx(str(path)), name=name)
 
 
-def _trajectory(
-    runner: Any, recipe: Recipe, dit: DiT, conditioning: Mapping[str, torch.Tensor], progress: Progress
-) -> tuple[list[State], torch.Tensor]:
-    """Denoise the samples with a model: every state on the way, and the latents at the end."""
-    batch, samples, steps = recipe.shapes.batch, recipe.compare.samples, recipe.calibration.steps
-    starts = range(0, samples, batch)  # the last batch is drawn whole: shapes are static
-    noise = torch.Generator().manual_seed(recipe.compare.seed)
-    fixed = {name: dit.inputs[name] for name in ("img_ids", "txt_ids")}
-    if "guidance" in dit.inputs:
-        fixed["guidance"] = torch.full((batch,), recipe.calibration.guidance)
-    states: list[State] = []
-    denoised = []
+def _dense_outputs(runner: Any, states: Sequence[State], progress: Progress) -> list[Values]:
+    """What the dense graph returns in every state."""
+    found = []
     with runner:
-        known = set(runner.get_input_metadata(use_numpy_dtypes=False))
-
-        def transformer(**inputs: torch.Tensor) -> torch.Tensor:
-            feed = {
-                name: value.float().contiguous().numpy() for name, value in inputs.items() if name in known
-            }
-            velocity = runner.infer(feed)[OUTPUT]
-            states.append(State(len(states) % steps, float(inputs["timestep"][0]), feed, velocity))
-            progress("denoising (batches x steps)", len(states), len(starts) * steps)
-            return torch.from_numpy(velocity)
-
-        for start in starts:
-            latents = torch.randn(batch, *dit.inputs["hidden_states"].shape[1:], generator=noise)
-            rows = _prompts(start, batch, conditioning)
-            inputs = {name: value[rows].float() for name, value in conditioning.items()} | fixed
-            denoised.append(flux.denoise(transformer, dit.scheduler, latents, inputs, steps))
-    return states, torch.cat(denoised)[:samples]
+        for done, state in enumerate(states):
+            found.append({name: np.array(value) for name, value in runner.infer(state.feed).items()})
+            progress("states", done + 1, len(states))
+    return found
 
 
-def _prompts(start: int, count: int, conditioning: Mapping[str, torch.Tensor]) -> list[int]:
-    """Sample i takes prompt i mod prompts, as in calibration."""
-    return [(start + i) % len(conditioning["encoder_hidden_states"]) for i in range(count)]
-
-
-def _output_errors(runner: Any, states: Sequence[State], progress: Progress) -> tuple[StepError, ...]:
-    dense = RunResults(
-        [("dense", [IterationResult({OUTPUT: s.velocity}, runner_name="dense") for s in states])]
-    )
+def _output_errors(
+    runner: Any, states: Sequence[State], dense: Sequence[Values], progress: Progress
+) -> tuple[StepError, ...]:
+    reference = RunResults([("dense", [IterationResult(values, runner_name="dense") for values in dense])])
     stream = Comparator.run([runner], data_loader=_feeds(states, progress), streaming=True)
-    return _by_step(states, [found[OUTPUT].error for found in _squares([dense, stream])])
+    return _by_step(states, [_whole(found) for found in _squares([reference, stream])])
+
+
+def _whole(found: Mapping[str, Squares]) -> float:
+    """The error of a state: that of its worst output, where the model has several."""
+    return max(squares.error for squares in found.values())
 
 
 def _linear_errors(
@@ -288,7 +272,7 @@ def _by_step(states: Sequence[State], errors: Sequence[float]) -> tuple[StepErro
     steps: dict[int, list[float]] = defaultdict(list)
     for state, error in zip(states, errors, strict=True):
         steps[state.step].append(error)
-    timesteps = {state.step: state.timestep for state in states}
+    timesteps = {state.step: state.time for state in states}
     return tuple(
         StepError(step=step, timestep=timesteps[step], error=_mean_square(found), worst=max(found))
         for step, found in sorted(steps.items())
@@ -312,41 +296,47 @@ def _feeds(states: Sequence[State], progress: Progress, part: int = 0, parts: in
 
 
 def _images(
-    recipe: Recipe,
-    dense_latents: torch.Tensor,
-    lynx_latents: torch.Tensor,
-    conditioning: Mapping[str, torch.Tensor],
+    sampler: Sampler | None,
+    component: str,
+    manifest: Manifest,
+    lynx: Any,
     sheet: Path,
+    metric: str | None,
     run_metric: bool,
+    progress: Progress,
 ) -> tuple[Images | None, dict[str, float] | None, dict[str, str]]:
     """PSNR, LPIPS and the sheet; the recipe's metric; and what could not be measured, with reasons."""
     reasons = {}
-    if recipe.compare.metric is None:
+    if metric is None:
         reasons["metric"] = "the recipe names none"
     elif not run_metric:
-        reasons["metric"] = f"{recipe.compare.metric} is code; allow it with --metric"
-    try:
-        dense, lynx = (models.to_images(recipe, latents).numpy() for latents in (dense_latents, lynx_latents))
-    except InputError as error:
-        return None, None, reasons | {"images": str(error), "LPIPS": "there are no images"}
-    psnr = [_value(pair, "psnr", PsnrCompareFunc()) for pair in zip(dense, lynx, strict=True)]
+        reasons["metric"] = f"{metric} is code; allow it with --metric"
+    if sampler is None:
+        why = "the recipe has a recording, and no pipeline to draw them"
+        return None, None, reasons | {"images": why, "LPIPS": "there are no images"}
+    dense_images = draw(sampler, progress)
+    with lynx, replaced(getattr(sampler.pipe, component), manifest, lynx.infer):
+        lynx_images = draw(sampler, progress)
+    if dense_images is None or lynx_images is None:
+        why = f"the {type(sampler.pipe).__name__} returns none"
+        return None, None, reasons | {"images": why, "LPIPS": "there are no images"}
+    pairs = list(zip(dense_images, lynx_images, strict=True))
+    psnr = [_value(pair, "psnr", PsnrCompareFunc()) for pair in pairs]
     lpips = None
     if importlib.util.find_spec("lpips") is None:
         reasons["LPIPS"] = "the Python package lpips is not installed"
     else:
-        scores = [
-            _value(pair, "lpips", PerceptualMetricsCompareFunc()) for pair in zip(dense, lynx, strict=True)
-        ]
+        scores = [_value(pair, "lpips", PerceptualMetricsCompareFunc()) for pair in pairs]
         lpips = statistics.fmean(s for s in scores if s is not None) if None not in scores else None
         if lpips is None:
             reasons["LPIPS"] = "lpips cannot use these images"
-    _write_sheet(dense, lynx, sheet)
-    metric = None
-    if recipe.compare.metric is not None and run_metric:
-        rows = np.array(_prompts(0, len(dense), conditioning))
-        metric = call_metric(recipe.compare.metric, dense, lynx, rows)
+    _write_sheet(dense_images, lynx_images, sheet)
+    numbers = None
+    if metric is not None and run_metric:
+        rows = np.arange(len(dense_images)) % sampler.prompts
+        numbers = call_metric(metric, dense_images, lynx_images, rows)
     scores_db = tuple(min(float(score), BEST_PSNR) for score in psnr if score is not None)
-    return Images(psnr=scores_db, lpips=lpips, sheet=sheet.name), metric, reasons
+    return Images(psnr=scores_db, lpips=lpips, sheet=sheet.name), numbers, reasons
 
 
 def _value(pair: tuple[np.ndarray, np.ndarray], field: str, compare_func: Any) -> float | None:
@@ -393,6 +383,7 @@ def _engines(
     recipe: Recipe,
     manifest: Manifest,
     states: Sequence[State],
+    reference: Sequence[Values],
     folder: Path,
     progress: Progress,
 ) -> tuple[tuple[EngineError, ...], str | None]:
@@ -409,12 +400,12 @@ def _engines(
             ("lynx", outputs.engine),
         )
         for kind, path in kinds:
-            velocities, times = run_engine(path, [state.feed for state in states], OUTPUT)
+            results, times = run_engine(path, [state.feed for state in states])
             given = [
-                RunResults([(name, [IterationResult({OUTPUT: value}, runner_name=name) for value in values])])
-                for name, values in (("onnx", [s.velocity for s in states]), (kind, velocities))
+                RunResults([(name, [IterationResult(value, runner_name=name) for value in values])])
+                for name, values in (("onnx", reference), (kind, results))
             ]
-            errors = _by_step(states, [found_[OUTPUT].error for found_ in _squares(given)])
+            errors = _by_step(states, [_whole(squares) for squares in _squares(given)])
             found.append(EngineError(kind=kind, steps=errors, milliseconds=1000 * statistics.median(times)))
             progress("engines", len(found), 2)
     except (LynxError, ImportError) as error:

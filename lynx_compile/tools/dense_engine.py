@@ -35,8 +35,8 @@ def build_dense_engine(recipe: Recipe, dense: Path, manifest: Manifest, path: Pa
 
 
 def run_engine(
-    path: Path, feeds: Sequence[dict[str, np.ndarray]], output: str
-) -> tuple[list[np.ndarray], list[float]]:
+    path: Path, feeds: Sequence[dict[str, np.ndarray]]
+) -> tuple[list[dict[str, np.ndarray]], list[float]]:
     """Run an engine on every feed: the outputs as float32, and the seconds that each took, copies included."""
     from lynx_compile.engine.runtime import Engine  # needs CUDA
 
@@ -46,7 +46,7 @@ def run_engine(
         for feed in feeds:
             given = {name: feed[name].astype(dtype) for name, dtype in dtypes.items()}
             start = time.perf_counter()
-            result = engine.run(given)[output]
+            outputs = engine.run(given)
             times.append(time.perf_counter() - start)
-            results.append(np.asarray(result).astype(np.float32))
+            results.append({name: np.asarray(value).astype(np.float32) for name, value in outputs.items()})
     return results, times

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from calib.digits_flux import classifier, digits, evaluate, metric, sampler, train
-from lynx_compile import models
 from lynx_compile.recipe import load_recipe
+from tests.conftest import flux_groups
 
 TRANSFORMER = sampler.MODEL / "transformer"
 MEGABYTE = 10**6
@@ -46,8 +46,8 @@ def test_config_is_that_of_the_settings():
 
 
 def test_every_candidate_linear_fits_the_sparse_op(model: FluxTransformer2DModel):
-    recipe = load_recipe(digits.HERE.parents[1] / "engines" / "digits-flux.yaml")
-    linears = [linear for linear in models.load(recipe).linears if linear.refusal is None]
+    groups = flux_groups(dict(model.config), side=digits.SIDE, text=8, batch=10)
+    linears = [linear for group in groups for linear in group.linears if linear.refusal is None]
     assert len(linears) == 2 * 12 + 4 * 5
     assert all(x.in_channels % 16 == 0 and x.out_channels % 8 == 0 for x in linears)
 

@@ -27,11 +27,10 @@ from lynx_compile.engine import trt
 from lynx_compile.engine import weights as weights_module
 from lynx_compile.engine.manifest import Tensor
 from lynx_compile.files.digest import Written, file_digest, written
-from lynx_compile.ops.functions import lynx_function
+from lynx_compile.ops.functions import OPSET, lynx_function
 from lynx_compile.ops.sparse_linear import padded_width
 from lynx_compile.passes.build import BuiltEngine
 from lynx_compile.passes.describe import describe
-from lynx_compile.passes.export import OPSET
 from lynx_compile.passes.rewrite import DenseLinear, LynxOnnx, SparseNode
 from tests.engine.fakes import FakeCuda, FakeTensorRT, ICudaEngine
 

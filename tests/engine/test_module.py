@@ -25,9 +25,9 @@ from lynx_compile.engine import cuda as cuda_module
 from lynx_compile.engine import trt
 from lynx_compile.engine.module import EngineModule
 from lynx_compile.errors import EngineError, InputError
-from lynx_compile.models import DiT
 from lynx_compile.models import flux as flux_model
 from lynx_compile.models import load as load_model
+from lynx_compile.models.dit import DiT
 from lynx_compile.passes.export import export
 from lynx_compile.passes.rewrite import LynxOnnx
 from lynx_compile.pipeline import compile

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from lynx_compile.models.flux import example_inputs
 
 from lynx_compile.errors import InputError
-from lynx_compile.models.flux import example_inputs
 from lynx_compile.models.structure import Structure, find_structure, is_linear
 from lynx_compile.models.weightless import Weightless
 from lynx_compile.tools.support.configurations import TINY, classes, example

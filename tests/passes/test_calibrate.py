@@ -6,33 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from safetensors.torch import save_file
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
 
-from lynx_compile import models
-from lynx_compile.errors import InputError, StageError
-from lynx_compile.models.flux import denoise
+from lynx_compile.errors import StageError
+from lynx_compile.models.dit import DiT
 from lynx_compile.ops.sparse_linear import keep_mask
-from lynx_compile.passes.calibrate import Statistics, calibrate, load_conditioning, measurements
+from lynx_compile.passes.calibrate import Statistics, calibrate, measurements
 from lynx_compile.passes.select import select
 from lynx_compile.recipe import Recipe, Sparsity, load_recipe
 from lynx_compile.solve.moments import PrunedStatistics
-from tests.conftest import TINY
+from tests.conftest import open_dit
 
 
-def _calibrate(recipe: Recipe, folder: Path, dit: models.DiT | None = None, **changes: object) -> Statistics:
+def _calibrate(recipe: Recipe, folder: Path, dit: DiT | None = None, **changes: object) -> Statistics:
     calibration = recipe.calibration.model_copy(update=changes)
     recipe = recipe.model_copy(update={"calibration": calibration})
-    dit = dit or models.load(recipe)
-    return calibrate(dit, select(dit.groups, recipe.sparsity), recipe, folder, lambda *_: None)
+    opened, recording = open_dit(recipe)
+    dit = dit or opened
+    return calibrate(dit, select(dit.groups, recipe.sparsity), recording, recipe, folder, lambda *_: None)
 
 
 @pytest.fixture
@@ -43,7 +33,7 @@ def recipe(tiny: Path) -> Recipe:
 
 
 def test_moments_are_those_of_the_linears_input_over_the_whole_loop(recipe: Recipe, tmp_path: Path) -> None:
-    dit = models.load(recipe)
+    dit, _ = open_dit(recipe)
     seen: list[torch.Tensor] = []
     linear = dit.module.get_submodule("transformer_blocks.0.ff.net.2")
     handle = linear.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].flatten(0, -2)))
@@ -67,7 +57,7 @@ def test_only_what_the_plan_needs_is_gathered(recipe: Recipe, tmp_path: Path) ->
     """Where every reader of a tensor has pruned weights, the moments of pruned activations are not."""
     sparsity = Sparsity(operand={"*.ff.net.2": "activation", "*.to_q": "activation", "*": "weight"})
     recipe = recipe.model_copy(update={"sparsity": sparsity})
-    dit = models.load(recipe)
+    dit, _ = open_dit(recipe)
     plan = select(dit.groups, sparsity)
     statistics = _calibrate(recipe, tmp_path, dit)
     pruned = {name for name in statistics.groups if isinstance(statistics.load(name), PrunedStatistics)}
@@ -102,8 +92,8 @@ def test_several_passes_give_what_one_gives(recipe: Recipe, tmp_path: Path) -> N
         assert torch.equal(one.load(group).xx, many.load(group).xx)
 
 
-def test_tokens_per_step_limits_the_tokens(recipe: Recipe, tmp_path: Path) -> None:
-    statistics = _calibrate(recipe, tmp_path, tokens_per_step=5)
+def test_tokens_per_call_limits_the_tokens(recipe: Recipe, tmp_path: Path) -> None:
+    statistics = _calibrate(recipe, tmp_path, tokens_per_call=5)
     assert statistics.load("transformer_blocks.0.attn.to_q").tokens == 6 * 4 * 5
     assert statistics.load("transformer_blocks.0.attn.add_q_proj").tokens == 6 * 4 * 4  # 4 text tokens
 
@@ -118,124 +108,8 @@ def test_too_few_tokens_are_one_warning_with_the_number_needed(
 
 
 def test_hooks_are_gone_even_after_an_error(recipe: Recipe, tmp_path: Path) -> None:
-    dit = models.load(recipe)
+    dit, _ = open_dit(recipe)
     dit.module.get_submodule("transformer_blocks.0.ff.net.0.proj").weight[0, 0] = torch.nan
     with pytest.raises(StageError, match="'transformer_blocks.0.ff.net.2' is not finite.*bf16"):
         _calibrate(recipe, tmp_path, dit)
     assert not any(module._forward_pre_hooks for module in dit.module.modules())
-
-
-def test_denoise_is_the_pipelines_loop() -> None:
-    """Latents against ``FluxPipeline`` itself, with the timestep shift of FLUX.1-dev."""
-    torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(**TINY).eval()
-    options = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
-    parts = {
-        "vae": None,
-        "text_encoder": None,
-        "tokenizer": None,
-        "text_encoder_2": None,
-        "tokenizer_2": None,
-    }
-    pipeline = FluxPipeline(FlowMatchEulerDiscreteScheduler(**options), transformer=transformer, **parts)
-    latents, text, pooled = torch.randn(1, 16, 4), torch.randn(1, 4, 32), torch.randn(1, 16)
-    expected = pipeline(
-        prompt_embeds=text, pooled_prompt_embeds=pooled, latents=latents, height=64, width=64, num_inference_steps=5,
-        guidance_scale=3.5, output_type="latent",
-    ).images  # fmt: skip
-    conditioning = {
-        "encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": torch.zeros(4, 3),
-        "img_ids": models.flux.image_ids(4, 4), "guidance": torch.full((1,), 3.5),
-    }  # fmt: skip
-    with torch.no_grad():
-        got = denoise(
-            lambda **inputs: transformer(**inputs, return_dict=False)[0],
-            FlowMatchEulerDiscreteScheduler(**options), latents, conditioning, 5,
-        )  # fmt: skip
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_prompts_are_encoded_by_the_checkpoints_encoders(tmp_path: Path) -> None:
-    pipeline = _pipeline_with_text_encoders()
-    pipeline.save_pretrained(tmp_path / "model")
-    (tmp_path / "prompts.txt").write_text("a fox\n\n  two owls \n")
-    (tmp_path / "r.yaml").write_text(
-        "model: {source: model, dtype: fp16}\nshapes: {height: 16, width: 16, text_length: 6}\n"
-        "calibration: {source: prompts.txt}\n"
-    )
-    recipe = load_recipe(tmp_path / "r.yaml")
-    rows = load_conditioning(tmp_path / "prompts.txt", models.load(recipe), recipe)
-    text, pooled, _ = pipeline.encode_prompt(prompt="two owls", prompt_2=None, max_sequence_length=6)
-    assert rows["encoder_hidden_states"].shape == (2, 6, 32) and rows["pooled_projections"].shape == (2, 16)
-    torch.testing.assert_close(
-        rows["encoder_hidden_states"][1].float(), text[0].float(), rtol=0.05, atol=0.05
-    )
-    torch.testing.assert_close(rows["pooled_projections"][1].float(), pooled[0].float(), rtol=0.05, atol=0.05)
-
-
-def _pipeline_with_text_encoders() -> FluxPipeline:
-    torch.manual_seed(0)
-    characters = [chr(i) for i in range(33, 127)]
-    vocabulary = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
-    clip = CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        projection_dim=16, bos_token_id=188, eos_token_id=189,
-    )  # fmt: skip
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in characters)]
-    t5 = T5Config(vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        text_encoder=CLIPTextModel(clip).eval(),
-        tokenizer=CLIPTokenizer(
-            vocab={c: i for i, c in enumerate(vocabulary)}, merges=[], model_max_length=77
-        ),
-        text_encoder_2=T5EncoderModel(t5).eval(),
-        tokenizer_2=T5TokenizerFast(vocab=pieces, extra_ids=0),
-        transformer=FluxTransformer2DModel(**TINY),
-    )
-
-
-def _good() -> dict[str, torch.Tensor]:
-    return {"encoder_hidden_states": torch.randn(3, 4, 32), "pooled_projections": torch.randn(3, 16)}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"pooled_projections": None}, "holds no 'pooled_projections'"),
-        (
-            {"encoder_hidden_states": torch.randn(3, 5, 32)},
-            r"has shape \[3, 5, 32\], the model and recipe want",
-        ),
-        ({"pooled_projections": torch.randn(3, 17)}, r"want \[prompts, 16\]"),
-        ({"pooled_projections": torch.randn(2, 16)}, "different numbers of rows"),
-        ({"pooled_projections": torch.full((3, 16), torch.nan)}, "values that are not finite"),
-        ({"pooled_projections": torch.zeros(0, 16)}, "has shape"),
-    ],
-)
-def test_bad_conditioning(recipe: Recipe, tmp_path: Path, change: dict, message: str) -> None:  # type: ignore[type-arg]
-    path = tmp_path / "prompts.safetensors"
-    save_file({name: value for name, value in (_good() | change).items() if value is not None}, path)
-    with pytest.raises(InputError, match=message):
-        load_conditioning(path, models.load(recipe), recipe)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("none.safetensors", None, "does not exist"),
-        ("cut.safetensors", b"\x10\x00", "is not a readable safetensors file"),
-        ("pickle.safetensors", b"\x80\x04cos\nsystem\n", "is not a readable safetensors file"),
-        ("empty.txt", b"\n \n", "holds no prompt"),
-        ("latin.txt", b"\xff\xfe\xfa", "is not UTF-8 text"),
-        ("prompts.txt", b"a fox\n", "has no usable text encoders"),
-    ],
-)
-def test_bad_calibration_files(
-    recipe: Recipe, tmp_path: Path, name: str, content: bytes | None, message: str
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        load_conditioning(tmp_path / name, models.load(recipe), recipe)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lynx_compile.errors import StageError
-from lynx_compile.models import Linear
+from lynx_compile.models.structure import Linear
 from lynx_compile.ops.sparse_linear import collapse_low_rank, keep_mask, norm_scale_of, sparse_linear
 from lynx_compile.passes.compensate import SparseLinearWeights, load_weights, solve
 from lynx_compile.passes.compensate import _require_range as require_range

@@ -19,8 +19,7 @@ import torch
 from onnx import TensorProto
 from torch.nn import functional
 
-from lynx_compile import models
-from lynx_compile.models import Linear, LinearGroup
+from lynx_compile.models.structure import Linear, LinearGroup
 from lynx_compile.ops.functions import DOMAIN, GATED_OP, GELU_OP, NORM_OP, OP
 from lynx_compile.ops.sparse_linear import expand_low_rank
 from lynx_compile.passes import rewrite as rewrite_module
@@ -30,6 +29,7 @@ from lynx_compile.passes.export import DenseOnnx, export
 from lynx_compile.passes.rewrite import LynxOnnx, rewrite
 from lynx_compile.passes.select import SparsityPlan, select
 from lynx_compile.recipe import Sparsity, load_recipe
+from tests.conftest import open_dit
 
 BATCH, TOKENS, CHANNELS, HIDDEN = 2, 8, 64, 128
 
@@ -56,7 +56,7 @@ GROUPS = (("q", "up", "gate", "value"), ("down",), ("gated_down",))
 
 
 def _block(dtype: torch.dtype = torch.float32, **sizes: int) -> Any:
-    """A ``models.DiT`` as far as export and rewrite read one."""
+    """A ``DiT`` as far as export and rewrite read one."""
     torch.manual_seed(0)
     module = Block(**sizes)
     channels = module.q.in_features
@@ -70,6 +70,7 @@ def _block(dtype: torch.dtype = torch.float32, **sizes: int) -> Any:
         module_on_cpu=lambda dtype: copy.deepcopy(module).to(dtype),
         dtype=dtype,
         inputs={name: value.to(dtype) for name, value in inputs.items()},
+        arguments={name: value.to(dtype) for name, value in inputs.items()},
         groups=groups,
         linears=[linear for group in groups for linear in group.linears],
     )
@@ -388,7 +389,7 @@ def test_what_only_resembles_a_gated_silu_stays_in_the_graph(
 def flux(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """The tiny FLUX in float32."""
     folder = tmp_path_factory.mktemp("flux")
-    dit = models.load(load_recipe(tiny / "tiny.yaml"))
+    dit = open_dit(load_recipe(tiny / "tiny.yaml"))[0]
     return _pair(dit, export(dit, folder / "dense.onnx", torch.float32), folder)
 
 

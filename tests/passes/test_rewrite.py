@@ -16,8 +16,10 @@ import torch
 from onnx import TensorProto
 from safetensors.torch import load_file
 
-from lynx_compile import models
 from lynx_compile.errors import StageError
+from lynx_compile.models.dit import DiT
+from lynx_compile.models.recording import Recording
+from lynx_compile.models.structure import Linear, LinearGroup
 from lynx_compile.ops.functions import DOMAIN, NORM_OP, OP, lynx_function
 from lynx_compile.ops.sparse_linear import Norm, expand_low_rank, keep_mask, produce, sparse_linear
 from lynx_compile.passes.calibrate import calibrate
@@ -27,12 +29,14 @@ from lynx_compile.passes.export import LINEAR_KEY, DenseOnnx, export
 from lynx_compile.passes.rewrite import LynxOnnx, rewrite
 from lynx_compile.passes.select import SparsityPlan, select
 from lynx_compile.recipe import Recipe, Sparsity, load_recipe
+from tests.conftest import open_dit
 
 
 @dataclass(frozen=True)
 class Compiled:
     recipe: Recipe
-    dit: models.DiT
+    dit: DiT
+    recording: Recording
     plan: SparsityPlan
     weights: tuple[Path, ...]
     dense: DenseOnnx
@@ -45,15 +49,17 @@ def compiled(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     recipe = load_recipe(tiny / "tiny.yaml")
     recipe = recipe.model_copy(update={"sparsity": Sparsity(rank=16, norm_scale=True)})
     folder = tmp_path_factory.mktemp("compiled")
-    dit = models.load(recipe)
+    dit, recording = open_dit(recipe)
     plan = select(dit.groups, recipe.sparsity)
-    statistics = calibrate(dit, plan, recipe, folder / "statistics", lambda *_: None)
+    statistics = calibrate(dit, plan, recording, recipe, folder / "statistics", lambda *_: None)
     weights = compensate(dit, plan, statistics, recipe.sparsity, folder / "weights", lambda *_: None)
     dense = export(dit, folder / "dense.onnx", torch.float32)
-    return Compiled(recipe, dit, plan, weights, dense, rewrite(dense, plan, weights, folder / "tiny.onnx"))
+    return Compiled(
+        recipe, dit, recording, plan, weights, dense, rewrite(dense, plan, weights, folder / "tiny.onnx")
+    )
 
 
-def _feed(dit: models.DiT, dtype: torch.dtype) -> dict[str, np.ndarray]:
+def _feed(dit: DiT, dtype: torch.dtype) -> dict[str, np.ndarray]:
     return {n: (v.to(dtype) if v.dtype == dit.dtype else v).numpy() for n, v in dit.inputs.items()}
 
 
@@ -252,7 +258,9 @@ def test_sparse_output_is_nearer_to_dense_than_naive(compiled: Compiled, tmp_pat
     feed = _feed(compiled.dit, torch.float32)
     dense, joint = _run(compiled.dense.path, feed)[0], _run(compiled.lynx.path, feed)[0]
     recipe, plan = compiled.recipe, compiled.plan
-    statistics = calibrate(compiled.dit, plan, recipe, tmp_path / "statistics", lambda *_: None)
+    statistics = calibrate(
+        compiled.dit, plan, compiled.recording, recipe, tmp_path / "statistics", lambda *_: None
+    )
     none = Sparsity(method="none", norm_scale=True)
     weights = compensate(compiled.dit, compiled.plan, statistics, none, tmp_path / "w", lambda *_: None)
     naive = rewrite(compiled.dense, compiled.plan, weights, tmp_path / "naive.onnx")
@@ -372,8 +380,8 @@ def test_forms_of_a_linear(tmp_path: Path, form: str) -> None:
     path = tmp_path / "dense.onnx"
     onnx.save(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 18)], ir_version=10), path)
 
-    linear = models.Linear("fc", 16, 8, has_bias, None)
-    group = models.LinearGroup("fc", (linear,), 5)
+    linear = Linear("fc", 16, 8, has_bias, None)
+    group = LinearGroup("fc", (linear,), 5)
     plan = select((group,), Sparsity(operand="activation"))
     solved = SparseLinearWeights(
         ("fc",), (8,), expand_low_rank(weight, torch.zeros(8, 0)), torch.zeros(1, 16),

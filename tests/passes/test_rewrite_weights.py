@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lynx_compile import models
+from lynx_compile.models.dit import DiT
 from lynx_compile.ops.functions import DOMAIN, NORM_OP, OP, WEIGHT_OP
 from lynx_compile.ops.sparse_weight_linear import sparse_weight_linear, unpack_weight
 from lynx_compile.passes.calibrate import calibrate
@@ -23,6 +23,7 @@ from lynx_compile.passes.export import DenseOnnx, export
 from lynx_compile.passes.rewrite import LynxOnnx, rewrite
 from lynx_compile.passes.select import select
 from lynx_compile.recipe import Sparsity, load_recipe
+from tests.conftest import open_dit
 
 MIXED = {
     "single_*.to_[qk]": "weight",
@@ -34,23 +35,24 @@ Compile = Callable[..., LynxOnnx]
 
 
 @pytest.fixture(scope="module")
-def dit(tiny: Path) -> models.DiT:
-    return models.load(load_recipe(tiny / "tiny.yaml"))
+def dit(tiny: Path) -> DiT:
+    return open_dit(load_recipe(tiny / "tiny.yaml"))[0]
 
 
 @pytest.fixture(scope="module")
-def dense(dit: models.DiT, tmp_path_factory: pytest.TempPathFactory) -> DenseOnnx:
+def dense(dit: DiT, tmp_path_factory: pytest.TempPathFactory) -> DenseOnnx:
     return export(dit, tmp_path_factory.mktemp("dense") / "dense.onnx", torch.float32)
 
 
 @pytest.fixture(scope="module")
-def compile_(
-    dit: models.DiT, dense: DenseOnnx, tiny: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Compile:
+def compile_(dit: DiT, dense: DenseOnnx, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Compile:
     """Compensates and rewrites on moments that are measured once: they do not depend on the operand."""
     recipe = load_recipe(tiny / "tiny.yaml")
+    _, recording = open_dit(recipe)
     everything = select(dit.groups, Sparsity(operand="activation"))
-    statistics = calibrate(dit, everything, recipe, tmp_path_factory.mktemp("statistics"), lambda *_: None)
+    statistics = calibrate(
+        dit, everything, recording, recipe, tmp_path_factory.mktemp("statistics"), lambda *_: None
+    )
 
     def run(sparsity: Sparsity, **options: object) -> LynxOnnx:
         folder = tmp_path_factory.mktemp("compiled")
@@ -67,7 +69,7 @@ def pruned(compile_: Compile) -> LynxOnnx:
     return compile_(Sparsity(operand="weight"))
 
 
-def _feed(dit: models.DiT) -> dict[str, np.ndarray]:
+def _feed(dit: DiT) -> dict[str, np.ndarray]:
     return {n: (v.float() if v.dtype == dit.dtype else v).numpy() for n, v in dit.inputs.items()}
 
 
@@ -77,7 +79,7 @@ def _run(
     return ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(outputs, feed)
 
 
-def _distance(lynx: LynxOnnx, dense: DenseOnnx, dit: models.DiT) -> float:
+def _distance(lynx: LynxOnnx, dense: DenseOnnx, dit: DiT) -> float:
     expected, got = (_run(path, _feed(dit))[0] for path in (dense.path, lynx.path))
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
@@ -88,7 +90,7 @@ def _attributes(lynx: LynxOnnx) -> dict[str, dict[str, int]]:
 
 
 def test_all_candidates_are_pruned_weights_near_the_dense_model(
-    pruned: LynxOnnx, compile_: Compile, dense: DenseOnnx, dit: models.DiT
+    pruned: LynxOnnx, compile_: Compile, dense: DenseOnnx, dit: DiT
 ) -> None:
     assert {(node.op, node.rank, node.norm_scale) for node in pruned.sparse} == {(WEIGHT_OP, 0, False)}
     assert {node.producer for node in pruned.sparse} == {None}
@@ -101,7 +103,7 @@ def test_all_candidates_are_pruned_weights_near_the_dense_model(
     assert refitted < 0.8 * _distance(compile_(Sparsity(operand="weight", method="none")), dense, dit)
 
 
-def test_each_node_equals_the_definition_on_the_same_input(pruned: LynxOnnx, dit: models.DiT) -> None:
+def test_each_node_equals_the_definition_on_the_same_input(pruned: LynxOnnx, dit: DiT) -> None:
     model = onnx.load(pruned.path)
     nodes = [node for node in model.graph.node if node.op_type == WEIGHT_OP]
     wanted = [name for node in nodes for name in (node.input[0], node.output[0])]
@@ -118,7 +120,7 @@ def test_each_node_equals_the_definition_on_the_same_input(pruned: LynxOnnx, dit
         assert np.abs(y - expected).max() <= 1e-5 * max(np.abs(expected).max(), 1)
 
 
-def test_merged_weights_are_the_linears_own_with_gelu_last(pruned: LynxOnnx, dit: models.DiT) -> None:
+def test_merged_weights_are_the_linears_own_with_gelu_last(pruned: LynxOnnx, dit: DiT) -> None:
     node = next(n for n in pruned.sparse if "single_transformer_blocks.0.proj_mlp" in n.linears)
     assert [path.split(".")[-1] for path in node.linears] == ["to_q", "to_k", "to_v", "proj_mlp"]
     assert (node.out_channels, node.activation, node.activation_from) == (448, 1, 192)
@@ -130,7 +132,7 @@ def test_merged_weights_are_the_linears_own_with_gelu_last(pruned: LynxOnnx, dit
 
 
 def test_a_mixed_recipe_splits_the_group_into_two_nodes(
-    compile_: Compile, pruned: LynxOnnx, dense: DenseOnnx, dit: models.DiT
+    compile_: Compile, pruned: LynxOnnx, dense: DenseOnnx, dit: DiT
 ) -> None:
     mixed = compile_(Sparsity(operand=MIXED))
     ops = {linear: node.op for node in mixed.sparse for linear in node.linears}
@@ -152,7 +154,7 @@ def test_a_mixed_recipe_splits_the_group_into_two_nodes(
 
 
 def test_the_layout_is_in_the_file_and_changes_only_the_metadata(
-    compile_: Compile, pruned: LynxOnnx, dit: models.DiT
+    compile_: Compile, pruned: LynxOnnx, dit: DiT
 ) -> None:
     hopper = compile_(Sparsity(operand="weight"), metadata_layout=90)
     for lynx, layout in ((pruned, 80), (hopper, 90)):
@@ -166,7 +168,7 @@ def test_the_layout_is_in_the_file_and_changes_only_the_metadata(
 
 
 def test_a_wrong_layout_spoils_the_result(
-    pruned: LynxOnnx, dense: DenseOnnx, dit: models.DiT, tmp_path: Path
+    pruned: LynxOnnx, dense: DenseOnnx, dit: DiT, tmp_path: Path
 ) -> None:
     model = onnx.load(pruned.path)
     for node in model.graph.node:
@@ -179,7 +181,7 @@ def test_a_wrong_layout_spoils_the_result(
 
 
 def test_external_weights_become_inputs_with_the_same_result(
-    compile_: Compile, pruned: LynxOnnx, dit: models.DiT
+    compile_: Compile, pruned: LynxOnnx, dit: DiT
 ) -> None:
     lynx = compile_(Sparsity(operand="weight"), external=True)
     tensors = load_file(lynx.weights_path)
@@ -194,11 +196,12 @@ def test_external_weights_become_inputs_with_the_same_result(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_files_hold_the_rounded_values(
-    dit: models.DiT, pruned: LynxOnnx, tiny: Path, tmp_path: Path, dtype: torch.dtype
+    dit: DiT, pruned: LynxOnnx, tiny: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     recipe, sparsity = load_recipe(tiny / "tiny.yaml"), Sparsity(operand="weight")
+    _, recording = open_dit(recipe)
     plan = select(dit.groups, sparsity)
-    statistics = calibrate(dit, plan, recipe, tmp_path / "statistics", lambda *_: None)
+    statistics = calibrate(dit, plan, recording, recipe, tmp_path / "statistics", lambda *_: None)
     weights = compensate(dit, plan, statistics, sparsity, tmp_path / "weights", lambda *_: None)
     half_dense = export(dit, tmp_path / "dense.onnx", dtype)
     half = rewrite(half_dense, plan, weights, tmp_path / "half.onnx")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lynx_compile.errors import InputError
-from lynx_compile.models import Linear, LinearGroup
+from lynx_compile.models.structure import Linear, LinearGroup
 from lynx_compile.passes.select import Decision, select
 from lynx_compile.recipe import Sparsity
 from tests.conftest import tiny_groups, write_costs

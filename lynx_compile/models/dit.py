@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transformer to compile: its checkpoint, the call that is compiled, and its linears."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from lynx_compile.engine.arguments import flatten, unflatten
+from lynx_compile.models.checkpoint import Checkpoint
+from lynx_compile.models.recording import Axis, Component, Group, Recording
+from lynx_compile.models.structure import Linear, LinearGroup, find_structure
+from lynx_compile.models.weightless import Weightless
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DiT:
+    """A diffusion transformer. Its weights are loaded when ``module`` is first asked for.
+
+    ``recorded``: how its pipeline calls it. ``component``: its name there. ``calls``: the recorded calls that one graph
+    serves. ``arguments``: those of ``forward`` that are compiled, nested; floating tensors have the dtypes of the
+    engine's inputs.
+    ``groups``: every linear of the module, grouped by the tensor it reads. ``digest``: of the checkpoint.
+    """
+
+    checkpoint: Checkpoint
+    recorded: Component
+    digest: str
+    component: str
+    calls: Group
+    dtype: torch.dtype
+    arguments: Mapping[str, Any]
+    groups: tuple[LinearGroup, ...]
+
+    @cached_property
+    def module(self) -> torch.nn.Module:
+        """In float32 on a CPU, in the engine's dtype on a GPU."""
+        on_gpu = torch.cuda.is_available()
+        return self.checkpoint.load(self.dtype if on_gpu else torch.float32, "cuda" if on_gpu else "cpu")
+
+    def module_on_cpu(self, dtype: torch.dtype) -> torch.nn.Module:
+        """The module on the CPU in ``dtype``: ``module`` if it is that already, else read anew, not copied."""
+        loaded: torch.nn.Module | None = self.__dict__.get("module")
+        if loaded is not None:
+            parameter = next(loaded.parameters())
+            if (parameter.dtype, parameter.device.type) == (dtype, "cpu"):
+                return loaded
+        return self.checkpoint.load(dtype)
+
+    def release(self) -> None:
+        """Forget ``module``, whose memory a later stage needs; it is read again where it is asked for again."""
+        self.__dict__.pop("module", None)
+        gc.collect()  # a module and its hooks refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """The tensors of ``arguments`` by their flat names: the graph's inputs."""
+        return flatten(self.arguments).tensors
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return tuple(linear for group in self.groups for linear in group.linears)
+
+
+def find_dit(checkpoint: Checkpoint, recording: Recording, component: str, dtype: torch.dtype) -> DiT:
+    """The transformer ``component`` as its pipeline calls it most.
+
+    Raises:
+        InputError: the module cannot be run without weights, or not in ``dtype``.
+    """
+    calls = _main_group(recording, component)
+    arguments = recording.arguments(calls.calls[0])
+    if any(p.name == "return_dict" for p in recording.component(component).parameters):
+        arguments["return_dict"] = True  # both forms of the result can be made from this one
+    arguments = _padded(arguments, calls.axes)
+    skeleton = checkpoint.build("meta", torch.float32)
+    structure = find_structure(skeleton, arguments, lambda: checkpoint.load(torch.float32))
+    return DiT(
+        checkpoint=checkpoint,
+        recorded=recording.component(component),
+        digest=checkpoint.digest(),
+        component=component,
+        calls=calls,
+        dtype=dtype,
+        arguments=in_engine_dtypes(checkpoint, arguments, dtype),
+        groups=structure.groups,
+    )
+
+
+def _main_group(recording: Recording, component: str) -> Group:
+    """The graph that most calls need. The others are not compiled, and the user is told so."""
+    groups = recording.groups(component)
+    main = max(groups, key=lambda group: group.calls_made)
+    if len(groups) > 1:
+        total = sum(group.calls_made for group in groups)
+        log.warning(
+            "'%s' is called in %d different ways; the engine serves %d of %d calls. %s",
+            component, len(groups), main.calls_made, total, " ".join(recording.describe()),
+        )  # fmt: skip
+    return main
+
+
+def _padded(arguments: Mapping[str, Any], axes: Sequence[Axis]) -> dict[str, Any]:
+    """The arguments at the greatest length of every axis that a mask lets pad; what the mask leaves out is zero."""
+    flat = flatten(arguments)
+    tensors = dict(flat.tensors)
+    for axis in axes:
+        if axis.mask is None:
+            log.warning(
+                "'%s' has between %d and %d entries along axis %d, and no mask that would tell padding: the engine is "
+                "for %d alone.",
+                axis.tensor, axis.smallest, axis.largest, axis.axis, tensors[axis.tensor].shape[axis.axis],
+            )  # fmt: skip
+            continue
+        tensor = tensors[axis.tensor]
+        missing = [0, 0] * (tensor.ndim - 1 - axis.axis) + [0, axis.largest - tensor.shape[axis.axis]]
+        tensors[axis.tensor] = torch.nn.functional.pad(tensor, missing)
+    return dict(unflatten(flat.structure, tensors))
+
+
+def in_engine_dtypes(
+    checkpoint: Checkpoint, arguments: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, Any]:
+    """Arguments of a float32 pipeline as the engine takes them: ``dtype``, but float32 where the module takes that.
+
+    A pipeline that was recorded in half precision has decided that itself. Elsewhere each floating input is tried in
+    float32 without weights: what a linear of ``dtype`` reads cannot be, times and positions can.
+
+    Raises:
+        InputError: the module does not run in ``dtype``.
+    """
+    flat = flatten(arguments)
+    halves = {n: t.to(dtype) if _is_half(t) else t for n, t in flat.tensors.items()}
+    if any(_is_half(t) for t in flat.tensors.values()):
+        return dict(unflatten(flat.structure, halves))
+    floats = [name for name, t in flat.tensors.items() if t.is_floating_point()]
+    skeleton = checkpoint.build("meta", dtype)
+    everything = halves | {name: halves[name].to(dtype) for name in floats}
+    expected = _result_dtypes(skeleton, flat.structure, everything)
+    if expected is None:
+        log.warning(
+            "Which inputs the model takes in float32 cannot be told without its weights: all have %s.", dtype
+        )
+        return dict(unflatten(flat.structure, everything))
+    kept = {
+        name: halves[name].float()
+        for name in floats
+        if _result_dtypes(skeleton, flat.structure, everything | {name: halves[name].float()}) == expected
+    }
+    return dict(unflatten(flat.structure, everything | kept))
+
+
+def _is_half(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+def _result_dtypes(
+    skeleton: torch.nn.Module, structure: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> list[torch.dtype] | None:
+    """Dtypes of what the module returns for such arguments; None where it refuses them."""
+    arguments = unflatten(dict(structure), tensors)
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), Weightless(arguments):
+            warnings.simplefilter("ignore")
+            result = skeleton(**arguments)
+    except Exception:  # whatever torch says of dtypes that do not fit
+        return None
+    return [tensor.dtype for tensor in flatten(result, "output").tensors.values()]

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe's model section names: the pipeline's folder and the checkpoints of its denoisers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+from diffusers import ModelMixin
+
+from lynx_compile.errors import InputError
+from lynx_compile.files.progress import Progress, no_progress
+from lynx_compile.models.capture import may_denoise
+from lynx_compile.models.checkpoint import Checkpoint, open_checkpoint, open_module, read_json
+from lynx_compile.models.source import INDEX, fetch, pipeline_parts
+from lynx_compile.recipe import Model, ModuleModel, Recipe
+
+ONLY = "model"  # the one component of what is no pipeline
+
+
+@dataclass(frozen=True)
+class Opened:
+    """``folder``: the pipeline's; None where there is none. ``checkpoints``: by the components' names."""
+
+    folder: Path | None
+    checkpoints: Mapping[str, Checkpoint]
+
+
+def open_model(recipe: Recipe, converted: Path, progress: Progress = no_progress) -> Opened:
+    """Find the model and see from its headers that it can be compiled; nothing is loaded.
+
+    Args:
+        converted: folder for weights that have to be converted to diffusers' layout first.
+
+    Raises:
+        InputError: something is missing, is of a kind that cannot be compiled, or does not fit.
+    """
+    model = recipe.model
+    if isinstance(model, ModuleModel):
+        config = (
+            model.config if isinstance(model.config, dict) else json.loads(Path(model.config).read_text())
+        )
+        return Opened(None, {ONLY: open_module(model.module, config, Path(model.weights))})
+    if not isinstance(model, Model):
+        raise InputError(
+            "A transformer that is ONNX already cannot be compiled by this version.",
+            "Give its torch module: 'module', 'config' and 'weights' under 'model'.",
+        )
+    folder = fetch(model.source, revision=model.revision, variant=model.variant, progress=progress)
+    if recipe.calibration.recording is not None and not (folder / INDEX).exists():
+        return Opened(
+            folder, {ONLY: open_checkpoint(folder, None, variant=model.variant, converted=converted)}
+        )
+    encodes = not (recipe.calibration.prompts or ".safetensors").endswith(".safetensors")
+    parts = pipeline_parts(folder) if encodes else _named(folder)
+    names = model.components or [
+        name for name, (library, kind) in parts.items() if _denoises(name, library, kind)
+    ]
+    if unknown := [name for name in names if name not in parts]:
+        raise InputError(
+            f"{folder} has no component '{unknown[0]}'.",
+            f"It has {', '.join(parts)}: correct model.components.",
+        )
+    if not names:
+        raise InputError(
+            f"{folder} holds no diffusion transformer.", "Name the component in model.components."
+        )
+    return Opened(
+        folder,
+        {name: open_checkpoint(folder, name, variant=model.variant, converted=converted) for name in names},
+    )
+
+
+def _named(folder: Path) -> dict[str, tuple[str, str]]:
+    """Components whose folders are there, where no prompt has to be encoded."""
+    return {
+        name: (str(value[0]), str(value[1]))
+        for name, value in read_json(folder / INDEX).items()
+        if isinstance(value, list) and len(value) == 2 and None not in value and (folder / name).is_dir()
+    }
+
+
+def _denoises(name: str, library: str, kind: str) -> bool:
+    found = getattr(diffusers, kind, None) if library == "diffusers" else None
+    return isinstance(found, type) and issubclass(found, ModelMixin) and may_denoise(name, found)
