@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 
@@ -23,6 +24,23 @@ def save_tensors(
     """Write a safetensors file atomically."""
     specs = [TensorSpec(name, x.dtype, tuple(x.shape), partial(_same, x)) for name, x in tensors.items()]
     write_tensors(path, specs, metadata)
+
+
+def map_tensor(path: Path, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor whose bytes lie at ``offset`` of a file; what is written to it does not reach the file.
+
+    Its range alone is mapped; safetensors maps the whole file for each tensor, terabytes of addresses for a large
+    model.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or ends before the tensor does.
+    """
+    count = math.prod(shape) * dtype.itemsize
+    if not count:
+        return torch.empty(tuple(shape), dtype=dtype)
+    array = np.memmap(path, np.uint8, "c", offset, (count,))
+    raw = torch.from_numpy(array if offset % dtype.itemsize == 0 else array.copy())
+    return raw.view(dtype).view(tuple(shape))
 
 
 @dataclass(frozen=True)

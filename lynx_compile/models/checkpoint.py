@@ -21,11 +21,11 @@ import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors import safe_open
 
 from lynx_compile.errors import InputError
 from lynx_compile.files.digest import file_digest
 from lynx_compile.files.progress import Progress, no_progress
+from lynx_compile.files.tensors import map_tensor
 from lynx_compile.models.original import convert_original
 from lynx_compile.models.weight_files import (
     UNQUANTIZED,
@@ -93,9 +93,8 @@ class Checkpoint:
         """
         stored = self.tensors[name]
         try:
-            with safe_open(stored.file, "pt") as file:
-                tensor = file.get_tensor(name)
-        except Exception as error:  # safetensors raises its own, and the system's in its own words
+            tensor = map_tensor(stored.file, stored.offset, stored.dtype, stored.shape)
+        except (OSError, ValueError) as error:
             raise InputError(
                 f"{stored.file} cannot be read any more ({error}).",
                 "Leave it as it is while the compiler runs.",

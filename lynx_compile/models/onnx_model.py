@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from onnx_ir.passes import common
 from lynx_compile.errors import InputError
 from lynx_compile.files.digest import file_digest
 from lynx_compile.files.progress import Progress, no_progress
+from lynx_compile.files.tensors import map_tensor
 from lynx_compile.models.weight_files import UNQUANTIZED
 
 OLDEST_OPSET = 18  # that the Lynx ops' own functions are written in
@@ -328,10 +328,6 @@ def _path(node: onnx_ir.Node, weight: onnx_ir.Value) -> str:
 def _to_torch(tensor: onnx_ir.TensorProtocol | None) -> torch.Tensor:
     assert tensor is not None
     dtype, shape = TORCH_DTYPES[tensor.dtype], tuple(int(extent) for extent in tensor.shape)  # type: ignore[arg-type]
-    offset = tensor.offset or 0 if isinstance(tensor, onnx_ir.ExternalTensor) else 0
-    if isinstance(tensor, onnx_ir.ExternalTensor) and offset % dtype.itemsize == 0:
-        storage = torch.UntypedStorage.from_file(
-            str(tensor.path), False, offset + math.prod(shape) * dtype.itemsize
-        )
-        return torch.empty(0, dtype=dtype).set_(storage, offset // dtype.itemsize, shape)  # type: ignore[call-overload]
+    if isinstance(tensor, onnx_ir.ExternalTensor):
+        return map_tensor(Path(tensor.path), tensor.offset or 0, dtype, shape)
     return torch.frombuffer(bytearray(tensor.tobytes()), dtype=dtype).reshape(shape)

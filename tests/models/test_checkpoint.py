@@ -294,8 +294,9 @@ def test_weights_stored_in_the_asked_dtype_take_no_memory_of_their_own(tmp_path:
     FluxTransformer2DModel(**config).to(torch.bfloat16).save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path, None)
     assert checkpoint.bytes > 50e6
-    before = _anonymous_bytes()
+    before, mapped = _anonymous_bytes(), _status("VmSize")
     module = checkpoint.load(torch.bfloat16)
+    assert _status("VmSize") - mapped < 2 * checkpoint.bytes  # and each range of the file is mapped once
     assert sum(float(parameter.sum()) for parameter in module.parameters()) != 0
     assert _anonymous_bytes() - before < checkpoint.bytes / 2
 
@@ -305,8 +306,13 @@ def test_accelerate_is_there_so_that_diffusers_fills_empty_modules() -> None:
 
 
 def _anonymous_bytes() -> int:
+    return _status("RssAnon")
+
+
+def _status(name: str) -> int:
+    """Bytes that the system counts for this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def test_tensors_say_where_their_bytes_lie(folder: Path) -> None:

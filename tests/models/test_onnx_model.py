@@ -153,7 +153,8 @@ def test_the_adopted_file_is_what_rewriting_takes(net: Net, exported: Path, tmp_
     ]
     matches, reasons = match(graph, linears)  # type: ignore[arg-type]
     assert set(matches) == {linear.path for linear in checkpoint.linears} and not reasons
-    assert matches["blocks.1.mlp.0"].gelu
+    (found,) = matches["blocks.1.mlp.0"]
+    assert found.gelu
     copy = float32_copy(dense.path, tmp_path / "float32.onnx")
     feed = {name: value.numpy() for name, value in ARGUMENTS.items()}
     (y,) = onnxruntime.InferenceSession(copy).run(None, feed)
