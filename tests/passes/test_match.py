@@ -271,10 +271,6 @@ def _over_tokens_too(chain: Chain) -> None:
     chain.norm.input[1] = chain.ones(1, TOKENS, CHANNELS)
 
 
-def _scaled(chain: Chain) -> None:
-    chain.norm.input[1] = chain.ones(2, CHANNELS)
-
-
 def _with_bias(chain: Chain) -> None:
     chain.norm.input.append(chain.ones(1, CHANNELS))
 
@@ -318,7 +314,6 @@ def _divided(chain: Chain) -> None:
 
 SPOILED = {
     "normed over the tokens too": _over_tokens_too,
-    "a scale that is not 1": _scaled,
     "a bias": _with_bias,
     "gain and shift per position": _both(1, TOKENS, CHANNELS),
     "a gain per sample alone": _gain(BATCH, 1, 1),
