@@ -418,10 +418,10 @@ def _norm_inputs(lynx: LynxOnnx) -> list[tuple[str, list[str], str]]:
     found = []
     for node in graph.node:
         if node.op_type == NORM_OP:
-            one_plus = maker[node.input[7]]
+            one_plus = maker[node.input[-2]]
             assert one_plus.op_type == "Add"
             scale = next(name for name in one_plus.input if name in maker)
-            found.append((node.name, [node.input[0], scale, node.input[8]], node.output[0]))
+            found.append((node.name, [node.input[0], scale, node.input[-1]], node.output[0]))
     return found
 
 
@@ -446,11 +446,11 @@ def _rms_norm(node: onnx.NodeProto, inputs: list[str]) -> None:
 
 
 def _scale_for_gain(node: onnx.NodeProto, inputs: list[str]) -> None:
-    node.input[7] = inputs[1]
+    node.input[-2] = inputs[1]
 
 
 def _no_shift(node: onnx.NodeProto, inputs: list[str]) -> None:
-    node.input[8] = inputs[1]
+    node.input[-1] = inputs[1]
 
 
 @pytest.mark.parametrize("fault", [None, _wrong_epsilon, _rms_norm, _scale_for_gain, _no_shift])
