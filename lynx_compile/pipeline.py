@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -79,6 +80,8 @@ def compile(
                 Path(recipe.sparsity.costs)
             )  # what is wrong with it is said before the pipeline runs
         opened = open_model(recipe, outputs.cache / "converted")
+        if fresh:
+            shutil.rmtree(outputs.cache / "recording", ignore_errors=True)  # it would go on where it stopped
         recording = _recording(recipe, opened, outputs, stages)
         compiled = _compile_engine
         if len(recording.components) == 1:

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from diffusers import FluxTransformer2DModel
 
 from lynx_compile import cli, pipeline
 from lynx_compile.errors import InputError, LynxError, OutOfMemoryError, is_out_of_memory, out_of_memory
-from lynx_compile.models.checkpoint import open_checkpoint
+from lynx_compile.models.checkpoint import Checkpoint, open_checkpoint
 from lynx_compile.recipe import load_recipe
 
 HOST = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 75497472000 bytes. Error code 12"
@@ -108,7 +107,7 @@ def test_in_each_stage(tiny: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 def test_while_weights_are_loaded(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, name: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(FluxTransformer2DModel, "from_pretrained", _raises(ERRORS[name]))
+    monkeypatch.setattr(Checkpoint, "load", _raises(ERRORS[name]))
     with pytest.raises(OutOfMemoryError, match="memory ran out"):
         pipeline.compile(load_recipe(tiny / "tiny.yaml"), tmp_path / "tiny.engine")
 

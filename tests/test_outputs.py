@@ -30,7 +30,7 @@ from lynx_compile.tools.compiled import Compiled
 from lynx_compile.tools.inspection import inspect
 from tests.conftest import TINY
 
-STAGES = ("calibrate", "compensate", "export", "rewrite", "build")
+STAGES = ("capture", "calibrate", "compensate", "export", "rewrite", "build")
 
 
 @pytest.fixture
@@ -44,7 +44,8 @@ def project(tiny: Path, compiled_tiny: Path, tmp_path: Path) -> Path:
 
 def compile_tiny(project: Path, output: str | Path = "out/tiny.engine", **options: Any) -> Manifest:
     """Compile as from the project's folder."""
-    return pipeline.compile(load_recipe(project / "tiny.yaml"), project / output, **options)
+    (manifest,) = pipeline.compile(load_recipe(project / "tiny.yaml"), project / output, **options)
+    return manifest
 
 
 def ran(engine: Path) -> tuple[str, ...]:

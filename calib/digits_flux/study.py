@@ -23,11 +23,15 @@ import torch
 import typer
 
 from calib.digits_flux import classifier, digits, evaluate, sampler
-from lynx_compile import models
+from lynx_compile.models import prompts
+from lynx_compile.models.dit import DTYPES, DiT, find_dit
+from lynx_compile.models.opened import open_model
+from lynx_compile.models.recording import Recording
 from lynx_compile.models.structure import LinearGroup
 from lynx_compile.passes.calibrate import Statistics, calibrate
 from lynx_compile.passes.compensate import compensate, load_weights
 from lynx_compile.passes.export import DenseOnnx, export
+from lynx_compile.passes.record import record
 from lynx_compile.passes.rewrite import rewrite
 from lynx_compile.passes.select import SparsityPlan, select
 from lynx_compile.recipe import Recipe, Sparsity, load_recipe
@@ -72,7 +76,8 @@ class Row:
 @dataclass(frozen=True)
 class Setup:
     recipe: Recipe
-    dit: models.DiT
+    dit: DiT
+    recording: Recording
     plan: SparsityPlan
     folder: Path
     threads: int
@@ -85,7 +90,7 @@ class Setup:
         recipe = self.recipe.model_copy(
             update={"sparsity": Sparsity(operand="activation", norm_scale=norm_scale)}
         )
-        return calibrate(self.dit, self.plan, recipe, folder, _counter("calibrate"))
+        return calibrate(self.dit, self.plan, self.recording, recipe, folder, _counter("calibrate"))
 
 
 def main(
@@ -132,9 +137,14 @@ def table(facts: Mapping) -> str:  # type: ignore[type-arg]
 def set_up(scratch: Path, threads: int = 2) -> Setup:
     """The demo's recipe at the study's batch, and its model."""
     recipe = load_recipe(RECIPE)
-    recipe = recipe.model_copy(update={"shapes": recipe.shapes.model_copy(update={"batch": BATCH})})
-    dit = models.load(recipe)
-    return Setup(recipe, dit, select(dit.groups, Sparsity(operand="activation")), scratch, threads)
+    calibration = recipe.calibration.model_copy(update={"batch": BATCH})
+    recipe = recipe.model_copy(update={"calibration": calibration})
+    opened = open_model(recipe, scratch / "converted")
+    rows = prompts.read(Path(calibration.prompts or ""))
+    recording = record(recipe, opened, rows, scratch / "recording", _counter("record"))
+    (component,) = recording.components
+    dit = find_dit(opened.checkpoints[component], recording, component, DTYPES[recipe.model.dtype])
+    return Setup(recipe, dit, recording, select(dit.groups, Sparsity(operand="activation")), scratch, threads)
 
 
 def measure(setup: Setup, methods: Sequence[str], samples: int, steps: int, folder: Path) -> list[Row]:

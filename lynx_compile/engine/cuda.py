@@ -12,7 +12,7 @@ import importlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
 from lynx_compile.errors import EngineError, InputError
@@ -222,8 +222,13 @@ REMEDIES = {
 
 
 def _destroy(gpu: Gpu, value: Any, destroy: Callable[[Any], tuple[Any, ...]]) -> None:
-    try:
-        with gpu.current():
+    """Free what the GPU holds, also where CUDA cannot make that GPU the current one first."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(gpu.current())
+        except EngineError as error:
+            log.warning("%s", error)
+        try:
             check(destroy(value), "free a resource")
-    except EngineError as error:
-        log.warning("%s", error)
+        except EngineError as error:
+            log.warning("%s", error)

@@ -81,7 +81,7 @@ def describe(
             config=dict(dit.checkpoint.config),
             sha256=dit.digest,
         ),
-        call=_call(dit, dense),
+        call=call_of(dit, dense) if dense.output else None,
         costs=Path(recipe.sparsity.costs).name if recipe.sparsity.costs else None,
         sparse=tuple(_sparse(node) for node in lynx.sparse),
         dense=tuple(DenseLinear(linear=linear.path, reason=linear.reason) for linear in lynx.dense),
@@ -94,10 +94,9 @@ def describe(
     )
 
 
-def _call(dit: DiT, dense: DenseOnnx) -> Call | None:
+def call_of(dit: DiT, dense: DenseOnnx) -> Call:
     """How torch calls the transformer: as it was recorded, in the dtypes that the engine takes."""
-    if dense.output is None:
-        return None
+    assert dense.output is not None, "an export of a module has it"
     call = recorded_call(dit.recorded, dit.calls, dit.arguments, dense.output, dense.baked)
     dtypes = {name: dtype_of(tensor) for name, tensor in flatten(dit.arguments).tensors.items()}
     return call.model_copy(update={"tensors": dtypes})

@@ -31,6 +31,7 @@ from lynx_compile.ops.functions import OPSET, lynx_function
 from lynx_compile.ops.sparse_linear import padded_width
 from lynx_compile.passes.build import BuiltEngine
 from lynx_compile.passes.describe import describe
+from lynx_compile.passes.export import DenseOnnx
 from lynx_compile.passes.rewrite import DenseLinear, LynxOnnx, SparseNode
 from tests.engine.fakes import FakeCuda, FakeTensorRT, ICudaEngine
 
@@ -112,13 +113,11 @@ def set_stage(monkeypatch: pytest.MonkeyPatch, lynx: LynxOnnx, cuda: FakeCuda) -
     monkeypatch.setattr(cuda_module, "bindings", lambda: cuda)
     monkeypatch.setattr(weights_module, "PIECE", 1 << 16)  # so that small weights take several
     built = _built(stage)
-    dit: Any = SimpleNamespace(
-        model=SimpleNamespace(source="someone/model", subfolder="transformer", revision=None),
-        family="flux", config={"in_channels": 4}, digest="ab" * 32,
-    )  # fmt: skip
-    sparsity = SimpleNamespace(costs=None)
-    recipe: Any = SimpleNamespace(model=SimpleNamespace(dtype="fp16"), digest="cd" * 32, sparsity=sparsity)
-    describe(recipe, dit, lynx, built, _written(lynx)).write(stage.manifest)
+    checkpoint = SimpleNamespace(class_name="FluxTransformer2DModel", config={"in_channels": 4}, folder=path)
+    dit: Any = SimpleNamespace(checkpoint=checkpoint, component="transformer", digest="ab" * 32)
+    model = SimpleNamespace(source="someone/model", revision=None, dtype="fp16")
+    recipe: Any = SimpleNamespace(model=model, digest="cd" * 32, sparsity=SimpleNamespace(costs=None))
+    describe(recipe, dit, DenseOnnx(lynx.path), lynx, built, _written(lynx)).write(stage.manifest)
     return stage
 
 

@@ -21,6 +21,7 @@ from lynx_compile.errors import InputError
 from lynx_compile.files.digest import written
 from lynx_compile.passes.build import build
 from lynx_compile.passes.describe import describe
+from lynx_compile.passes.export import DenseOnnx
 from lynx_compile.passes.rewrite import LynxOnnx
 from lynx_compile.recipe import Engine, Recipe
 
@@ -32,16 +33,19 @@ def described(lynx: LynxOnnx, output: Path, costs: str | None = None) -> Manifes
     recipe = Recipe.model_validate(
         {
             "model": {"source": "someone/model", "revision": "v1"},
-            "shapes": {"height": 64, "width": 64},
-            "calibration": {"source": "prompts.txt"},
+            "call": {"height": 64, "width": 64},
+            "calibration": {"prompts": "prompts.txt"},
             "engine": engine,
             "sparsity": {"costs": costs},
         }
     )
-    dit: Any = SimpleNamespace(model=recipe.model, family="flux", config={"in_channels": 4}, digest="ab" * 32)
+    checkpoint = SimpleNamespace(
+        class_name="FluxTransformer2DModel", config={"in_channels": 4}, folder=output
+    )
+    dit: Any = SimpleNamespace(checkpoint=checkpoint, component="transformer", digest="ab" * 32)
     built = build(lynx, Engine.model_validate(engine), output)
     files = {path.name: written(path) for path in (lynx.path, lynx.weights_path)}
-    return describe(recipe, dit, lynx, built, files)
+    return describe(recipe, dit, DenseOnnx(lynx.path), lynx, built, files)
 
 
 @pytest.fixture
@@ -89,7 +93,7 @@ def test_it_tells_what_is_there(manifest: Manifest, lynx: LynxOnnx, tmp_path: Pa
         "model": "someone/model",
         "subfolder": "transformer",
         "revision": "v1",
-        "family": "flux",
+        "family": "FluxTransformer2DModel",
         "config": {"in_channels": 4},
         "sha256": "ab" * 32,
     }

@@ -25,14 +25,13 @@ from lynx_compile.engine import cuda as cuda_module
 from lynx_compile.engine import trt
 from lynx_compile.engine.module import EngineModule
 from lynx_compile.errors import EngineError, InputError
-from lynx_compile.models import flux as flux_model
-from lynx_compile.models import load as load_model
 from lynx_compile.models.dit import DiT
-from lynx_compile.passes.export import export
+from lynx_compile.passes.describe import call_of
+from lynx_compile.passes.export import DenseOnnx, export
 from lynx_compile.passes.rewrite import LynxOnnx
 from lynx_compile.pipeline import compile
 from lynx_compile.recipe import load_recipe
-from tests.conftest import TINY
+from tests.conftest import TINY, open_dit
 from tests.engine.conftest import Stage, set_stage
 from tests.engine.fakes import FakeCuda, FakeTensorRT
 
@@ -42,20 +41,20 @@ Open = Callable[[Any], Any]
 
 @pytest.fixture(scope="module")
 def dit(tiny: Path) -> DiT:
-    return load_model(load_recipe(tiny / "tiny.yaml"))
+    return open_dit(load_recipe(tiny / "tiny.yaml"))[0]
 
 
 @pytest.fixture(scope="module")
-def model(dit: DiT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dense(dit: DiT, tmp_path_factory: pytest.TempPathFactory) -> DenseOnnx:
     """The tiny FLUX as ONNX in fp16, which ONNX Runtime runs too."""
-    return export(dit, tmp_path_factory.mktemp("flux") / "flux.onnx").path
+    return export(dit, tmp_path_factory.mktemp("flux") / "flux.onnx")
 
 
 @pytest.fixture
-def flux(model: Path, dit: DiT, monkeypatch: pytest.MonkeyPatch) -> Stage:
-    lynx = LynxOnnx(model, model.with_suffix(".safetensors"), (), (), ())
+def flux(dense: DenseOnnx, dit: DiT, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    lynx = LynxOnnx(dense.path, dense.path.with_suffix(".safetensors"), (), (), ())
     s = set_stage(monkeypatch, lynx, FakeCuda())
-    s.change(source={"config": dict(dit.config)}, call=flux_model.call(dit.inputs).model_dump())
+    s.change(source={"config": dict(dit.checkpoint.config)}, call=call_of(dit, dense).model_dump())
     return s
 
 
@@ -285,7 +284,7 @@ def test_from_recipe_to_images(tiny: Path, tmp_path: Path, monkeypatch: pytest.M
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(recipe.read_text() + "engine:\n  backend: tensorrt_rtx\n  weights: external\n")
     output = tmp_path / "out" / "tiny.engine"
-    manifest = compile(load_recipe(recipe), output)
+    (manifest,) = compile(load_recipe(recipe), output)
     assert manifest.weights.tensors
     cuda = FakeCuda()
     monkeypatch.setattr(cuda_module, "bindings", lambda: cuda)

@@ -19,15 +19,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lynx_compile import cli, models
+from lynx_compile import cli
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError
 from lynx_compile.files.float32 import float32_copy
+from lynx_compile.files.progress import no_progress
 from lynx_compile.ops.sparse_linear import sparse_linear
 from lynx_compile.ops.sparse_weight_linear import sparse_weight_linear
 from lynx_compile.recipe import Compare, load_recipe
 from lynx_compile.tools import compare
 from lynx_compile.tools.comparison import Comparison, missed
+from lynx_compile.tools.held_out import _unpacked, draw, open_sampler
+from tests.conftest import open_dit
 
 pytestmark = pytest.mark.slow
 
@@ -55,18 +58,13 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def first_state(tiny: Path) -> dict[str, torch.Tensor]:
-    """What the models get in step 0 from seed 1, built by hand."""
-    prompts = load_file(tiny / "prompts.safetensors")
-    dit = models.load(load_recipe(tiny / "tiny.yaml"))
-    return {
-        "hidden_states": torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(1)),
-        "encoder_hidden_states": prompts["encoder_hidden_states"][:2],
-        "pooled_projections": prompts["pooled_projections"][:2],
-        "timestep": torch.ones(2),
-        "img_ids": dit.inputs["img_ids"],
-        "txt_ids": dit.inputs["txt_ids"],
-        "guidance": torch.full((2,), 3.5),
-    }
+    """What the model gets in step 0 from seed 1, by the pipeline itself."""
+    recipe = load_recipe(tiny / "tiny.yaml")
+    drawn = recipe.calibration.model_copy(update={"seed": 1, "samples": 2})
+    dit, recording = open_dit(recipe.model_copy(update={"calibration": drawn}))
+    state = recording.tensors(dit.calls.calls[0])
+    assert torch.equal(state["timestep"], torch.ones(2)) and state["hidden_states"].shape == (2, 64, 4)
+    return state
 
 
 def relative(y: torch.Tensor, expected: torch.Tensor) -> float:
@@ -77,7 +75,7 @@ def test_every_linear_is_compared_on_the_dense_models_input(engine: Path, tiny: 
     limit(engine)
     found = compare.compare(engine)
     manifest = Manifest.read(engine.with_suffix(".json"))
-    module: Any = models.load(load_recipe(tiny / "tiny.yaml")).module
+    module: Any = open_dit(load_recipe(tiny / "tiny.yaml"))[0].module
     module = module.half().float()  # the engine's weights
     calls: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for path, linear in module.named_modules():
@@ -301,7 +299,7 @@ class FakeEngine:
         pass
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {"velocity": self.session.run(None, inputs)[0]}
+        return {"output.sample": self.session.run(None, inputs)[0]}
 
 
 def test_both_engines_run_where_there_is_a_gpu(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,31 +341,32 @@ def test_float32_copy_of_bf16_with_external_weights(tmp_path: Path) -> None:
 
 
 def test_a_vae_decodes_what_has_one(tiny: Path, tmp_path: Path) -> None:
+    """Without one the latents are the pixels, in their places; with one, the pipeline's own images."""
     from diffusers import AutoencoderKL
 
     shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    recipe = load_recipe(tmp_path / "tiny.yaml")
+    recipe = recipe.model_copy(update={"compare": recipe.compare.model_copy(update={"samples": 3})})
+    plain = open_sampler(recipe, tmp_path)
+    assert plain is not None
+    pixels = draw(plain, no_progress)
+    assert pixels is not None and pixels.shape == (3, 1, 16, 16) and 0 <= pixels.min() < pixels.max() <= 1
+    tokens = np.arange(4, dtype=np.float32)[None, None] + 4 * np.arange(64, dtype=np.float32)[None, :, None]
+    (placed,) = _unpacked(plain, torch.from_numpy(tokens))
+    assert placed[0, :2, :4].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(8, 8), norm_num_groups=4, latent_channels=1, scaling_factor=0.5, shift_factor=0.1,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
     vae.save_pretrained(tmp_path / "model" / "vae")
-    recipe = load_recipe(tmp_path / "tiny.yaml")
-    latents = torch.randn(3, 16, 4)  # 4 x 4 tokens of 2 x 2 latents, each 2 x 2 pixels
-    images = models.to_images(recipe, latents)
-    assert images.shape == (3, 3, 16, 16) and 0 <= images.min() < images.max() <= 1
-    places = torch.zeros(1, 1, 8, 8)
-    for token in range(16):
-        for part in range(4):
-            row, column = 2 * (token // 4) + part // 2, 2 * (token % 4) + part % 2
-            places[0, 0, row, column] = latents[1, token, part]
-    with torch.no_grad():
-        expected = (vae.eval().decode(places / 0.5 + 0.1).sample / 2 + 0.5).clamp(0, 1)
-    torch.testing.assert_close(images[1:2], expected, rtol=1e-4, atol=1e-4)
-    shutil.rmtree(tmp_path / "model" / "vae")
-    torch.testing.assert_close(
-        models.to_images(recipe, torch.zeros(1, 64, 4)), torch.full((1, 1, 16, 16), 0.5)
-    )
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"vae": ["diffusers", "AutoencoderKL"]}))
+    call = {"height": 32, "width": 32, "num_inference_steps": 2}
+    decoding = open_sampler(recipe.model_copy(update={"call": call}), tmp_path)
+    assert decoding is not None
+    images = draw(decoding, no_progress)
+    assert images is not None and images.shape == (3, 3, 32, 32)
 
 
 def test_every_limit_that_was_not_measured_is_missed() -> None:

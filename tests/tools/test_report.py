@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from lynx_compile.engine.manifest import Manifest
+from lynx_compile.files.outputs import Outputs
 from lynx_compile.tools import compare, report
 from lynx_compile.tools.comparison import Comparison, EngineError
 
@@ -160,7 +161,7 @@ def test_a_comparison_of_another_engine_is_left_out(compared: Path, tmp_path: Pa
     values = json.loads(engine.with_suffix(".compare.json").read_text())
     for spoiled in (json.dumps(values | {"engine_sha256": "0" * 64}), "{", json.dumps(values | {"extra": 1})):
         engine.with_suffix(".compare.json").write_text(spoiled)
-        assert "Not compared yet" in report.write(engine).read_text()
+        assert "Not compared yet" in report.write(Outputs.of(engine)).read_text()
 
 
 def flux_sized(manifest: Manifest, comparison: Comparison) -> str:
