@@ -154,7 +154,7 @@ class SparseLinears(_Strict):
 
     layer: str
     operand: Literal["activation", "weight"]
-    producer: Literal["layer norm", "gelu", "gated"] | None
+    producer: Literal["layer norm", "rms norm", "gelu", "gated"] | None
     linears: tuple[str, ...]
     in_channels: Count
     out_channels: Count

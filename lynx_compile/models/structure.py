@@ -229,6 +229,8 @@ def _linear(path: str, module: Any, calls: Sequence[_Read], blocks: Sequence[str
 
 def _of_sizes(in_channels: int, out_channels: int) -> str | None:
     """Why the kernels do not take a linear of such sizes, or None."""
+    if not in_channels or not out_channels:
+        return "it has no channels"
     if in_channels % IN_MULTIPLE:
         return f"K = {in_channels} is not divisible by {IN_MULTIPLE}"
     if out_channels % OUT_MULTIPLE:

@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find linears in a dense ONNX graph, with the bias and the GELU behind them, or say why they do not fit.
-
-And find what makes a tensor, where an op can do that itself (``find_producer``).
-"""
+"""Find linears in a dense ONNX graph, with the bias and the GELU behind them, or say why they do not fit."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx
@@ -19,8 +15,6 @@ import torch
 
 from lynx_compile.models.structure import Linear
 from lynx_compile.passes.export import LINEAR_KEY
-
-Producer = Literal["layer norm", "gelu", "gated"]
 
 
 @dataclass(frozen=True)
@@ -55,16 +49,6 @@ class Match:
     def y(self) -> gs.Variable:
         """What it makes."""
         return (self.gelu or self.nodes)[-1].outputs[0]
-
-
-@dataclass(frozen=True)
-class Produced:
-    """A tensor that an op can make itself, from ``x`` and ``others`` (gain and shift of a norm, the gate of a SiLU)."""
-
-    producer: Producer
-    x: gs.Variable
-    others: tuple[gs.Variable, ...] = ()
-    epsilon: float = 0.0
 
 
 def import_graph(model: onnx.ModelProto, dtype: torch.dtype, folder: Path) -> DenseGraph:
@@ -103,23 +87,14 @@ def match(
     for linear in linears:
         found = [_match_one(product, linear, dense.graph) for product in products[linear.path]]
         if not found:
-            reasons[linear.path] = "the graph does not hold it: nothing that the model returns depends on it"
+            reasons[linear.path] = (
+                "the graph does not hold it: its result is constant, or nothing that the model returns depends on it"
+            )
         elif refusals := [reason for reason in found if isinstance(reason, str)]:
             reasons[linear.path] = refusals[0]
         else:
             matches[linear.path] = tuple(_with_gelu(one, dense) for one in found if isinstance(one, Match))
     return matches, reasons
-
-
-def find_producer(x: gs.Variable, dense: DenseGraph) -> Produced | None:
-    """How ``x`` is made, where an op can do it and nothing else reads ``x`` or what lies in between.
-
-    Recognised are LayerNorm without weights ── * gain ── + shift (adaLN), GELU in its tanh form, and SiLU * gate.
-    """
-    if len(x.outputs) != 1 or len(x.inputs) != 1 or x in dense.graph.outputs:
-        return None
-    last = x.inputs[0]
-    return _find_norm(last, dense) or _find_gated(last, dense) or _find_gelu(last, dense)
 
 
 def _match_one(product: gs.Node, linear: Linear, graph: gs.Graph) -> Match | str:
@@ -180,12 +155,12 @@ GELU = (
 
 def _with_gelu(match: Match, dense: DenseGraph) -> Match:
     """The match with the GELU behind it, if there is one and it is all that reads the linear."""
-    chain = _gelu_of(match.y, dense)
+    chain = gelu_of(match.y, dense)
     others = {id(reader) for reader in match.y.outputs} - {id(step) for step in chain}
     return match if others or match.y in dense.graph.outputs else replace(match, gelu=tuple(chain))
 
 
-def _gelu_of(y: gs.Variable, dense: DenseGraph) -> list[gs.Node]:
+def gelu_of(y: gs.Variable, dense: DenseGraph) -> list[gs.Node]:
     """The nodes that make GELU of ``y``; none where there is no GELU, or where its inner values have other readers."""
     value = y
     chain: list[gs.Node] = []
@@ -212,83 +187,3 @@ def _is_step(
     if operand == "y":
         return left is value and right is y
     return left is value and dense.scalars.get(right.name) == torch.tensor(operand, dtype=dense.dtype).item()
-
-
-def _find_norm(add: gs.Node, dense: DenseGraph) -> Produced | None:
-    """LayerNormalization ── Mul(gain) ── Add(shift)."""
-    for scaled, shift in _either_way(add, "Add"):
-        for normed, gain in _either_way(_maker(scaled, dense), "Mul"):
-            norm = _maker(normed, dense)
-            if norm is None or norm.op != "LayerNormalization" or not _is_plain(norm, dense):
-                continue
-            x = norm.inputs[0]
-            rows = _rows(gain, x)
-            if rows is not None and rows == _rows(shift, x):
-                return Produced("layer norm", x, (gain, shift), float(norm.attrs.get("epsilon", 1e-5)))
-    return None
-
-
-def _find_gated(product: gs.Node, dense: DenseGraph) -> Produced | None:
-    """x, Sigmoid(x) ── Mul ── Mul(gate)."""
-    for silu, gate in _either_way(product, "Mul"):
-        for x, sigmoid in _either_way(_maker(silu, dense), "Mul"):
-            maker = _maker(sigmoid, dense)
-            if maker is None or maker.op != "Sigmoid" or maker.inputs[0] is not x:
-                continue
-            if isinstance(gate, gs.Variable) and (gate.shape, gate.dtype) == (x.shape, x.dtype):
-                return Produced("gated", x, (gate,))
-    return None
-
-
-def _find_gelu(last: gs.Node, dense: DenseGraph) -> Produced | None:
-    for y, _ in _either_way(last, "Mul"):
-        if isinstance(y, gs.Variable) and (chain := _gelu_of(y, dense)) and chain[-1] is last:
-            return Produced("gelu", y)
-    return None
-
-
-def _maker(tensor: gs.Tensor, dense: DenseGraph) -> gs.Node | None:
-    """The node that makes ``tensor``, if one node alone reads it and it is no result of the graph."""
-    if len(tensor.outputs) != 1 or len(tensor.inputs) != 1 or tensor in dense.graph.outputs:
-        return None
-    return tensor.inputs[0]
-
-
-def _either_way(node: gs.Node | None, op: str) -> Iterator[tuple[gs.Tensor, gs.Tensor]]:
-    """The two inputs of a commutative ``op`` in both orders; nothing where ``node`` is another one."""
-    if node is not None and node.op == op:
-        left, right = node.inputs
-        yield left, right
-        yield right, left
-
-
-def _is_plain(norm: gs.Node, dense: DenseGraph) -> bool:
-    """Whether a LayerNormalization is over the last axis, in float32, without weights, and makes nothing else."""
-    x, scale, *bias = norm.inputs
-    attributes = {"axis": -1, "stash_type": 1} | norm.attrs
-    return (
-        x.shape is not None
-        and attributes["axis"] in (-1, len(x.shape) - 1)
-        and attributes["stash_type"] == 1
-        and scale.name in dense.ones
-        and not bias
-        and len(norm.outputs) == 1
-    )
-
-
-def _rows(tensor: gs.Tensor, x: gs.Variable) -> int | None:
-    """How many rows ``tensor`` [..., K] has, if each serves as many consecutive tokens of ``x`` [..., K]; else None.
-
-    So it is where it broadcasts over the inner dimensions of the tokens: [B, 1, K] over [B, S, K], but not [1, S, K].
-    """
-    if not isinstance(tensor, gs.Variable) or tensor.shape is None or tensor.dtype != x.dtype:
-        return None
-    if not all(isinstance(extent, int) for extent in (*tensor.shape, *x.shape)):
-        return None
-    if not 0 < len(tensor.shape) <= len(x.shape) or tensor.shape[-1] != x.shape[-1]:
-        return None
-    leading = (1,) * (len(x.shape) - len(tensor.shape)) + tuple(tensor.shape[:-1])
-    outer = int(
-        np.argmin([*np.equal(leading, x.shape[:-1]), False])
-    )  # how many dimensions are the tokens' own
-    return int(np.prod(leading)) if all(extent == 1 for extent in leading[outer:]) else None

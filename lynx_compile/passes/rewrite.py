@@ -73,13 +73,19 @@ from lynx_compile.ops.sparse_linear import keep_mask
 from lynx_compile.ops.sparse_weight_linear import STEP, MetadataLayout, pack_weight
 from lynx_compile.passes.compensate import SparseLinearWeights, load_weights
 from lynx_compile.passes.export import DenseOnnx
-from lynx_compile.passes.match import DenseGraph, Match, Producer, find_producer, import_graph, match
+from lynx_compile.passes.match import DenseGraph, Match, import_graph, match
+from lynx_compile.passes.producers import Produced, Producer, find_producer
 from lynx_compile.passes.select import SparseGroup, SparsityPlan
 from lynx_compile.recipe import Operand
 
 REWRITE = StageVersion("rewrite", 1, ("torch", "numpy", "onnx", "onnx-graphsurgeon"))
 OPS: dict[Operand, str] = {"activation": OP, "weight": WEIGHT_OP}
-PRODUCER_OPS: dict[Producer, str] = {"layer norm": NORM_OP, "gelu": GELU_OP, "gated": GATED_OP}
+PRODUCER_OPS: dict[Producer, str] = {
+    "layer norm": NORM_OP,
+    "rms norm": NORM_OP,
+    "gelu": GELU_OP,
+    "gated": GATED_OP,
+}
 CHANNELS_LAST = (
     ".channels_last"  # ends the name of a tensor of a convolution whose channels were brought to the end
 )
@@ -206,11 +212,13 @@ def rewrite(
             _replace(graph, node, attributes, found, solved, owned[node.linears])
             nodes.append(node)
     graph.cleanup(remove_unused_graph_inputs=False)  # of what has read the same tensors as the new nodes
-    nodes = _fuse_producers(nodes, imported)
+    fills: dict[str, TensorSpec] = {}
+    nodes = _fuse_producers(nodes, imported, fills)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     external_inputs = tuple(tensor.name for tensor in tensors) if external else ()
     ops = {node.op for node in nodes}
-    _save(gs.export_onnx(graph), dense.path.parent, tensors, external_inputs, ops, path)
+    everything = [*tensors, *fills.values()]
+    _save(gs.export_onnx(graph), dense.path.parent, everything, external_inputs, ops, path)
     left = tuple(DenseLinear(linear, reason) for linear, reason in refused.items())
     return LynxOnnx(
         path,
@@ -407,26 +415,54 @@ def _channels_first(graph: gs.Graph, y: gs.Variable) -> gs.Variable:
     return moved
 
 
-def _fuse_producers(nodes: Sequence[SparseNode], dense: DenseGraph) -> list[SparseNode]:
-    """Let the nodes that prune their x make it themselves, where they can."""
+def _fuse_producers(
+    nodes: Sequence[SparseNode], dense: DenseGraph, fills: dict[str, TensorSpec]
+) -> list[SparseNode]:
+    """Let the nodes that prune their x make it themselves, where they can. ``fills``: gets gains of 1, shifts of 0."""
     in_graph = {node.name: node for node in dense.graph.nodes}
     return [
-        _fuse_producer(in_graph[node.name], node, dense) if node.operand == "activation" else node
+        _fuse_producer(in_graph[node.name], node, dense, fills) if node.operand == "activation" else node
         for node in nodes
     ]
 
 
-def _fuse_producer(in_graph: gs.Node, node: SparseNode, dense: DenseGraph) -> SparseNode:
+def _fuse_producer(
+    in_graph: gs.Node, node: SparseNode, dense: DenseGraph, fills: dict[str, TensorSpec]
+) -> SparseNode:
     produced = find_producer(in_graph.inputs[0], dense)
     if produced is None:
         return node
     node = replace(node, producer=produced.producer)
     in_graph.op = node.op
     in_graph.inputs[0] = produced.x
-    in_graph.inputs.extend(produced.others)
-    if produced.producer == "layer norm":
-        in_graph.attrs |= {"rms": 0, "epsilon": produced.epsilon}
+    if node.op == NORM_OP:
+        in_graph.attrs |= {"rms": int(produced.producer == "rms norm"), "epsilon": produced.epsilon}
+        in_graph.inputs.extend(_gain_and_shift(produced, node, dense, fills))
+    elif produced.gate is not None:
+        in_graph.inputs.append(produced.gate)
     return node
+
+
+def _gain_and_shift(
+    produced: Produced, node: SparseNode, dense: DenseGraph, fills: dict[str, TensorSpec]
+) -> tuple[gs.Tensor, gs.Tensor]:
+    """The two inputs of a norm, which have as many rows: products of what the graph has, or filled."""
+
+    def filled(value: int) -> gs.Tensor:
+        shape = (produced.rows, node.in_channels)
+        name = f"lynx.{('zeros', 'ones')[value]}.{shape[0]}x{shape[1]}"
+        fill = partial(torch.full, shape, value, dtype=dense.dtype)
+        fills.setdefault(name, TensorSpec(name, dense.dtype, shape, fill))
+        return dense.graph.tensors().get(name) or gs.Variable(name, _onnx_dtype(dense.dtype), shape)
+
+    gain, *factors = produced.gains or (filled(1),)
+    for number, factor in enumerate(factors):
+        product = gs.Variable(f"{node.name}.gain.{number}", produced.x.dtype)
+        dense.graph.nodes.append(
+            gs.Node("Mul", f"{product.name}.Mul", inputs=[gain, factor], outputs=[product])
+        )
+        gain = product
+    return gain, filled(0) if produced.shift is None else produced.shift
 
 
 def _save(

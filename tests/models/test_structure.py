@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from lynx_compile.models.flux import example_inputs
 
 from lynx_compile.errors import InputError
 from lynx_compile.models.structure import Structure, find_structure, is_linear
@@ -75,7 +74,12 @@ def test_without_weights_is_as_with_weights(name: str) -> None:
 def test_flux_dev_without_weights() -> None:
     with torch.device("meta"):
         module = FluxTransformer2DModel(**FLUX_DEV).eval()
-    found = find_structure(module, example_inputs(FLUX_DEV, 1, 64, 64, 512, torch.float32))
+    arguments = {
+        "hidden_states": torch.zeros(1, 4096, 64), "encoder_hidden_states": torch.zeros(1, 512, 4096),
+        "pooled_projections": torch.zeros(1, 768), "timestep": torch.ones(1), "guidance": torch.ones(1),
+        "img_ids": torch.zeros(4096, 3), "txt_ids": torch.zeros(512, 3),
+    }  # fmt: skip
+    found = find_structure(module, arguments)
     assert len(found.candidates) == 19 * 12 + 38 * 5 and found.tokens == 4096 + 512
     assert found.blocks == ("transformer_blocks", "single_transformer_blocks")
     groups = {group.name: group for group in found.groups}
