@@ -18,6 +18,7 @@ from lynx_compile.files.digest import file_digest
 from lynx_compile.files.lock import lock, this_process
 from lynx_compile.files.outputs import Outputs
 from lynx_compile.files.ownership import claimed
+from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import Display, Stages, silent
 from lynx_compile.models import prompts
 from lynx_compile.models import recording as recordings
@@ -79,7 +80,12 @@ def compile(
             CostTable.load(
                 Path(recipe.sparsity.costs)
             )  # what is wrong with it is said before the pipeline runs
-        opened = open_model(recipe, outputs.cache / "converted")
+        with (display or silent)("open") as progress:  # a download, and hashing, take minutes
+            opened = open_model(recipe, outputs.cache / "converted", progress)
+            for checkpoint in opened.checkpoints.values():
+                checkpoint.digest(progress)
+            if recipe.calibration.recording is not None:
+                opened.check_values(DTYPES[recipe.model.dtype], progress)
         if fresh:
             shutil.rmtree(outputs.cache / "recording", ignore_errors=True)  # it would go on where it stopped
         recording = _recording(recipe, opened, outputs, stages)
@@ -106,10 +112,15 @@ def _recording(recipe: Recipe, opened: Opened, outputs: Outputs, stages: Stages)
     assert recipe.calibration.prompts is not None, "the recipe has checked it"
     path = Path(recipe.calibration.prompts)
     rows = prompts.read(path)
+
+    def capture(progress: Progress) -> Recording:
+        opened.check_values(DTYPES[recipe.model.dtype], progress)
+        return record(recipe, opened, rows, outputs.cache / "recording", progress)
+
     return stages.run(
         CAPTURE,
         Recording,
-        lambda progress: record(recipe, opened, rows, outputs.cache / "recording", progress),
+        capture,
         {name: checkpoint.digest() for name, checkpoint in opened.checkpoints.items()},
         file_digest(path), recipe.call, named_components(recipe), recipe.model.dtype,
         recipe.calibration.model_copy(update=RECORDED_ALIKE),

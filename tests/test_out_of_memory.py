@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from lynx_compile import cli, pipeline
 from lynx_compile.errors import InputError, LynxError, OutOfMemoryError, is_out_of_memory, out_of_memory
-from lynx_compile.models.checkpoint import Checkpoint, open_checkpoint
+from lynx_compile.models.checkpoint import open_checkpoint
 from lynx_compile.recipe import load_recipe
 
 HOST = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 75497472000 bytes. Error code 12"
@@ -37,6 +38,7 @@ ERRORS = {
     "a killed worker": RuntimeError("DataLoader worker (pid 7) is killed by signal 9: Killed."),
 }
 STAGES = {
+    "capture": (pipeline, "record", "calibration.batch"),
     "calibrate": (pipeline, "calibrate", "calibration.memory_gib"),
     "compensate": (pipeline, "compensate", "calibration.memory_gib"),
     "export": (torch.onnx, "export", "End other programs"),
@@ -90,25 +92,26 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("oom") / "tiny.engine"
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_in_each_stage(tiny: Path, output: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+@pytest.mark.parametrize(("stage", "name"), zip(STAGES, itertools.cycle(ERRORS), strict=False))
+def test_in_each_stage(
+    tiny: Path, output: Path, monkeypatch: pytest.MonkeyPatch, stage: str, name: str
+) -> None:
     place, function, change = STAGES[stage]
-    for name in ("python", "torch on the host", "torch on a GPU"):
-        monkeypatch.setattr(place, function, _raises(ERRORS[name]))
-        with pytest.raises(OutOfMemoryError) as caught:
-            pipeline.compile(load_recipe(tiny / "tiny.yaml"), output)
-        text = str(caught.value)
-        assert text.startswith(f"Stage '{stage}' failed: ") and change in text and "memory ran out" in text
-        assert not any(words in text for words in ("bug", "Fetch", "encoders", "\n"))
+    monkeypatch.setattr(place, function, _raises(ERRORS[name]))
+    with pytest.raises(OutOfMemoryError) as caught:
+        pipeline.compile(load_recipe(tiny / "tiny.yaml"), output)
+    text = str(caught.value)
+    assert text.startswith(f"Stage '{stage}' failed: ") and change in text and "memory ran out" in text
+    assert not any(words in text for words in ("bug", "Fetch", "encoders", "\n"))
     assert not output.exists()
 
 
-@pytest.mark.parametrize("name", ["python", "torch on the host"])
+@pytest.mark.parametrize("name", ["python", "the system"])
 def test_while_weights_are_loaded(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, name: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(Checkpoint, "load", _raises(ERRORS[name]))
-    with pytest.raises(OutOfMemoryError, match="memory ran out"):
+    monkeypatch.setattr("numpy.memmap", _raises(ERRORS[name]))
+    with pytest.raises(OutOfMemoryError, match="Stage 'capture' failed: memory ran out"):
         pipeline.compile(load_recipe(tiny / "tiny.yaml"), tmp_path / "tiny.engine")
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import onnx
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
 
 from lynx_compile import pipeline
 from lynx_compile.engine import trt
 from lynx_compile.errors import InputError, StageError
+from lynx_compile.files.progress import Progress
 from lynx_compile.models.checkpoint import Checkpoint
 from lynx_compile.ops.functions import DOMAIN
 from lynx_compile.passes.rewrite import LynxOnnx
@@ -146,3 +150,23 @@ def test_a_missing_cost_table_ends_before_anything_is_measured(project: Path) ->
     with pytest.raises(InputError, match="The cost table .*none.json does not exist"):
         pipeline.compile(load_recipe(path), project / "out" / "tiny.engine")
     assert ": started" not in (project / "out" / "tiny.log").read_text()
+
+
+def test_a_weight_that_the_dtype_cannot_hold_is_named_before_the_pipeline_runs(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "project"))
+    weights = folder / "model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["proj_out.weight"][0, 0] = 70000
+    save_file(tensors, weights)
+    monkeypatch.setattr(pipeline, "record", None)  # would fail if it were called
+    shown: dict[str, list[str]] = {}
+
+    @contextmanager
+    def display(stage: str) -> Iterator[Progress]:
+        yield lambda what, done, total: shown.setdefault(stage, []).append(what)
+
+    with pytest.raises(InputError, match="'proj_out.weight' in .* reaches 70000, more than float16 holds"):
+        pipeline.compile(load_recipe(folder / "tiny.yaml"), tmp_path / "tiny.engine", display=display)
+    assert shown["open"][0] == f"reading {weights.name}" and shown["capture"][-1] == "proj_out.weight"

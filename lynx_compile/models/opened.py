@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
+import torch
 from diffusers import ModelMixin
 
 from lynx_compile.errors import InputError
@@ -28,6 +28,15 @@ class Opened:
     folder: Path | None
     checkpoints: Mapping[str, Checkpoint]
 
+    def check_values(self, dtype: torch.dtype, progress: Progress = no_progress) -> None:
+        """Read every weight once, so that what ``dtype`` cannot hold is said before hours of work.
+
+        Raises:
+            InputError: a weight is not finite in ``dtype``.
+        """
+        for checkpoint in self.checkpoints.values():
+            checkpoint.check_values(dtype, progress)
+
 
 def open_model(recipe: Recipe, converted: Path, progress: Progress = no_progress) -> Opened:
     """Find the model and see from its headers that it can be compiled; nothing is loaded.
@@ -40,9 +49,7 @@ def open_model(recipe: Recipe, converted: Path, progress: Progress = no_progress
     """
     model = recipe.model
     if isinstance(model, ModuleModel):
-        config = (
-            model.config if isinstance(model.config, dict) else json.loads(Path(model.config).read_text())
-        )
+        config = model.config if isinstance(model.config, dict) else Path(model.config)
         return Opened(None, {ONLY: open_module(model.module, config, Path(model.weights))})
     if not isinstance(model, Model):
         raise InputError(

@@ -445,6 +445,7 @@ def test_the_authors_own_layout_is_converted_once(tmp_path: Path, monkeypatch: p
 
 def test_a_pipelines_missing_folder_is_named(tiny: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny / "model", tmp_path / "model"))
+    (folder / "model_index.json").unlink(missing_ok=True)
     with pytest.raises(InputError, match=r"no pipeline \(model_index.json is missing\).*'recording'"):
         pipeline_parts(folder)
     index = {
