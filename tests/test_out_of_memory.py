@@ -92,7 +92,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("oom") / "tiny.engine"
 
 
-@pytest.mark.parametrize(("stage", "name"), zip(STAGES, itertools.cycle(ERRORS), strict=False))
+@pytest.mark.parametrize(("stage", "name"), list(zip(STAGES, itertools.cycle(ERRORS), strict=False)))
 def test_in_each_stage(
     tiny: Path, output: Path, monkeypatch: pytest.MonkeyPatch, stage: str, name: str
 ) -> None:
