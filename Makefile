@@ -9,12 +9,15 @@ JOBS ?= $(shell nproc)
 # `make plugin LYNX_CUDA_ARCHITECTURES=90a` builds for Hopper alone.
 LYNX_CUDA_ARCHITECTURES ?= 80;86;89;90a;120
 LYNX_ELEMENT_TYPES ?= bf16;fp16
+# Tile configurations of the FP8 GEMMs: all, or one of each operand.
+LYNX_FP8_TILES ?= all
 # Those of the types that get Hopper's own instructions; the others run there as on any GPU.
 LYNX_SM90_ELEMENT_TYPES ?= $(LYNX_ELEMENT_TYPES)
 # `make test` tests that library where it was built; else it compiles one for both kinds of GEMM and both types.
 TEST_ARCHITECTURES ?= 80;90a
 TEST_TYPES ?= bf16;fp16
 TEST_SM90_TYPES ?= bf16
+TEST_FP8_TILES ?= one
 TEST_BUILD := $(if $(wildcard build/plugin/build.ninja),build/plugin,build/test)
 # `make demo` takes that one where it is there; else what its fp16 model needs: PTX, and the GPU of this machine.
 GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d . | sed s/^90$$/90a/)
@@ -68,19 +71,19 @@ $(VENV)/.ready: pyproject.toml requirements/toolchain.txt requirements/tensorrt1
 
 # Everything that is shipped: 8 minutes on two cores. The library goes to lynx_compile/lib, where the package looks for it.
 plugin: setup
-	$(call build_plugin,build/plugin,$(LYNX_CUDA_ARCHITECTURES),$(LYNX_ELEMENT_TYPES),$(LYNX_SM90_ELEMENT_TYPES))
+	$(call build_plugin,build/plugin,$(LYNX_CUDA_ARCHITECTURES),$(LYNX_ELEMENT_TYPES),$(LYNX_SM90_ELEMENT_TYPES),$(LYNX_FP8_TILES))
 
 plugin-test: setup
-	$(call build_plugin,$(TEST_BUILD),$(TEST_ARCHITECTURES),$(TEST_TYPES),$(TEST_SM90_TYPES))
+	$(call build_plugin,$(TEST_BUILD),$(TEST_ARCHITECTURES),$(TEST_TYPES),$(TEST_SM90_TYPES),$(TEST_FP8_TILES))
 
 plugin-demo: setup
-	$(call build_plugin,$(DEMO_BUILD),$(DEMO_ARCHITECTURES),fp16,fp16)
+	$(call build_plugin,$(DEMO_BUILD),$(DEMO_ARCHITECTURES),fp16,fp16,one)
 
-# folder, architectures, types, of them for sm_90a: configured once, then Ninja decides what to compile again.
+# folder, architectures, types, of them for sm_90a, FP8 tiles: configured once, then Ninja decides what to compile again.
 define build_plugin
 @test -f $(1)/build.ninja || $(CMAKE) -S plugins -B $(1) -G Ninja --log-level=WARNING \
   -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DLYNX_BUILD_TESTS=ON \
-  "-DLYNX_CUDA_ARCHITECTURES=$(2)" "-DLYNX_ELEMENT_TYPES=$(3)" "-DLYNX_SM90_ELEMENT_TYPES=$(4)" -DLYNX_COPY_IN_TREE=OFF
+  "-DLYNX_CUDA_ARCHITECTURES=$(2)" "-DLYNX_ELEMENT_TYPES=$(3)" "-DLYNX_SM90_ELEMENT_TYPES=$(4)" "-DLYNX_FP8_TILES=$(5)" -DLYNX_COPY_IN_TREE=OFF
 @$(CMAKE) --build $(1) -j $(JOBS) --target lynx_plugin rtx_alias
 @mkdir -p lynx_compile/lib/rtx_alias && cp -p $(1)/liblynx_plugin.so lynx_compile/lib/ && \
   cp -p $(1)/rtx_alias/libtensorrt_rtx.so lynx_compile/lib/rtx_alias/

@@ -12,6 +12,7 @@
 #include <random>
 #include <vector>
 
+#include "kernels/fp8.h"
 #include "kernels/sparse24.h"
 
 namespace {
@@ -113,6 +114,23 @@ void check_sm90(int64_t rows, int64_t width) {
   report(ok, kAtom == 64 ? "sm_90 metadata, atoms of 64" : "sm_90 metadata, atoms of 128", rows, width);
 }
 
+// The metadata of e4m3: 16 bits of a row and 16 channels where Fp8Metadata says.
+void check_fp8(int64_t rows, int64_t width) {
+  using Config =
+      cutlass::Sm90GemmSparseConfig<cute::sparse_elem<2, cutlass::float_e4m3_t>, cute::GMMA::Major::K,
+                                    cute::sparse_elem<8, uint8_t>, cute::Int<lynx::kFp8Step>>;
+  const auto layout = Config::fill_layoutE(cute::make_shape(int(rows), 8, int(width), 1));
+  bool ok = Config::TensorEAtomK::value == lynx::kFp8Step &&
+            int64_t(cute::cosize(layout)) / 8 == lynx::Fp8Metadata::bytes(rows, width);
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t k = 0; k < width; k += 8) {
+      const int64_t byte = int64_t(layout(int(m), int(k), 0)) / 8;
+      ok &= byte == 2 * lynx::Fp8Metadata::halfword(m, k / 16, rows) + k % 16 / 8;
+    }
+  }
+  report(ok, "sm_90 metadata of e4m3", rows, width);
+}
+
 }  // namespace
 
 int main() {
@@ -124,6 +142,7 @@ int main() {
       check_sm90<64>(rows, width);
       check_sm90<128>(rows, width);
     }
+    for (const int64_t width : {128, 384}) check_fp8(rows, width);
   }
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;

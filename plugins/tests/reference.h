@@ -74,6 +74,30 @@ inline const Rounding& fp16() {
   return rounding;
 }
 
+// ---- e4m3: 4 and 3 bits, but the largest exponent has values too, and its last one is NaN ----
+
+inline double e4m3_value(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  if (exponent == 15 && mantissa == 7) return std::nan("");
+  const double magnitude =
+      exponent == 0 ? std::ldexp(double(mantissa), -9) : std::ldexp(8.0 + double(mantissa), exponent - 10);
+  return bits & 0x80 ? -magnitude : magnitude;
+}
+
+// The nearest of all, ties to the even mantissa, beyond the largest the largest; NaN is 0x7f.
+inline uint8_t nearest_e4m3(float value) {
+  if (std::isnan(value)) return 0x7f;
+  const double magnitude = std::fabs(double(value));
+  int best = 0;
+  for (int bits = 1; bits < 0x7f; ++bits) {
+    const double distance = std::fabs(e4m3_value(uint8_t(bits)) - magnitude);
+    const double least = std::fabs(e4m3_value(uint8_t(best)) - magnitude);
+    if (distance < least || (distance == least && bits % 2 == 0)) best = bits;
+  }
+  if (magnitude > 448.0) best = 0x7e;
+  return uint8_t(best | (std::signbit(value) ? 0x80 : 0));
+}
+
 // ---- Selection ----
 
 // Kept positions, ascending: a stable sort by decreasing score; NaN goes first.

@@ -10,6 +10,7 @@ and c++filt, which comes with g++.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -67,6 +68,18 @@ MMA_TILES = (Tile(128, 128, 64, 3, 128), Tile(64, 128, 64, 4, 128))
 WGMMA_TILES = (Tile(128, 256, 64, 5, 384), Tile(256, 192, 64, 4, 384), Tile(128, 128, 64, 8, 384))
 
 
+# The FP8 GEMMs by operand, as fp8_tiles.h has them: M x N, and whether stream-K; a library has the first or all.
+FP8_TILES = {
+    "weight": ("256x192", "256x144", "128x128", "256x192 stream-K"),
+    "dense": ("128x192", "128x160", "128x144", "128x128"),
+    "activation": ("256x192", "256x144", "128x128"),
+}
+FP8_THREADS = 384
+ROUND_THREADS = 256  # of the rounding pass at most
+MAKES = ("plain", "norm", "gelu", "gated")  # Make of fp8_round.cu
+ROUND_BLOCKS = (2, 3, 4, 6, 8)  # of 16 channels that a thread holds
+
+
 def prune_threads(rank: int) -> int:
     """Threads of a block of the pruning kernel."""
     return 512 if rank > RANKS_OF_A_WARP else 256
@@ -102,7 +115,7 @@ class Kernel:
 class Role:
     """Which of our kernels a symbol is."""
 
-    family: str  # prune, finish, mma.sp, wgmma.sp
+    family: str  # prune, finish, mma.sp, wgmma.sp, round, fp8
     element: str = ""
     layout: str = ""
     rank: int = 0
@@ -114,6 +127,10 @@ class Role:
     def title(self) -> str:
         if self.family == "prune":
             return f"prune {self.element} layout {self.layout} rank {self.rank} {self.variant}"
+        if self.family == "fp8":
+            return f"fp8 {self.element} {self.operand} {self.variant}"
+        if self.family == "round":
+            return f"round {self.element} {self.variant} {self.operand} {self.rank}"
         if self.family == "finish":
             return f"finish {self.element} layout {self.layout}"
         if self.tile is None:
@@ -136,6 +153,13 @@ EPILOGUES = {
     "activation": re.compile(r"lynx::GeluStore<|lynx::GeluFrom<cutlass::\w+, 1>"),
     "weight": re.compile(r"lynx::TransposedEpilogue<|lynx::GeluFrom<cutlass::\w+, 0>"),
 }
+FP8_NAME = re.compile(
+    r"MainloopSm90TmaGmmaWarpSpecialized(Sparse)?<\d+, .*?FP8FastAccum>, "
+    r"cute::tuple<cute::C<(\d+)>, cute::C<(\d+)>, cute::C<128> ?>"
+)
+ROUND_NAME = re.compile(
+    r"round_kernel<lynx::(Bf16|Fp16), \(lynx::\(anonymous namespace\)::Make\)(\d), (true|false), (\d)>"
+)
 
 
 def role_of(name: str) -> Role | None:
@@ -145,8 +169,16 @@ def role_of(name: str) -> Role | None:
         return Role("prune", element.lower(), layout[:2], int(rank), VARIANTS[int(variant)])
     if match := FINISH_NAME.search(name):
         return Role("finish", match[1].lower(), match[2][:2])
+    if match := ROUND_NAME.search(name):
+        element, make, pruned, blocks = match.groups()
+        operand = "pruned" if pruned == "true" else "dense"
+        return Role("round", element.lower(), rank=int(blocks), variant=MAKES[int(make)], operand=operand)
     element = "bf16" if "bfloat16_t" in name else "fp16"
     operand = next((operand for operand, epilogue in EPILOGUES.items() if epilogue.search(name)), "")
+    if match := FP8_NAME.search(name):
+        variant = f"{match[2]}x{match[3]}" + (" stream-K" if "lynx::StreamK" in name else "")
+        operand = operand if match[1] else "dense"
+        return Role("fp8", element, variant=variant, operand=operand) if operand else None
     if match := MMA_NAME.search(name):
         shape = tuple(map(int, match.groups()))
         tiles = [tile for tile in MMA_TILES if (tile.m, tile.n, tile.k) == shape]
@@ -161,7 +193,7 @@ def role_of(name: str) -> Role | None:
 def check(kernels: Iterable[Kernel]) -> list[str]:
     """What is wrong with a library of these kernels; one sentence each."""
     kernels = list(kernels)
-    wrong = _check_complete(kernels)
+    wrong = [*_check_complete(kernels), *_check_fp8_complete(kernels)]
     for kernel in kernels:
         role = role_of(kernel.name)
         if role is None:
@@ -188,6 +220,32 @@ def _check_complete(kernels: list[Kernel]) -> list[str]:
     return wrong
 
 
+def _check_fp8_complete(kernels: list[Kernel]) -> Iterator[str]:
+    """Where there are Hopper's GEMMs of a type, there are those of FP8: the first of every operand, or all."""
+    roles = [role for kernel in kernels if (role := role_of(kernel.name))]
+    found = Counter(role.title for role in roles)
+    elements = {role.element for role in roles if role.family == "wgmma.sp"}
+    for element in sorted(elements):
+        due = {
+            Role("fp8", element, variant=tiles[0], operand=operand).title
+            for operand, tiles in FP8_TILES.items()
+        }
+        whole = {
+            Role("fp8", element, variant=tile, operand=operand).title
+            for operand, tiles in FP8_TILES.items()
+            for tile in tiles
+        }
+        has = {title for title in found if title.startswith(f"fp8 {element} ")}
+        if has not in (due, whole):
+            yield f"sm_90a: neither one nor all FP8 GEMMs of {element}: {', '.join(sorted(has)) or 'none'}"
+    for element, make, operand, blocks in itertools.product(
+        sorted(elements), MAKES, ("dense", "pruned"), ROUND_BLOCKS
+    ):
+        title = Role("round", element, rank=blocks, variant=make, operand=operand).title
+        if found[title] != 1:
+            yield f"sm_90a {title}: {found[title]} kernels where 1 is due"
+
+
 def _roles_due(arch: str, gemms: set[tuple[str, str]]) -> Counter[str]:
     """wgmma.sp is sm_90a's; the pruning pass for it is plain sm_90's. All others have both for mma.sp."""
     due: Counter[str] = Counter()
@@ -209,6 +267,12 @@ def _check_instructions(kernel: Kernel, role: Role) -> Iterator[str]:
     suffix = r"(\.\w+)*\.BF16" if role.element == "bf16" else r"(?!.*BF16)"
     if role.family == "wgmma.sp" and not kernel.count(r"HGMMA\.SP\.64x\d+x32\.F32" + suffix):
         yield f"no HGMMA.SP of {role.element} with float32 accumulation"
+    if role.family == "fp8":
+        sparse = r"\.SP" if role.operand != "dense" else ""
+        if not kernel.count(rf"QGMMA{sparse}\.64x\d+x\d+\.F32\.E4M3\.E4M3"):
+            yield "no QGMMA of e4m3 with float32 accumulation" + (" and 2:4" if sparse else "")
+        if sparse and kernel.count(r"QGMMA(?!\.SP)"):
+            yield "dense tensor-core instructions beside the sparse ones"
     if role.family == "mma.sp" and not kernel.count(r"HMMA\.SP\.16832\.F32" + suffix):
         yield f"no HMMA.SP of {role.element} with float32 accumulation"
     if role.family in ("mma.sp", "wgmma.sp") and kernel.count(r"HG?MMA(?!\.SP)"):
@@ -242,6 +306,10 @@ def _launch(role: Role) -> tuple[int, int, int]:
     """Threads, bytes of dynamic shared memory, and thread blocks that must fit an SM."""
     if role.family == "prune":
         return prune_threads(role.rank), 0, blocks_per_sm(role.rank, role.variant)
+    if role.family == "round":
+        return ROUND_THREADS, 0, 2 if role.rank <= 4 else 1
+    if role.family == "fp8":  # its stages are as many as fit
+        return FP8_THREADS, 0, 1
     if role.tile is None:
         return FINISH_THREADS, 0, 1
     return role.tile.threads, role.tile.shared_bytes, 1
@@ -281,7 +349,7 @@ def parse_resources(lines: Iterable[str]) -> Iterator[Kernel]:
 
 
 INSTRUCTION = re.compile(
-    r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?((?:HMMA|HGMMA|LDL|STL|MOVM|BSSY|BSYNC)\b[.\w]*)"
+    r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?((?:HMMA|HGMMA|QGMMA|LDL|STL|MOVM|BSSY|BSYNC)\b[.\w]*)"
 )
 
 

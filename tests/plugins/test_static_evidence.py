@@ -51,6 +51,26 @@ def gemm_kernel(arch: str, element: str, tile: Tile, operand: str) -> Kernel:
     return Kernel(arch, name, 252, 0, 0, Counter({f"HMMA.SP.16832.F32{suffix}": 64}) + turned)
 
 
+def fp8_kernel(element: str, operand: str, tile: str) -> Kernel:
+    _, name, _ = ELEMENT_NAMES[element]
+    m, n = tile.split()[0].split("x")
+    sparse = "" if operand == "dense" else "Sparse"
+    cluster = "cute::tuple<cute::C<1>, cute::C<1>, cute::C<1> >"
+    name = (
+        f"MainloopSm90TmaGmmaWarpSpecialized{sparse}<4, {cluster}, cutlass::gemm::KernelTmaWarpSpecialized"
+        f"CooperativeFP8FastAccum>, cute::tuple<cute::C<{m}>, cute::C<{n}>, cute::C<128> >, cutlass::float_e4m3_t, "
+        f"lynx::GeluFrom<cutlass::{name}, {int(operand == 'activation')}>"
+    ) + (", lynx::StreamK" if "stream-K" in tile else "")
+    opcode = f"QGMMA{'.SP' if sparse else ''}.64x{n}x{64 if sparse else 32}.F32.E4M3.E4M3"
+    return Kernel("90a", name, 168, 0, 1024, Counter({opcode: 8}))
+
+
+def round_kernel(element: str, make: int, pruned: bool, blocks: int) -> Kernel:
+    make_of = f"(lynx::(anonymous namespace)::Make){make}"
+    name = f"round_kernel<lynx::{ELEMENT_NAMES[element][0]}, {make_of}, {str(pruned).lower()}, {blocks}>"
+    return Kernel("90a", name, 80, 0, 1120)
+
+
 @pytest.fixture
 def kernels() -> list[Kernel]:
     """A library for sm_80 and sm_90a in order."""
@@ -66,6 +86,13 @@ def kernels() -> list[Kernel]:
         for operand in evidence.OPERANDS:
             out += [gemm_kernel("80", element, tile, operand) for tile in evidence.MMA_TILES]
             out += [gemm_kernel("90a", element, tile, operand) for tile in evidence.WGMMA_TILES]
+        out += [fp8_kernel(element, operand, tiles[0]) for operand, tiles in evidence.FP8_TILES.items()]
+        out += [
+            round_kernel(element, make, pruned, blocks)
+            for make in range(len(evidence.MAKES))
+            for pruned in (False, True)
+            for blocks in evidence.ROUND_BLOCKS
+        ]
     return out
 
 
@@ -73,7 +100,19 @@ def test_library_in_order_passes(kernels: list[Kernel]) -> None:
     assert evidence.check(kernels) == []
 
 
+def test_one_fp8_tile_or_all(kernels: list[Kernel]) -> None:
+    more = [
+        fp8_kernel(element, operand, tile)
+        for element in evidence.ELEMENTS
+        for operand, tiles in evidence.FP8_TILES.items()
+        for tile in tiles[1:]
+    ]
+    assert evidence.check([*kernels, *more]) == []
+    assert any("neither one nor all" in each for each in evidence.check([*kernels, more[0]]))
+
+
 PRUNE = "prune bf16 layout 80 rank 64 plain"
+FP8 = "fp8 bf16 weight 256x192"
 MMA, WGMMA = "mma.sp fp16 128x128x64 weight", "wgmma.sp bf16 256x192x64 activation"
 
 
@@ -104,6 +143,10 @@ MMA, WGMMA = "mma.sp fp16 128x128x64 weight", "wgmma.sp bf16 256x192x64 activati
             )
             for apart in ("@", "?", "@?")
         ),
+        (FP8, {"opcodes": Counter({"QGMMA.64x192x32.F32.E4M3.E4M3": 8})}, "no QGMMA of e4m3"),
+        (FP8, {"opcodes": Counter({"QGMMA.SP.64x192x64.F32.E4M3.E4M3": 8, "LDL": 1})}, "local memory"),
+        (FP8, {"registers": 176}, "1 thread blocks take 67584 registers"),
+        ("round bf16 norm dense 4", {"registers": 136}, "2 thread blocks take 69632 registers"),
         (WGMMA, {"opcodes": Counter({"HGMMA.64x192x16.F32.BF16": 4})}, "no HGMMA.SP of bf16"),
         (WGMMA, {"registers": 176}, "1 thread blocks take 67584 registers"),
         (WGMMA, {"shared": 60 * 1024}, "bytes of an SM's 233472"),
@@ -130,8 +173,14 @@ def test_tiles_of_as_many_stages_are_told_apart(
 ) -> None:
     wide, tall, narrow = evidence.WGMMA_TILES
     doubled = (wide, tall, replace(narrow, stages=wide.stages))
+    others = [
+        kernel
+        for kernel in kernels
+        if kernel.arch != "90a"
+        or (role := evidence.role_of(kernel.name)) is None
+        or role.family != "wgmma.sp"
+    ]
     monkeypatch.setattr(evidence, "WGMMA_TILES", doubled)
-    others = [kernel for kernel in kernels if kernel.arch != "90a"]
     gemms = [
         gemm_kernel("90a", element, tile, operand)
         for element in evidence.ELEMENTS

@@ -16,6 +16,7 @@
 #define __CUDACC__
 #define __CUDA_ARCH__ 900  // which has the kernels for both metadata layouts
 
+#include "kernels/fp8_convert.h"
 #include "kernels/warp.h"
 #include "tests/reference.h"
 
@@ -80,6 +81,17 @@ void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t
                   uint32_t b1) {
   emulation::MmaLane mine{d, {a0, a1, a2, a3}, {b0, b1}};
   emulation::collective(emulation::multiply<Element>, &mine);
+}
+
+// Two values to e4m3, the first in the lower byte.
+inline uint16_t e4m3_pair(float low, float high) {
+  return uint16_t(reference::nearest_e4m3(low) | reference::nearest_e4m3(high) << 8);
+}
+
+inline void let_next_kernel_begin() {}
+
+inline uint32_t max_of_halves(uint32_t a, uint32_t b) {
+  return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffffu, b & 0xffffu);
 }
 
 // Exact but for rounding, where the hardware's is off by up to 2^-11 of itself: the kernels' own arithmetic

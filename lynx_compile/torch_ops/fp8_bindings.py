@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The FP8 kernels called from torch, without TensorRT. Mirrors ``plugins/fp8_c_api.h``."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from lynx_compile.errors import InputError
+from lynx_compile.ops.fp8 import E4M3, ROW_STEP, STEP, Rounded, pack, pack_dense
+from lynx_compile.ops.sparse_linear import Gelu, Norm
+from lynx_compile.torch_ops.bindings import ANY_TILE, DTYPES, LIBRARY, load_library
+
+Operand = Literal["sparse weight", "dense", "sparse activation"]
+OPERANDS: tuple[Operand, ...] = ("sparse weight", "dense", "sparse activation")  # by their numbers
+
+
+class HalfGated:
+    """Producer: silu(first half of x's channels) times the second half."""
+
+
+class _Fp8Call(ctypes.Structure):
+    """``LynxFp8Linear`` of fp8_c_api.h."""
+
+    _fields_ = [
+        ("fp16", ctypes.c_int32), ("operand", ctypes.c_int32), ("rows", ctypes.c_int64),
+        ("channels", ctypes.c_int32), ("out_channels", ctypes.c_int32),
+        ("gelu_from", ctypes.c_int32), ("tile", ctypes.c_int32),
+        ("producer", ctypes.c_int32), ("rms", ctypes.c_int32), ("epsilon", ctypes.c_float),
+        ("gain_rows", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in
+          ("x", "gain", "shift", "weight", "metadata", "weight_scale", "bias", "y", "workspace")),
+    ]  # fmt: skip
+
+
+def load_fp8_library(path: Path = LIBRARY) -> ctypes.CDLL:
+    """Open the plugin library and declare its FP8 functions.
+
+    Raises:
+        InputError: it is missing, cannot be loaded, or is of another version.
+    """
+    library = load_library(path)
+    try:
+        declare(library)
+    except AttributeError as error:
+        raise InputError(
+            f"The plugin library {path} cannot be used ({error}).", "Build it again with 'make plugin'."
+        ) from None
+    return library
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Of its FP8 functions; raises AttributeError where one is missing."""
+    library.lynx_fp8_workspace_bytes.restype = ctypes.c_int64
+    library.lynx_fp8_workspace_bytes.argtypes = [ctypes.POINTER(_Fp8Call)]
+    library.lynx_fp8_tile_count.argtypes = [ctypes.c_int]
+    library.lynx_fp8_runs.argtypes = [ctypes.c_int]
+    for name in ("lynx_fp8_linear", "lynx_fp8_round", "lynx_fp8_gemm"):
+        getattr(library, name).argtypes = [ctypes.POINTER(_Fp8Call), ctypes.c_void_p]
+
+
+class Fp8Linear:
+    """One FP8 linear on the GPU, its output and workspace allocated once.
+
+    Args:
+        weight: W_q [N, K] and its scales. bias: [N], of x's dtype, bf16 or fp16.
+        keep: bool [N, K], what a 2:4 weight keeps; with operand "sparse weight" alone.
+        gelu_from: first output channel that goes through GELU, a multiple of 64; none by default.
+        producer: what x is made into before it is rounded.
+
+    Raises:
+        InputError: the kernels do not run here.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        weight: Rounded,
+        bias: torch.Tensor,
+        *,
+        rows: int,
+        operand: Operand,
+        keep: torch.Tensor | None = None,
+        gelu_from: int | None = None,
+        producer: Norm | Gelu | HalfGated | None = None,
+    ) -> None:
+        out_channels, channels = weight.values.shape
+        self._library, self._dtype, self._device = library, bias.dtype, bias.device
+        self._call = _Fp8Call(
+            fp16=DTYPES[bias.dtype], operand=OPERANDS.index(operand), rows=rows, channels=channels,
+            out_channels=out_channels, gelu_from=out_channels if gelu_from is None else gelu_from, tile=ANY_TILE,
+            weight_scale=weight.scale.data_ptr(), bias=bias.data_ptr(),
+        )  # fmt: skip
+        values, metadata = (pack_dense(weight.values), None) if keep is None else pack(weight.values, keep)
+        self._call.weight, self._call.metadata = (
+            values.data_ptr(),
+            0 if metadata is None else metadata.data_ptr(),
+        )
+        self._set_producer(producer)
+        self.bias = bias
+        self.write_to(torch.empty(rows, out_channels, dtype=bias.dtype, device=bias.device))
+        size = library.lynx_fp8_workspace_bytes(self._call)
+        self.workspace = torch.empty(size, dtype=torch.uint8, device=bias.device)
+        self._call.workspace = self.workspace.data_ptr()
+        self.tensors = (values, metadata, weight.scale, bias, producer)  # the call holds their addresses
+
+    def _set_producer(self, producer: Norm | Gelu | HalfGated | None) -> None:
+        call = self._call
+        if isinstance(producer, Norm):
+            call.producer, call.rms, call.epsilon = 1, producer.rms, producer.epsilon
+            call.gain, call.shift = producer.gain.data_ptr(), producer.shift.data_ptr()
+            call.gain_rows = len(producer.gain)
+        elif isinstance(producer, Gelu):
+            call.producer = 2
+        elif isinstance(producer, HalfGated):
+            call.producer = 3
+
+    def write_to(self, y: torch.Tensor) -> None:
+        """``y`` [rows, N] is where the calls from here on put their result."""
+        self.y = y
+        self._call.y = y.data_ptr()
+
+    def __call__(self, x: torch.Tensor, tile: int = ANY_TILE) -> torch.Tensor:
+        """y [rows, N] for x [rows, K]; the same tensor at every call. On torch's current stream."""
+        return self._run("lynx_fp8_linear", x, tile)
+
+    def round(self, x: torch.Tensor) -> None:
+        """The rounding pass alone: leaves the FP8 operand in the workspace."""
+        self._run("lynx_fp8_round", x, ANY_TILE)
+
+    def gemm(self, x: torch.Tensor, tile: int = ANY_TILE) -> torch.Tensor:
+        """The GEMM alone, on what the last rounding pass left."""
+        return self._run("lynx_fp8_gemm", x, tile)
+
+    def rounded(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """What the last rounding pass left: values, metadata (of 2:4 activations) and scales."""
+        rows, width = self._call.rows, -(-self._call.channels // STEP) * STEP
+        padded, pruned = (
+            -(-rows // ROW_STEP) * ROW_STEP,
+            self._call.operand == OPERANDS.index("sparse activation"),
+        )
+        sizes = (padded * width // 2, padded * width // 8) if pruned else (rows * width, 0)
+        parts, at = [], 0
+        for size in (*sizes, 4 * padded):
+            parts.append(self.workspace[at : at + size])
+            at += -(-size // 256) * 256
+        values = parts[0].view(E4M3).view(-1, width // 2 if pruned else width)
+        metadata = parts[1].view(torch.int32).view(width // STEP, padded, 4) if pruned else None
+        return values, metadata, parts[2].view(torch.float32)[:rows]
+
+    def _run(self, function: str, x: torch.Tensor, tile: int) -> torch.Tensor:
+        width = self._call.channels * (2 if self._call.producer == 3 else 1)
+        if tuple(x.shape) != (self._call.rows, width) or x.dtype != self._dtype or not x.is_contiguous():
+            raise InputError(
+                f"x is {x.dtype} {list(x.shape)} and should be {self._dtype} {[self._call.rows, width]}.",
+                "Use one contiguous CUDA tensor of that shape.",
+            )
+        self._call.x, self._call.tile = x.data_ptr(), tile
+        error = getattr(self._library, function)(self._call, torch.cuda.current_stream(x.device).cuda_stream)
+        if error:
+            raise InputError(f"{function} failed with CUDA error {error}.", "Check that the GPU is sm_90.")
+        return self.y

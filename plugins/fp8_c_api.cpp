@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// The FP8 kernels as C functions, as c_api.cpp has the others. Those that queue work return a cudaError_t.
+#include "fp8_c_api.h"
+
+#include "kernels/fp8_gemm.h"
+#include "kernels/fp8_linear.h"
+
+#define LYNX_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+lynx::Fp8LinearParams params_of(const LynxFp8Linear& call) {
+  lynx::Fp8LinearParams params;
+  params.dtype = call.fp16 ? lynx::DType::kFp16 : lynx::DType::kBf16;
+  params.operand = lynx::Fp8Operand(call.operand);
+  params.rows = call.rows, params.channels = call.channels, params.out_channels = call.out_channels;
+  params.gelu_from = call.gelu_from;
+  params.producer = lynx::Producer(call.producer);
+  params.rms = call.rms != 0, params.epsilon = call.epsilon, params.gain_rows = call.gain_rows;
+  params.gain = call.gain, params.shift = call.shift;
+  params.x = call.x, params.weight = call.weight;
+  params.metadata = static_cast<const uint32_t*>(call.metadata);
+  params.weight_scale = static_cast<const float*>(call.weight_scale);
+  params.bias = call.bias, params.y = call.y, params.workspace = call.workspace;
+  return params;
+}
+
+}  // namespace
+
+// Whether the FP8 kernels run on the current device.
+LYNX_EXPORT int lynx_fp8_runs(int fp16) {
+  return lynx::fp8_runs(fp16 ? lynx::DType::kFp16 : lynx::DType::kBf16) == cudaSuccess;
+}
+
+LYNX_EXPORT int64_t lynx_fp8_workspace_bytes(const LynxFp8Linear* call) {
+  return int64_t(lynx::fp8_workspace_bytes(params_of(*call)));
+}
+
+// Number of tile configurations of an operand's GEMM.
+LYNX_EXPORT int lynx_fp8_tile_count(int operand) { return lynx::fp8_tactics(lynx::Fp8Operand(operand)); }
+
+// The whole op: checks, rounding pass, GEMM.
+LYNX_EXPORT int lynx_fp8_linear(const LynxFp8Linear* call, cudaStream_t stream) {
+  return lynx::launch_fp8_linear(params_of(*call), call->tile, stream);
+}
+
+// The rounding pass alone.
+LYNX_EXPORT int lynx_fp8_round(const LynxFp8Linear* call, cudaStream_t stream) {
+  const lynx::Fp8LinearParams params = params_of(*call);
+  return lynx::launch_fp8_round(params, lynx::rounded_operand(params), stream);
+}
+
+// The GEMM alone, on what a rounding pass left in the workspace.
+LYNX_EXPORT int lynx_fp8_gemm(const LynxFp8Linear* call, cudaStream_t stream) {
+  const lynx::Fp8LinearParams params = params_of(*call);
+  return lynx::launch_rounded_gemm(params, lynx::rounded_operand(params), call->tile, false, stream);
+}

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// The FP8 GEMMs as one function per element type of y, operand and tile configuration. Each is instantiated
+// in a file of its own, since they take half a minute to compile.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "fp8.h"
+#include "fp8_tiles.h"
+#include "sparse_linear.h"
+#include "tile_config.h"
+
+namespace lynx {
+
+// One GEMM: y = act(s_x * s_w * (x_q W_q^T) + bias), accumulated in float32.
+struct Fp8GemmCall {
+  int tokens, channels, width;  // rows of x, output channels, K' (K in whole steps of 128)
+  const void* x;                // e4m3 [tokens, K'], or kSparseActivation: [tokens, K' / 2]
+  const void* weight;           // e4m3 [channels, K'], or kSparseWeight: [channels, K' / 2]
+  const uint32_t* metadata;     // of the sparse operand, Fp8Metadata
+  const float* x_scale;         // [tokens]
+  const float* weight_scale;    // [channels]
+  const void* bias;             // T [channels]
+  int gelu_from;                // first output channel that goes through GELU, a multiple of kGeluMultiple
+  void* y;                      // T [tokens, channels]
+  void* workspace;              // fp8_gemm_workspace_bytes, 256-byte aligned
+  size_t workspace_bytes;
+  bool follows_pass;  // the kernel ahead on the stream is our rounding pass: begin before it ends
+};
+
+// Bytes of workspace that every configuration can do with, for up to `tokens` and `channels`.
+int64_t fp8_gemm_workspace_bytes(Fp8Operand operand, int64_t tokens, int64_t channels);
+
+using Fp8GemmLaunch = cudaError_t(const Fp8GemmCall&, int device, cudaStream_t);
+
+template <class Element, Fp8Operand kOperand, int kIndex>
+cudaError_t launch_fp8_gemm(const Fp8GemmCall& call, int device, cudaStream_t stream);
+
+// Number of tile configurations that this library was built with.
+int fp8_tactics(Fp8Operand operand);
+
+// The function of a configuration; null where this library was built without it.
+Fp8GemmLaunch* fp8_tile_launch(DType dtype, Fp8Operand operand, int tile);
+
+// Runs one; tile kAnyTile: the dispatcher's choice.
+cudaError_t launch_fp8_gemm(DType dtype, Fp8Operand operand, const Fp8GemmCall& call, int tile,
+                            cudaStream_t stream);
+
+}  // namespace lynx

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+// CUTLASS's wgmma and wgmma.sp GEMMs of e4m3 for sm_90a with our epilogue, for one tile configuration.
+// Included by the small instantiation files fp8_gemm_sm90_*.cu, which compile in parallel.
+//
+// The tensor cores add within an instruction with fewer bits than float32 has, and CUTLASS's other schedules
+// promote their sums every four instructions. FastAccum does not: the difference is lost in e4m3's own
+// rounding (plugins/TUNING.md), and the promoted sums would take the registers of a tile half as large.
+#pragma once
+
+#define CUTLASS_ENABLE_GDC_FOR_SM90            // begins while the rounding pass ends
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // else a tile 224 wide is made of instructions 32 wide
+
+#include <type_traits>
+
+#include "cute/tensor.hpp"
+#include "cutlass/cutlass.h"
+#include "cutlass/epilogue/collective/collective_builder.hpp"
+#include "cutlass/gemm/collective/collective_builder.hpp"
+#include "cutlass/gemm/device/gemm_universal_adapter.h"
+#include "cutlass/gemm/kernel/gemm_universal.hpp"
+#include "cutlass/util/packed_stride.hpp"
+
+#include "cutlass_element.h"
+#include "fp8_gemm.h"
+#include "gelu_epilogue_sm90.cuh"
+
+namespace lynx {
+
+// CUTLASS's stream-K scheduler, whose is_last_tile does not compile. It only says when the next kernel may
+// begin: without it, when this one ends.
+struct StreamK {};
+
+}  // namespace lynx
+
+namespace cutlass::gemm::kernel::detail {
+
+template <class TileShape, class ClusterShape, uint32_t kStages>
+struct TileSchedulerSelector<lynx::StreamK, arch::Sm90, TileShape, ClusterShape, kStages> {
+  struct Scheduler : PersistentTileSchedulerSm90StreamK<TileShape, ClusterShape> {
+    using Base = PersistentTileSchedulerSm90StreamK<TileShape, ClusterShape>;
+    using Base::Base;
+
+    CUTLASS_DEVICE bool is_last_tile(const typename Base::WorkTileInfo&, uint32_t = 1) const { return false; }
+  };
+};
+
+}  // namespace cutlass::gemm::kernel::detail
+
+namespace lynx {
+
+template <class Element, Fp8Operand kOperand, int kIndex>
+struct Fp8GemmSm90 {
+  static constexpr Fp8Tile kTile = fp8_tiles(kOperand)[kIndex];
+  static constexpr bool kSparse = kOperand != Fp8Operand::kDense;
+  // D is y transposed, [output channels, tokens], unless the tokens are the sparse operand, which is A.
+  static constexpr bool kTransposed = kOperand != Fp8Operand::kSparseActivation;
+  using Fp8 = cutlass::float_e4m3_t;
+  using TileShape = cute::Shape<cute::Int<kTile.m>, cute::Int<kTile.n>, cute::Int<kTile.k>>;
+  using ClusterShape = cute::Shape<cute::Int<kTile.cluster_m>, cute::_1, cute::_1>;
+  using Class =
+      std::conditional_t<kSparse, cutlass::arch::OpClassSparseTensorOp, cutlass::arch::OpClassTensorOp>;
+  using Schedule =
+      std::conditional_t<kTile.ping_pong, cutlass::gemm::KernelTmaWarpSpecializedPingpongFP8FastAccum,
+                         cutlass::gemm::KernelTmaWarpSpecializedCooperativeFP8FastAccum>;
+  using EpilogueSchedule = std::conditional_t<kTile.ping_pong, cutlass::epilogue::TmaWarpSpecialized,
+                                              cutlass::epilogue::TmaWarpSpecializedCooperative>;
+  using LayoutD = std::conditional_t<kTransposed, cutlass::layout::ColumnMajor, cutlass::layout::RowMajor>;
+  static constexpr int kAlignment = 16;  // bytes, what TMA wants
+  static constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
+
+  // The epilogue, in float32 until the store: gelu(s_w (s_x accumulator) + bias).
+  template <template <class> class Function, class... Children>
+  using Compute = cutlass::epilogue::fusion::Sm90EVT<
+      cutlass::epilogue::fusion::Sm90Compute<Function, float, float, kRound>, Children...>;
+  template <class Value>
+  using OfRow =
+      cutlass::epilogue::fusion::Sm90ColBroadcast<0, TileShape, Value, float>;  // a value a row of D
+  template <class Value>
+  using OfColumn = cutlass::epilogue::fusion::Sm90RowBroadcast<0, TileShape, Value, float>;
+  template <class Value>
+  using OfChannel = std::conditional_t<kTransposed, OfRow<Value>, OfColumn<Value>>;
+  template <class Value>
+  using OfToken = std::conditional_t<kTransposed, OfColumn<Value>, OfRow<Value>>;
+  using Scaled = Compute<cutlass::multiplies, OfToken<float>, cutlass::epilogue::fusion::Sm90AccFetch>;
+  using Affine = Compute<cutlass::homogeneous_multiply_add, OfChannel<float>, Scaled, OfChannel<Element>>;
+  using Tree = cutlass::epilogue::fusion::Sm90EVT<GeluFrom<Element, kTransposed ? 0 : 1>, Affine>;
+
+  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, Class, TileShape, ClusterShape, cutlass::epilogue::collective::EpilogueTileAuto,
+      float, float, void, LayoutD, kAlignment / 2, Element, LayoutD, kAlignment / 2, EpilogueSchedule,
+      Tree>::CollectiveOp;
+  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, Class, Fp8, cutlass::layout::RowMajor, kSparse ? 2 * kAlignment : kAlignment, Fp8,
+      cutlass::layout::ColumnMajor, kAlignment, float, TileShape, ClusterShape,
+      cutlass::gemm::collective::StageCountAutoCarveout<int(sizeof(typename Epilogue::SharedStorage))>,
+      Schedule>::CollectiveOp;
+  using Scheduler = std::conditional_t<kTile.stream_k, StreamK, cutlass::gemm::PersistentScheduler>;
+  using Kernel =
+      cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue, Scheduler>;
+  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+
+  static cudaError_t launch(const Fp8GemmCall& call, int device, cudaStream_t stream) {
+    const typename Gemm::Arguments args = arguments(call, device);
+    if (Gemm::can_implement(args) != cutlass::Status::kSuccess ||
+        Gemm::get_workspace_size(args) > call.workspace_bytes) {
+      return cudaErrorInvalidValue;
+    }
+    Gemm gemm;
+    if (gemm.initialize(args, call.workspace, stream) != cutlass::Status::kSuccess ||
+        gemm.run(stream, nullptr, call.follows_pass) != cutlass::Status::kSuccess) {
+      const cudaError_t error = cudaGetLastError();
+      return error == cudaSuccess ? cudaErrorLaunchFailure : error;
+    }
+    return cudaSuccess;
+  }
+
+ private:
+  static typename Gemm::Arguments arguments(const Fp8GemmCall& call, int device) {
+    const Fp8Shape d = fp8_shape(kOperand, call.tokens, call.channels);
+    const int m = int(d.m), n = int(d.n);
+    const auto shape = cute::make_shape(m, n, call.width, 1);
+    typename Gemm::Arguments args;
+    args.mode = cutlass::gemm::GemmUniversalMode::kGemm;
+    args.problem_shape = shape;
+    args.mainloop.ptr_A = static_cast<const Fp8*>(kTransposed ? call.weight : call.x);
+    args.mainloop.ptr_B = static_cast<const Fp8*>(kTransposed ? call.x : call.weight);
+    args.mainloop.dB =
+        cutlass::make_cute_packed_stride(typename Kernel::StrideB{}, cute::make_shape(n, call.width, 1));
+    if constexpr (kSparse) {
+      using SparseConfig = typename Mainloop::SparseConfig;
+      static_assert(
+          SparseConfig::TensorEAtomK::value == kFp8Step && SparseConfig::TensorEAtomM::value == kRowMultiple,
+          "Fp8Metadata is the layout that this GEMM reads");
+      args.mainloop.layout_a = SparseConfig::fill_layoutA(shape);
+      args.mainloop.ptr_E = reinterpret_cast<const typename Mainloop::ElementE*>(call.metadata);
+      args.mainloop.layout_e = SparseConfig::fill_layoutE(shape);
+    } else {
+      args.mainloop.dA =
+          cutlass::make_cute_packed_stride(typename Kernel::StrideA{}, cute::make_shape(m, call.width, 1));
+    }
+    args.epilogue.thread = {{{call.weight_scale, 0.0f, {}},
+                             {{call.x_scale, 0.0f, {}}, {}, {}},
+                             {static_cast<const Element*>(call.bias), Element(0), {}},
+                             {}},
+                            {call.gelu_from}};
+    args.epilogue.ptr_D = static_cast<Element*>(call.y);
+    args.epilogue.dD =
+        cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, cute::make_shape(m, n, 1));
+    args.hw_info.device_id = device;
+    args.hw_info.sm_count = cutlass::KernelHardwareInfo::query_device_multiprocessor_count(device);
+    if constexpr (kTile.stream_k) {
+      using Mode = decltype(args.scheduler.decomposition_mode);
+      args.scheduler.decomposition_mode =
+          divides_tiles(kTile, d, call.width, args.hw_info.sm_count) ? Mode::Heuristic : Mode::DataParallel;
+    }
+    return args;
+  }
+};
+
+template <class Element, Fp8Operand kOperand, int kIndex>
+cudaError_t launch_fp8_gemm(const Fp8GemmCall& call, int device, cudaStream_t stream) {
+  return Fp8GemmSm90<CutlassElement<Element>, kOperand, kIndex>::launch(call, device, stream);
+}
+
+// Instantiates a tile of one operand and element type.
+#define LYNX_INSTANTIATE_FP8(Element, kOperand, kIndex) \
+  template cudaError_t launch_fp8_gemm<Element, kOperand, kIndex>(const Fp8GemmCall&, int, cudaStream_t)
+
+}  // namespace lynx

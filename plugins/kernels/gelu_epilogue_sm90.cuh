@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the epilogues of all wgmma GEMMs share: GELU on the way out.
+#pragma once
+
+#include "cute/tensor.hpp"
+#include "cutlass/cutlass.h"
+#include "cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp"
+
+#include "activation.h"
+
+namespace lynx {
+
+// Epilogue node: GELU on the output channels from `from` on, and the conversion to the output's type. kMode
+// is the mode of D (m: 0, n: 1) that output channels lie on. The elements of a fragment lie in one run of
+// kGeluMultiple channels, so that its first one speaks for all and the branch is a warp's.
+template <class Element, int kMode>
+struct GeluFrom : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
+  struct SharedStorage {};
+  struct Arguments {
+    int from;
+  };
+  using Params = Arguments;
+
+  template <class ProblemShape>
+  static constexpr Params to_underlying_arguments(const ProblemShape&, const Arguments& args, void*) {
+    return args;
+  }
+  template <class ProblemShape>
+  static bool can_implement(const ProblemShape&, const Arguments&) {
+    return true;
+  }
+  template <class ProblemShape>
+  static size_t get_workspace_size(const ProblemShape&, const Arguments&) {
+    return 0;
+  }
+  template <class ProblemShape>
+  static cutlass::Status initialize_workspace(const ProblemShape&, const Arguments&, void*, cudaStream_t,
+                                              cutlass::CudaHostAdapter* = nullptr) {
+    return cutlass::Status::kSuccess;
+  }
+
+  CUTLASS_HOST_DEVICE GeluFrom() {}
+  CUTLASS_HOST_DEVICE GeluFrom(const Params& params, const SharedStorage&) : params(params) {}
+
+  Params params;
+
+  template <class Coordinates>
+  struct Callbacks : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
+    CUTLASS_DEVICE Callbacks(const Coordinates& at, int from) : at(at), from(from) {}
+
+    template <class Accumulator, int kCount>
+    CUTLASS_DEVICE cutlass::Array<Element, kCount> visit(const cutlass::Array<Accumulator, kCount>&,
+                                                         int epi_v, int epi_m, int epi_n,
+                                                         const cutlass::Array<float, kCount>& input) {
+      cutlass::Array<float, kCount> value = input;
+      if (cute::get<kMode>(at(cute::_, cute::_, cute::_, epi_m, epi_n)(epi_v * kCount)) >= from) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < kCount; ++i) value[i] = gelu_tanh(input[i]);
+      }
+      return cutlass::NumericArrayConverter<Element, float, kCount>{}(value);
+    }
+
+    Coordinates at;  // of the thread's elements, relative to its first
+    int from;        // relative to the thread's first element
+  };
+
+  template <bool kReferenceSource, class... Args>
+  CUTLASS_DEVICE auto get_consumer_store_callbacks(
+      const cutlass::epilogue::fusion::ConsumerStoreArgs<Args...>& args) {
+    const int first = cute::get<kMode>(args.problem_shape_mnkl) - int(cute::get<kMode>(args.residue_tCcD));
+    return Callbacks<decltype(args.tCcD)>(args.tCcD, params.from - first);
+  }
+};
+
+}  // namespace lynx
