@@ -289,6 +289,18 @@ void test_run() {
 }
 
 // A mapping would end the process here.
+// As files/outputs.py names them.
+void test_names() {
+  const std::pair<const char*, const char*> names[] = {
+      {"FLUX.1-dev", "FLUX.1-dev.json"}, {"x.plan", "x.plan.json"}, {".engine", ".engine.json"}};
+  for (const auto& [engine, manifest] : names) {
+    const Files files;
+    fs::rename(files.engine(), files.folder / engine);
+    fs::rename(files.folder / "flux.json", files.folder / manifest);
+    report(lynx::Engine::open((files.folder / engine).string()).inputs().size() == 1, manifest);
+  }
+}
+
 void test_weights_cut_off() {
   const Files files(6000000);
   fake::cuda().on_copy = [&] {
@@ -657,6 +669,7 @@ int main() {
   test_safetensors(folder);
   test_versions();
   test_run();
+  test_names();
   test_weights_cut_off();
   test_files_of_two_runs();
   test_moves();
