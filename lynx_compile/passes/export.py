@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import onnx
 import onnx_ir
 import onnxscript.optimizer
 import torch
@@ -23,6 +22,7 @@ from onnxscript.rewriter.rules.common import _no_op
 
 from lynx_compile.engine.arguments import Arguments, Structure, flatten, unflatten
 from lynx_compile.errors import LynxError, StageError
+from lynx_compile.files.onnx_check import check_onnx
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.structure import is_linear
@@ -99,10 +99,8 @@ def export_module(
         _mark_linears(onnx_program.model, linears)
         path.parent.mkdir(parents=True, exist_ok=True)
         onnx_program.save(path, external_data=True)
-    try:
-        onnx.checker.check_model(path, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise StageError("export", f"the exported ONNX is invalid ({error}).", "Report the model.") from None
+    if problem := check_onnx(path):
+        raise StageError("export", f"the exported ONNX is invalid ({problem}).", "Report the model.")
     data = path.with_name(f"{path.name}.data")
     return DenseOnnx(path, data if data.exists() else None, results[-1].structure, tuple(baked))
 

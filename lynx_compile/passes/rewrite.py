@@ -55,6 +55,7 @@ from onnx.external_data_helper import uses_external_data
 
 from lynx_compile.errors import StageError
 from lynx_compile.files.atomic import save_bytes
+from lynx_compile.files.onnx_check import check_onnx
 from lynx_compile.files.ownership import PRODUCER
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import TensorSpec, refer, write_tensors
@@ -495,12 +496,8 @@ def _save(
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, int(OP_VERSION)))
     model.producer_name = PRODUCER
     save_bytes(path, model.SerializeToString())
-    try:
-        onnx.checker.check_model(path, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise StageError(
-            "rewrite", f"the rewritten ONNX is invalid ({error}).", "Report the model."
-        ) from None
+    if problem := check_onnx(path):
+        raise StageError("rewrite", f"the rewritten ONNX is invalid ({problem}).", "Report the model.")
 
 
 def _kept(initializer: onnx.TensorProto, folder: Path) -> TensorSpec:
