@@ -22,9 +22,12 @@ from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import Display, Stages, silent
 from lynx_compile.models import prompts
 from lynx_compile.models import recording as recordings
-from lynx_compile.models.dit import DTYPES, find_dit
+from lynx_compile.models.dit import DiT, find_dit
+from lynx_compile.models.dtypes import DTYPES
+from lynx_compile.models.onnx_source import OnnxSource
 from lynx_compile.models.opened import Opened, open_model
 from lynx_compile.models.recording import Recording
+from lynx_compile.passes.adopt import adopt
 from lynx_compile.passes.build import BUILD, BuiltEngine, build
 from lynx_compile.passes.calibrate import CALIBRATE, Statistics, calibrate, measurements
 from lynx_compile.passes.compensate import COMPENSATE, compensate
@@ -138,7 +141,7 @@ def _compile_engine(
     plugin: trt.PluginLibrary,
 ) -> Manifest:
     """One denoiser, from its recorded calls to its engine."""
-    dit = find_dit(opened.checkpoints[component], recording, component, DTYPES[recipe.model.dtype])
+    dit = find_dit(opened.of(component), recording, component, DTYPES[recipe.model.dtype])
     plan = select(dit.groups, recipe.sparsity, None if backend.ahead_of_time else trt.gpu())
     recorded = recording.header.key, component, dit.calls.index, recipe.model.dtype
     statistics = stages.run(
@@ -158,7 +161,7 @@ def _compile_engine(
         reads=(CALIBRATE,),
     )  # fmt: skip
     dit.release()  # a large model and its copy in the exporter would not fit together
-    dense = stages.run(EXPORT, DenseOnnx, lambda _: export(dit, outputs.dense), dit.digest, *recorded)
+    dense = stages.run(EXPORT, DenseOnnx, lambda _: _dense(dit, outputs.dense), dit.digest, *recorded)
     dit.release()
     external = recipe.engine.weights == "external"
     layout = trt.metadata_layout(backend)
@@ -187,6 +190,12 @@ def _compile_engine(
     report.write(outputs)
     log.info("done: %s", manifest.summary())
     return manifest
+
+
+def _dense(dit: DiT, path: Path) -> DenseOnnx:
+    """A module is traced; what is ONNX already is taken as it is."""
+    source = dit.checkpoint
+    return adopt(source.onnx, path) if isinstance(source, OnnxSource) else export(dit, path)
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 
 from lynx_compile.files.progress import no_progress
 from lynx_compile.models import prompts
-from lynx_compile.models.dit import DTYPES, DiT, find_dit
+from lynx_compile.models.dit import DiT, find_dit
+from lynx_compile.models.dtypes import DTYPES
 from lynx_compile.models.opened import open_model
 from lynx_compile.models.recording import Recording
 from lynx_compile.models.structure import LinearGroup, find_structure

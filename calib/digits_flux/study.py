@@ -24,7 +24,8 @@ import typer
 
 from calib.digits_flux import classifier, digits, evaluate, sampler
 from lynx_compile.models import prompts
-from lynx_compile.models.dit import DTYPES, DiT, find_dit
+from lynx_compile.models.dit import DiT, find_dit
+from lynx_compile.models.dtypes import DTYPES
 from lynx_compile.models.opened import open_model
 from lynx_compile.models.recording import Recording
 from lynx_compile.models.structure import LinearGroup

@@ -15,11 +15,10 @@ import torch
 
 from lynx_compile.engine.arguments import flatten, unflatten
 from lynx_compile.models.checkpoint import Checkpoint
+from lynx_compile.models.onnx_source import OnnxSource
 from lynx_compile.models.recording import Axis, Component, Group, Recording
 from lynx_compile.models.structure import Linear, LinearGroup, find_structure
 from lynx_compile.models.weightless import Weightless
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class DiT:
     ``groups``: every linear of the module, grouped by the tensor it reads. ``digest``: of the checkpoint.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | OnnxSource
     recorded: Component
     digest: str
     component: str
@@ -65,6 +64,11 @@ class DiT:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def taken(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What ``module`` takes of a recorded call."""
+        source = self.checkpoint
+        return source.taken(arguments) if isinstance(source, OnnxSource) else arguments
+
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
         """The tensors of ``arguments`` by their flat names: the graph's inputs."""
@@ -75,7 +79,9 @@ class DiT:
         return tuple(linear for group in self.groups for linear in group.linears)
 
 
-def find_dit(checkpoint: Checkpoint, recording: Recording, component: str, dtype: torch.dtype) -> DiT:
+def find_dit(
+    checkpoint: Checkpoint | OnnxSource, recording: Recording, component: str, dtype: torch.dtype
+) -> DiT:
     """The transformer ``component`` as its pipeline calls it most.
 
     Raises:
@@ -86,6 +92,8 @@ def find_dit(checkpoint: Checkpoint, recording: Recording, component: str, dtype
     if any(p.name == "return_dict" for p in recording.component(component).parameters):
         arguments["return_dict"] = True  # both forms of the result can be made from this one
     arguments = _padded(arguments, calls.axes)
+    if isinstance(checkpoint, OnnxSource):
+        arguments = dict(checkpoint.taken(arguments))
     skeleton = checkpoint.build("meta", torch.float32)
     structure = find_structure(skeleton, arguments, lambda: checkpoint.load(torch.float32))
     return DiT(
@@ -95,7 +103,9 @@ def find_dit(checkpoint: Checkpoint, recording: Recording, component: str, dtype
         component=component,
         calls=calls,
         dtype=dtype,
-        arguments=in_engine_dtypes(checkpoint, arguments, dtype),
+        arguments=arguments
+        if isinstance(checkpoint, OnnxSource)
+        else in_engine_dtypes(checkpoint, arguments, dtype),
         groups=structure.groups,
     )
 

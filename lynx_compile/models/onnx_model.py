@@ -23,6 +23,7 @@ from lynx_compile.files.digest import file_digest
 from lynx_compile.files.progress import Progress, no_progress
 from lynx_compile.files.tensors import map_tensor
 from lynx_compile.models.weight_files import UNQUANTIZED
+from lynx_compile.ops.functions import LINEAR_KEY
 
 OLDEST_OPSET = 18  # that the Lynx ops' own functions are written in
 INLINE_BYTES = 4096  # larger tensors are external data
@@ -316,7 +317,9 @@ def _path(node: onnx_ir.Node, weight: onnx_ir.Value) -> str:
     """What the module was called that the node comes from, as far as the file still knows."""
     scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
     name = str(node.name or node.outputs[0].name)
-    if len(scopes) > 1:
+    if LINEAR_KEY in node.metadata_props:  # a dense file of ours
+        found = node.metadata_props[LINEAR_KEY]
+    elif len(scopes) > 1:
         found = scopes[-2]
     elif str(weight.name).endswith(".weight"):
         found = str(weight.name).removesuffix(".weight")

@@ -15,6 +15,9 @@ from lynx_compile.errors import InputError
 from lynx_compile.files.progress import Progress, no_progress
 from lynx_compile.models.capture import may_denoise
 from lynx_compile.models.checkpoint import Checkpoint, open_checkpoint, open_module, read_json
+from lynx_compile.models.dtypes import DTYPES
+from lynx_compile.models.onnx_model import open_onnx
+from lynx_compile.models.onnx_source import OnnxSource
 from lynx_compile.models.source import INDEX, fetch, pipeline_parts
 from lynx_compile.recipe import Model, ModuleModel, Recipe
 
@@ -26,7 +29,21 @@ class Opened:
     """``folder``: the pipeline's; None where there is none. ``checkpoints``: by the components' names."""
 
     folder: Path | None
-    checkpoints: Mapping[str, Checkpoint]
+    checkpoints: Mapping[str, Checkpoint | OnnxSource]
+
+    def of(self, component: str) -> Checkpoint | OnnxSource:
+        """The checkpoint of a recorded component; what is no pipeline has one, whatever the recording calls it.
+
+        Raises:
+            InputError: the model has no such component.
+        """
+        found = self.checkpoints.get(component) or self.checkpoints.get(ONLY)
+        if found is None:
+            raise InputError(
+                f"The recording has calls of '{component}', and the model has {', '.join(self.checkpoints)}.",
+                "Give the recording of this pipeline, or name the component in model.components.",
+            )
+        return found
 
     def check_values(self, dtype: torch.dtype, progress: Progress = no_progress) -> None:
         """Read every weight once, so that what ``dtype`` cannot hold is said before hours of work.
@@ -52,10 +69,7 @@ def open_model(recipe: Recipe, converted: Path, progress: Progress = no_progress
         config = model.config if isinstance(model.config, dict) else Path(model.config)
         return Opened(None, {ONLY: open_module(model.module, config, Path(model.weights))})
     if not isinstance(model, Model):
-        raise InputError(
-            "A transformer that is ONNX already cannot be compiled by this version.",
-            "Give its torch module: 'module', 'config' and 'weights' under 'model'.",
-        )
+        return Opened(None, {ONLY: OnnxSource(open_onnx(Path(model.onnx), DTYPES[model.dtype]), converted)})
     folder = fetch(model.source, revision=model.revision, variant=model.variant, progress=progress)
     if recipe.calibration.recording is not None and not (folder / INDEX).exists():
         return Opened(

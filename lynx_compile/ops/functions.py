@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import onnx
 
+LINEAR_KEY = "lynx.linear"  # metadata of a node of the dense graph that came from a linear: its module path
 OPSET = 18  # the oldest that has what is used here
 DOMAIN = "lynx"
 OP = "LynxSparseLinear"

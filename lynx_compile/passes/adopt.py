@@ -9,7 +9,8 @@ import onnx
 
 from lynx_compile.errors import StageError
 from lynx_compile.models.onnx_model import OnnxCheckpoint
-from lynx_compile.passes.export import LINEAR_KEY, DenseOnnx
+from lynx_compile.ops.functions import LINEAR_KEY
+from lynx_compile.passes.export import DenseOnnx
 
 
 def adopt(checkpoint: OnnxCheckpoint, path: Path) -> DenseOnnx:

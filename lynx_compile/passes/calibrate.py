@@ -104,7 +104,7 @@ def replay(dit: DiT, arguments: Mapping[str, Any]) -> Any:
     known = parameters(type(dit.module).forward)
     like = next(p for p in dit.module.parameters() if p.is_floating_point())
     compiled = flatten(dit.arguments).tensors
-    flat = flatten(arguments)
+    flat = flatten(dit.taken(arguments))
     tensors = {}
     for name, tensor in flat.tensors.items():
         floating = torch.float32 if like.dtype == torch.float32 else compiled[name].dtype

@@ -27,10 +27,9 @@ from lynx_compile.files.resume import StageVersion
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.structure import is_linear
 from lynx_compile.models.trace import Baked, exportable
-from lynx_compile.ops.functions import OPSET
+from lynx_compile.ops.functions import LINEAR_KEY, OPSET
 
 EXPORT = StageVersion("export", 2, ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir"))
-LINEAR_KEY = "lynx.linear"  # metadata of a node that came from a linear: its module path
 FOLDED_BYTES = (
     4096  # constants larger than this are weights; folding those would copy them and lose their names
 )

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 import torch
 
 from lynx_compile.models.structure import Linear
-from lynx_compile.passes.export import LINEAR_KEY
+from lynx_compile.ops.functions import LINEAR_KEY
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lynx_compile.errors import InputError
 from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.models.capture import capture
-from lynx_compile.models.dit import DTYPES
+from lynx_compile.models.dtypes import DTYPES
 from lynx_compile.models.opened import Opened
 from lynx_compile.models.pipeline_loader import load_pipeline
 from lynx_compile.models.recording import Recording

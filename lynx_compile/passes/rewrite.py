@@ -539,5 +539,7 @@ def _onnx_dtype(dtype: torch.dtype) -> int:
 
 
 def _torch_dtype(model: onnx.ModelProto) -> torch.dtype:
-    """The dtype of the model's activations: that of its first input, the latents."""
-    return _TORCH[model.graph.input[0].type.tensor_type.elem_type]
+    """The dtype of the model's activations: 16 bits if any input has them, else float32."""
+    found = [_TORCH.get(value.type.tensor_type.elem_type) for value in model.graph.input]
+    halves = (torch.bfloat16, torch.float16)
+    return next((dtype for dtype in found if dtype in halves), torch.float32)

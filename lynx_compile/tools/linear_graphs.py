@@ -21,7 +21,7 @@ from lynx_compile.engine.manifest import Manifest, SparseLinears
 from lynx_compile.engine.trt import PLUGIN_NAMESPACE as DOMAIN
 from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import atomic_path
-from lynx_compile.passes.export import LINEAR_KEY
+from lynx_compile.ops.functions import LINEAR_KEY
 from lynx_compile.passes.rewrite import CHANNELS_LAST
 
 

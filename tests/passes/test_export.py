@@ -10,7 +10,8 @@ import torch
 
 from lynx_compile.engine.arguments import unflatten
 from lynx_compile.errors import InputError, StageError
-from lynx_compile.passes.export import LINEAR_KEY, export_module
+from lynx_compile.ops.functions import LINEAR_KEY
+from lynx_compile.passes.export import export_module
 from tests.models.trace.exported import error
 
 

@@ -20,12 +20,12 @@ from lynx_compile.errors import StageError
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
 from lynx_compile.models.structure import Linear, LinearGroup
-from lynx_compile.ops.functions import DOMAIN, NORM_OP, OP, lynx_function
+from lynx_compile.ops.functions import DOMAIN, LINEAR_KEY, NORM_OP, OP, lynx_function
 from lynx_compile.ops.sparse_linear import Norm, expand_low_rank, keep_mask, produce, sparse_linear
 from lynx_compile.passes.calibrate import calibrate
 from lynx_compile.passes.compensate import SparseLinearWeights, compensate
 from lynx_compile.passes.compensate import _save as save_weights
-from lynx_compile.passes.export import LINEAR_KEY, DenseOnnx, export
+from lynx_compile.passes.export import DenseOnnx, export
 from lynx_compile.passes.rewrite import LynxOnnx, rewrite
 from lynx_compile.passes.select import SparsityPlan, select
 from lynx_compile.recipe import Recipe, Sparsity, load_recipe
