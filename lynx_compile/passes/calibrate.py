@@ -161,7 +161,9 @@ def _measure(
     choice: torch.Generator,
 ) -> None:
     tokens = x.reshape(-1, x.shape[-1])
-    limit = calibration.tokens_per_call * x.shape[0]
+    if not len(tokens):  # such as a reference image that this call has not
+        return
+    limit = calibration.tokens_per_call * (x.shape[0] if x.ndim > 2 else 1)
     if len(tokens) > limit:
         tokens = tokens[torch.randperm(len(tokens), generator=choice)[:limit].to(tokens.device)]
     tokens = tokens.float()

@@ -12,9 +12,17 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import torch
+from onnx import TensorProto
 
 from lynx_compile.models.structure import Linear
 from lynx_compile.ops.functions import LINEAR_KEY
+
+ONNX_NAMES = {
+    torch.float32: "FLOAT",
+    torch.float16: "FLOAT16",
+    torch.bfloat16: "BFLOAT16",
+    torch.float64: "DOUBLE",
+}
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,8 @@ class DenseGraph:
 
     ``linear_of``: {node name: module path}. ``scalars``: values of scalar constants; a bf16 constant whose value
     graphsurgeon is asked for becomes float32. ``ones``: names of the LayerNorms' scales that are 1 in every channel,
-    which is how the exporter writes a LayerNorm without weights. ``dtype``: of the activations.
+    which is how the exporter writes a LayerNorm without weights. ``dtype``: of the activations. ``foreign``: names of
+    constants of another dtype.
     """
 
     graph: gs.Graph
@@ -31,6 +40,7 @@ class DenseGraph:
     scalars: dict[str, float]
     ones: frozenset[str]
     dtype: torch.dtype
+    foreign: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,9 @@ def import_graph(model: onnx.ModelProto, dtype: torch.dtype, folder: Path) -> De
         if initializer.name in norm_scales
         and (onnx.numpy_helper.to_array(initializer, str(folder)).astype(np.float32) == 1).all()
     )
-    return DenseGraph(gs.import_onnx(model), linear_of, scalars, ones, dtype)
+    own = TensorProto.DataType.Value(ONNX_NAMES[dtype])
+    foreign = frozenset(tensor.name for tensor in model.graph.initializer if tensor.data_type != own)
+    return DenseGraph(gs.import_onnx(model), linear_of, scalars, ones, dtype, foreign)
 
 
 def match(
@@ -85,7 +97,7 @@ def match(
     matches: dict[str, tuple[Match, ...]] = {}
     reasons: dict[str, str] = {}
     for linear in linears:
-        found = [_match_one(product, linear, dense.graph) for product in products[linear.path]]
+        found = [_match_one(product, linear, dense) for product in products[linear.path]]
         if not found:
             reasons[linear.path] = (
                 "the graph does not hold it: its result is constant, or nothing that the model returns depends on it"
@@ -97,12 +109,15 @@ def match(
     return matches, reasons
 
 
-def _match_one(product: gs.Node, linear: Linear, graph: gs.Graph) -> Match | str:
+def _match_one(product: gs.Node, linear: Linear, dense: DenseGraph) -> Match | str:
     """The pattern at one MatMul, Gemm or Conv, or the reason why it does not fit."""
     x, weight, *bias = product.inputs
     y = product.outputs[0]
-    if not _is_weight(weight):
+    constant = _constant(weight)
+    if constant is None:
         return "its weight is no constant of the graph"
+    if constant.name in dense.foreign:
+        return f"its weight is not {str(dense.dtype).removeprefix('torch.')} as those of other linears"
     if product.op == "Gemm":
         attributes = {"alpha": 1.0, "beta": 1.0, "transA": 0} | product.attrs
         if (attributes["alpha"], attributes["beta"], attributes["transA"]) != (1.0, 1.0, 0):
@@ -112,7 +127,7 @@ def _match_one(product: gs.Node, linear: Linear, graph: gs.Graph) -> Match | str
         return _match_convolution(product)
     if not linear.bias:
         return Match(x, (product,))
-    if len(y.outputs) != 1 or y in graph.outputs or y.outputs[0].op != "Add":
+    if len(y.outputs) != 1 or y in dense.graph.outputs or y.outputs[0].op != "Add":
         return "its bias is not added right behind its MatMul"
     add = y.outputs[0]
     other = add.inputs[1] if add.inputs[0] is y else add.inputs[0]
@@ -134,15 +149,11 @@ def _match_convolution(product: gs.Node) -> Match | str:
     return Match(x, (product,), convolution=True)
 
 
-def _is_weight(tensor: gs.Tensor) -> bool:
-    """A constant, or the Transpose of one."""
-    if isinstance(tensor, gs.Constant):
-        return True
-    return (
-        len(tensor.inputs) == 1
-        and tensor.inputs[0].op == "Transpose"
-        and isinstance(tensor.inputs[0].inputs[0], gs.Constant)
-    )
+def _constant(weight: gs.Tensor) -> gs.Constant | None:
+    """A constant, or that of which ``weight`` is the Transpose."""
+    if len(weight.inputs) == 1 and weight.inputs[0].op == "Transpose":
+        weight = weight.inputs[0].inputs[0]
+    return weight if isinstance(weight, gs.Constant) else None
 
 
 # How the exporter writes GELU's tanh form, 0.5 y (1 + tanh(sqrt(2 / pi) (y + 0.044715 y^3))), step by step behind y:

@@ -40,7 +40,7 @@ carries the op's meaning as a model-local function.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -64,6 +64,7 @@ from lynx_compile.ops.functions import (
     FUNCTIONS,
     GATED_OP,
     GELU_OP,
+    LINEAR_KEY,
     NORM_OP,
     OP,
     OP_VERSION,
@@ -539,7 +540,17 @@ def _onnx_dtype(dtype: torch.dtype) -> int:
 
 
 def _torch_dtype(model: onnx.ModelProto) -> torch.dtype:
-    """The dtype of the model's activations: 16 bits if any input has them, else float32."""
-    found = [_TORCH.get(value.type.tensor_type.elem_type) for value in model.graph.input]
-    halves = (torch.bfloat16, torch.float16)
-    return next((dtype for dtype in found if dtype in halves), torch.float32)
+    """The dtype of the linears' weights, which is that of what they read; the most frequent one.
+
+    The graph's inputs do not tell: the first may be a timestep or a token's number.
+    """
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    transposed = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Transpose"}
+    products = (n for n in model.graph.node for entry in n.metadata_props if entry.key == LINEAR_KEY)
+    weights = Counter(types.get(transposed.get(node.input[1], node.input[1])) for node in products)
+    del weights[None]
+    if not weights:
+        raise StageError(
+            "rewrite", "the dense ONNX holds no linear with a constant weight.", "Report the model."
+        )
+    return _TORCH[weights.most_common(1)[0][0] or 0]

@@ -7,12 +7,44 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from lynx_compile.models.structure import LinearGroup
 from lynx_compile.ops.sparse_linear import expand_low_rank
 from lynx_compile.passes.compensate import SparseLinearWeights
 from lynx_compile.passes.compensate import _save as save_weights
 from lynx_compile.passes.select import Decision, SparseGroup, SparsityPlan
+
+SIZE = 64
+
+
+class Layers(torch.nn.Module):
+    """A block whose MLP serves image and text, and one of convolutions, as Sana's feed-forward has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        up, down = torch.nn.Linear(SIZE, 2 * SIZE), torch.nn.Linear(2 * SIZE, SIZE)
+        wide, deep = (
+            torch.nn.Conv2d(SIZE, 2 * SIZE, 1),
+            torch.nn.Conv2d(2 * SIZE, 2 * SIZE, 3, 1, 1, groups=2 * SIZE),
+        )
+        narrow = torch.nn.Conv2d(2 * SIZE, SIZE, 1, bias=False)
+        self.blocks = torch.nn.ModuleList(
+            [
+                torch.nn.ModuleDict({"up": up, "down": down}),
+                torch.nn.ModuleDict({"wide": wide, "deep": deep, "narrow": narrow}),
+            ]
+        )  # fmt: skip
+
+    def forward(
+        self, step: torch.Tensor, image: torch.Tensor, text: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        mlp, convolutions = self.blocks
+        image = image + step
+        image, text = (mlp["down"](functional.gelu(mlp["up"](x), approximate="tanh")) for x in (image, text))
+        pixels = image.movedim(-1, 1).unflatten(-1, (2, 4))
+        pixels = convolutions["narrow"](convolutions["deep"](functional.silu(convolutions["wide"](pixels))))
+        return pixels, text
 
 
 def exact_plan(groups: Sequence[LinearGroup]) -> SparsityPlan:

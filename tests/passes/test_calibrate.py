@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 
 from lynx_compile.errors import StageError
 from lynx_compile.models.dit import DiT
+from lynx_compile.models.structure import find_structure
 from lynx_compile.ops.sparse_linear import keep_mask
-from lynx_compile.passes.calibrate import Statistics, calibrate, measurements
+from lynx_compile.passes.calibrate import Measurement, Statistics, _measured, calibrate, measurements
 from lynx_compile.passes.select import select
 from lynx_compile.recipe import Recipe, Sparsity, load_recipe
 from lynx_compile.solve.moments import PrunedStatistics
 from tests.conftest import open_dit
+from tests.passes.exact import SIZE, Layers, exact_plan
 
 
 def _calibrate(recipe: Recipe, folder: Path, dit: DiT | None = None, **changes: object) -> Statistics:
@@ -113,3 +116,35 @@ def test_hooks_are_gone_even_after_an_error(recipe: Recipe, tmp_path: Path) -> N
     with pytest.raises(StageError, match="'transformer_blocks.0.ff.net.2' is not finite.*bf16"):
         _calibrate(recipe, tmp_path, dit)
     assert not any(module._forward_pre_hooks for module in dit.module.modules())
+
+
+def test_calls_and_convolutions_of_one_linear_add_up(recipe: Recipe) -> None:
+    """A linear that image and text share is measured on both; of a convolution the pixels are the tokens."""
+    torch.manual_seed(0)
+    module = Layers().eval().requires_grad_(False)
+    inputs = {"step": torch.ones(1), "image": torch.randn(2, 8, SIZE), "text": torch.randn(2, 3, SIZE)}
+    wanted = measurements(exact_plan(find_structure(module, inputs).groups))
+    read: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for path in ("blocks.0.up", "blocks.1.wide"):
+        module.get_submodule(path).register_forward_pre_hook(lambda _, x, path=path: read[path].append(x[0]))
+    with _measured(module, wanted, recipe) as moments, torch.inference_mode():
+        module(**inputs)
+        module(**inputs | {"image": torch.randn(2, 8, SIZE), "text": torch.randn(2, 0, SIZE)})
+    image, text, image_again, nothing = read["blocks.0.up"]
+    assert nothing.numel() == 0
+    tokens = torch.cat([x.flatten(0, -2) for x in (image, text, image_again)])
+    pixels = torch.cat([x.movedim(1, -1).flatten(0, -2) for x in read["blocks.1.wide"]])
+    for name, x in (("blocks.0.up", tokens), ("blocks.1.wide", pixels)):
+        found = moments[name].finish()
+        assert found.tokens == len(x)
+        torch.testing.assert_close(found.xx, torch.cov(x.T, correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_one_sample_without_a_batch_is_limited_as_one(recipe: Recipe) -> None:
+    calibration = recipe.calibration.model_copy(update={"tokens_per_call": 5})
+    recipe = recipe.model_copy(update={"calibration": calibration})
+    module = Layers().eval().requires_grad_(False)
+    one = Measurement("up", "blocks.0.up", SIZE, pruned=False)
+    with _measured(module, (one,), recipe) as moments, torch.inference_mode():
+        module.get_submodule("blocks.0.up")(torch.randn(40, SIZE))
+    assert moments["up"].tokens == 5

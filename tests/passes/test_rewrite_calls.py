@@ -13,7 +13,6 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from torch.nn import functional
 
 from lynx_compile.engine.arguments import flatten
 from lynx_compile.models.structure import find_structure
@@ -22,42 +21,15 @@ from lynx_compile.passes.export import DenseOnnx, export_module
 from lynx_compile.passes.rewrite import LynxOnnx, rewrite
 from lynx_compile.tools.linear_graphs import linear_graphs
 from lynx_compile.tools.support.configurations import example
-from tests.passes.exact import exact_plan, exact_weights
-
-SIZE = 64
-
-
-class Layers(torch.nn.Module):
-    """A block whose MLP serves image and text, and one of convolutions, as Sana's feed-forward has them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        up, down = torch.nn.Linear(SIZE, 2 * SIZE), torch.nn.Linear(2 * SIZE, SIZE)
-        wide, deep = (
-            torch.nn.Conv2d(SIZE, 2 * SIZE, 1),
-            torch.nn.Conv2d(2 * SIZE, 2 * SIZE, 3, 1, 1, groups=2 * SIZE),
-        )
-        narrow = torch.nn.Conv2d(2 * SIZE, SIZE, 1, bias=False)
-        self.blocks = torch.nn.ModuleList(
-            [
-                torch.nn.ModuleDict({"up": up, "down": down}),
-                torch.nn.ModuleDict({"wide": wide, "deep": deep, "narrow": narrow}),
-            ]
-        )  # fmt: skip
-
-    def forward(self, image: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mlp, convolutions = self.blocks
-        image, text = (mlp["down"](functional.gelu(mlp["up"](x), approximate="tanh")) for x in (image, text))
-        pixels = image.movedim(-1, 1).unflatten(-1, (2, 4))
-        pixels = convolutions["narrow"](convolutions["deep"](functional.silu(convolutions["wide"](pixels))))
-        return pixels, text
+from tests.passes.exact import SIZE, Layers, exact_plan, exact_weights
 
 
 @pytest.fixture(scope="module")
 def layers(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     torch.manual_seed(0)
     module = Layers().eval().requires_grad_(False)
-    inputs = {"image": torch.randn(2, 8, SIZE), "text": torch.randn(2, 3, SIZE)}
+    inputs = {"step": torch.ones(1, dtype=torch.int64)}  # the first is not of the activations' dtype
+    inputs |= {"image": torch.randn(2, 8, SIZE), "text": torch.randn(2, 3, SIZE)}
     return _rewritten(module, inputs, tmp_path_factory.mktemp("layers"))
 
 
@@ -134,6 +106,25 @@ def test_a_linear_that_one_call_does_not_fit_stays_dense(layers: SimpleNamespace
     assert {x.path: x.reason for x in lynx.dense} == {
         "blocks.0.up": "its bias is not added right behind its MatMul"
     }
+
+
+def test_a_linear_of_another_dtype_stays_dense(layers: SimpleNamespace, tmp_path: Path) -> None:
+    model = onnx.load(layers.dense.path)
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "blocks.1.narrow.weight")
+    weight.CopyFrom(
+        onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight).astype(np.float64), weight.name)
+    )
+    narrow = next(node for node in model.graph.node if weight.name in node.input)
+    wide = onnx.helper.make_node("Cast", [narrow.input[0]], ["wide"], to=onnx.TensorProto.DOUBLE)
+    back = onnx.helper.make_node("Cast", ["narrow"], [narrow.output[0]], to=onnx.TensorProto.FLOAT)
+    narrow.input[0], narrow.output[0] = "wide", "narrow"
+    index = list(model.graph.node).index(narrow)
+    model.graph.node.insert(index + 1, back)
+    model.graph.node.insert(index, wide)
+    onnx.save(model, tmp_path / "dense.onnx")
+    lynx = rewrite(DenseOnnx(tmp_path / "dense.onnx"), layers.plan, layers.weights, tmp_path / "lynx.onnx")
+    reason = "its weight is not float32 as those of other linears"
+    assert {x.path: x.reason for x in lynx.dense} == {"blocks.1.narrow": reason}
 
 
 # {configuration: (linears rewritten, nodes)}; what no result depends on is not in the graph.
