@@ -26,7 +26,7 @@ DEMO_BUILD := $(if $(wildcard build/plugin/build.ninja),build/plugin,build/demo)
 RUNTIME := build/runtime
 CMAKE := PYTHONPATH=$(abspath $(VENV))/toolchain $(BIN)/cmake
 
-.PHONY: demo test nightly sanitize unit plugin plugin-demo plugin-test runtime setup lint format clean
+.PHONY: demo test nightly support sanitize unit plugin plugin-demo plugin-test runtime setup lint format clean
 
 demo: plugin-demo
 	$(BIN)/lynx-compile engines/digits-flux.yaml -o engines/digits-flux.engine
@@ -40,6 +40,9 @@ test: plugin-test runtime
 # device_test: the pruning pass; plugin_host: producers, sparse weights and stream-K besides, in every tactic.
 nightly: plugin-test  ## what proves little for its time: deliberate faults in the kernels, one by one
 	$(BIN)/pytest -m nightly
+
+support: plugin-test  ## every transformer class of diffusers through the compiler, into docs/support.md; resumable
+	$(BIN)/python -m tests.support
 
 sanitize: plugin-test  ## needs a GPU and CUDA's compute-sanitizer
 	@$(CMAKE) --build $(TEST_BUILD) -j $(JOBS) --target device_test plugin_host

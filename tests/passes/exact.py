@@ -64,6 +64,15 @@ def exact_plan(groups: Sequence[LinearGroup]) -> SparsityPlan:
 
 def exact_weights(module: torch.nn.Module, plan: SparsityPlan, folder: Path) -> list[Path]:
     """One file a group: W' = 0 and A = 1, B = W, so that s (z~ W'^T) + (x A^T) B^T = x W^T."""
+    return _weights(module, plan, folder, exact=True)
+
+
+def pruned_weights(module: torch.nn.Module, plan: SparsityPlan, folder: Path) -> list[Path]:
+    """One file a group: W' = W and a low rank of 16 that adds nothing. What is pruned is lost."""
+    return _weights(module, plan, folder, exact=False)
+
+
+def _weights(module: torch.nn.Module, plan: SparsityPlan, folder: Path, *, exact: bool) -> list[Path]:
     files = []
     for index, group in enumerate(plan.groups):
         linears = [module.get_submodule(linear.path) for linear in group.linears]
@@ -72,13 +81,15 @@ def exact_weights(module: torch.nn.Module, plan: SparsityPlan, folder: Path) -> 
             torch.zeros(len(linear.weight)) if linear.bias is None else linear.bias.detach().float()
             for linear in linears
         ]
+        rank = weight.shape[1] if exact else 16
+        zeros, low_rank = torch.zeros_like(weight), torch.zeros(len(weight), 16)
         solved = SparseLinearWeights(
             linears=tuple(linear.path for linear in group.linears),
             out_channels=tuple(len(linear.weight) for linear in linears),
-            weight=expand_low_rank(torch.zeros_like(weight), weight),
-            lora_down=torch.eye(weight.shape[1]),
+            weight=expand_low_rank(zeros, weight) if exact else expand_low_rank(weight, low_rank),
+            lora_down=torch.eye(rank, weight.shape[1]),
             bias=torch.cat(biases),
-            rank=weight.shape[1],
+            rank=rank,
             norm_scale=False,
             errors=(0.0,) * len(linears),
         )

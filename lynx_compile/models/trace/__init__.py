@@ -19,17 +19,19 @@ from lynx_compile.models.trace.bool_fill import BoolFill
 from lynx_compile.models.trace.broadcast_copy import BroadcastCopy
 from lynx_compile.models.trace.complex_pairs import ComplexPairs, complex_buffers_as_constants
 from lynx_compile.models.trace.data_alias import DataAlias
+from lynx_compile.models.trace.einsum import Einsum
 from lynx_compile.models.trace.flex_attention import dense_flex_attention
 from lynx_compile.models.trace.live_masks import LiveMasks
 from lynx_compile.models.trace.masked_rows import MaskedRows
 from lynx_compile.models.trace.onnx_branches import no_onnx_branches
+from lynx_compile.models.trace.sorts import Sorts
 from lynx_compile.models.trace.squeeze import CheckedSqueeze
 from lynx_compile.models.trace.values import Baked, Values
 
 __all__ = ["Baked", "exportable"]
 
 # The last sees a call first. After them come the two that follow the calls as the module wrote them.
-RULES = (CheckedSqueeze, BoolFill, BroadcastCopy, DataAlias, MaskedRows, ComplexPairs)
+RULES = (CheckedSqueeze, Einsum, BoolFill, Sorts, BroadcastCopy, DataAlias, MaskedRows, ComplexPairs)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ def dense_flex_attention() -> Iterator[None]:
                 name = original.__name__
                 if getattr(module, "__dict__", {}).get(name) is original:
                     stack.enter_context(patch.object(module, name, ours))
+        stack.enter_context(patch.object(flex.BlockMask, "from_kv_blocks", _mask_of_blocks))
         yield
 
 
@@ -58,6 +59,35 @@ def _mask(
         positions.append(torch.arange(size, device=device).view(shape))
     dense = mask_mod(*positions).expand(B or 1, H or 1, Q_LEN, KV_LEN)
     return _DenseMask(dense, BLOCK_SIZE if isinstance(BLOCK_SIZE, tuple) else (BLOCK_SIZE, BLOCK_SIZE))
+
+
+def _mask_of_blocks(
+    kv_num_blocks: torch.Tensor,
+    kv_indices: torch.Tensor,
+    full_kv_num_blocks: torch.Tensor | None = None,
+    full_kv_indices: torch.Tensor | None = None,
+    BLOCK_SIZE: int | tuple[int, int] = 128,  # noqa: N803
+    mask_mod: Callable[..., torch.Tensor] | None = None,
+    **_: Any,
+) -> _DenseMask:
+    """Of counts [batch, heads, query blocks] and as many first of the indices [batch, heads, query blocks, key blocks].
+
+    ``mask_mod`` holds inside of the first kind of blocks; the other kind is seen whole.
+    """
+    sizes = BLOCK_SIZE if isinstance(BLOCK_SIZE, tuple) else (BLOCK_SIZE, BLOCK_SIZE)
+    seen = _seen(kv_num_blocks, kv_indices, sizes)
+    if mask_mod is not None:
+        batch, heads, queries, keys = seen.shape
+        seen = seen & _mask(mask_mod, batch, heads, queries, keys, seen.device).dense
+    if full_kv_num_blocks is not None and full_kv_indices is not None:
+        seen = seen | _seen(full_kv_num_blocks, full_kv_indices, sizes)
+    return _DenseMask(seen, sizes)
+
+
+def _seen(counts: torch.Tensor, indices: torch.Tensor, sizes: tuple[int, int]) -> torch.Tensor:
+    """[batch, heads, queries, keys]: the indices are all blocks, in the order in which they are taken."""
+    seen = indices.argsort(-1) < counts[..., None]
+    return seen.repeat_interleave(sizes[0], 2).repeat_interleave(sizes[1], 3)
 
 
 def _attention(

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
@@ -24,6 +25,12 @@ class Fills(torch.nn.Module):
         b = mask.clone()
         b.masked_fill_(mask.roll(1, 1), True)
         return x * a + 2 * x * torch.where(a, b, ~mask)
+
+
+class Sorts(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values, indices = (x > 0).sort(dim=-1, descending=True, stable=True)
+        return x.gather(-1, indices) * values + (x < 0.5).argsort(dim=-1, stable=True)
 
 
 class WrittenData(torch.nn.Module):
@@ -89,6 +96,7 @@ MASK = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0], [1, 1, 0, 0]]).bool()
     ("module", "shape"),
     [
         (Squeezes(), (3, 4)),
+        (Sorts(), (3, 4)),
         (WrittenData(), (1, 5, 4)),
         (BroadcastCopy(), (3, 4)),
         (MaskedRows(), (1, 2, 4, 4)),
@@ -113,3 +121,22 @@ def test_a_traced_table_does_not_stay(tmp_path: Path) -> None:
     dense = exported(module, {"x": torch.randn(3, 4)}, tmp_path)
     assert module.table is None
     assert error(dense, module, {"x": torch.randn(3, 4)}) < 1e-6
+
+
+def test_einsum_in_bfloat16_is_valid_onnx(tmp_path: Path) -> None:
+    class Sums(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (
+                torch.einsum("bnij -> jbni", a),
+                torch.einsum("bnij,bhnkj->bhnki", a, b),
+                torch.einsum("bnij,bhnkj->hbn", [a, b]),
+                torch.einsum("i,j->ji", a[0, 0, :, 0], b[0, 0, 0, 0]),
+            )
+
+    def given(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return {"a": torch.randn(2, 3, 4, 5, dtype=dtype), "b": torch.randn(2, 2, 3, 6, 5, dtype=dtype)}
+
+    half = exported(Sums(), given(torch.bfloat16), tmp_path / "bf16")
+    onnx.checker.check_model(half.path, full_check=True)  # it knows which dtypes an op has
+    dense = exported(Sums(), given(torch.float32), tmp_path / "fp32")
+    assert error(dense, Sums(), given(torch.float32)) < 1e-6

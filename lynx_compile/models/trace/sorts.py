@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Booleans are sorted as integers: ONNX's TopK takes none.
+
+sort(mask)  ->  sort(mask.int()), its values as booleans again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_SORTS = (torch.sort, torch.Tensor.sort, torch.argsort, torch.Tensor.argsort)
+
+
+class Sorts(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if function in _SORTS:
+            kwargs.pop("stable", None)
+            if args[0].dtype == torch.bool:
+                found = function(args[0].int(), *args[1:], **kwargs)
+                is_pair = isinstance(found, tuple)
+                return torch.return_types.sort((found[0].bool(), found[1])) if is_pair else found
+        return function(*args, **kwargs)
