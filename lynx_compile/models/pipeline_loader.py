@@ -27,7 +27,7 @@ def load_pipeline(
     variant: str | None = None,
     device: str | None = None,
     encoded_prompts: bool = False,
-    modules: Mapping[str, torch.nn.Module] | None = None,
+    modules: Mapping[str, torch.nn.Module | None] | None = None,
 ) -> Any:
     """A diffusers pipeline with its own scheduler, from safetensors alone; no code of the checkpoint ever runs.
 

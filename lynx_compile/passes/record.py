@@ -44,6 +44,7 @@ def record(recipe: Recipe, opened: Opened, rows: Rows, folder: Path, progress: P
         seed=calibration.seed,
         batch=calibration.batch,
         states_per_prompt=calibration.states_per_prompt,
+        model_digest=" ".join([str(CAPTURE.number), *(c.digest() for c in opened.checkpoints.values())]),
         progress=progress,
     )
 

@@ -34,10 +34,7 @@ def test_a_trained_flux_without_encoders_or_autoencoder(tmp_path: Path) -> None:
     pipe = load_pipeline(DIGITS / "model", dtype=torch.float32, device="cpu", encoded_prompts=True)
     assert pipe.text_encoder is None and pipe.vae is None
     prompts = load_file(DIGITS / "conditioning.safetensors")
-    rows = [
-        {"prompt_embeds": text[None], "pooled_prompt_embeds": pooled[None]}
-        for text, pooled in zip(*prompts.values(), strict=True)
-    ]
+    rows = [{name: values[i : i + 1] for name, values in prompts.items()} for i in range(10)]
     found = capture(pipe, rows[:2], tmp_path, call={"height": 128, "width": 128, "num_inference_steps": 3})
     example = found.example("transformer")
     assert example["hidden_states"].shape == (1, 64, 4)
@@ -54,7 +51,7 @@ def test_what_the_folder_holds_and_says(tmp_path: Path) -> None:
     assert pipe.transformer_2.dtype == torch.bfloat16
     assert not pipe.transformer.training
     assert pipe.config.boundary_ratio == 0.875
-    pipe = load_pipeline(tmp_path, dtype=torch.float32, device="cpu", without=["transformer_2"])
+    pipe = load_pipeline(tmp_path, dtype=torch.float32, device="cpu", modules={"transformer_2": None})
     assert pipe.transformer_2 is None
 
 
@@ -80,12 +77,8 @@ def test_code_of_a_checkpoint_is_never_run(folder: Path) -> None:
 
 
 def test_what_is_no_pipeline(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not exist"):
-        load_pipeline(tmp_path / "none", dtype=torch.float32)
     with pytest.raises(InputError, match="holds no model_index.json"):
         load_pipeline(tmp_path, dtype=torch.float32)
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read as JSON"):
         load_pipeline(tmp_path, dtype=torch.float32)
-    with pytest.raises(InputError, match="'nobody/nothing' cannot be fetched"):
-        load_pipeline("nobody/nothing", dtype=torch.float32)

@@ -201,6 +201,12 @@ def test_library_exports_its_interfaces_alone_and_needs_no_cuda() -> None:
     assert sorted(line.split()[-1] for line in symbols.stdout.splitlines()) == [
         "getCreators",
         "lynx_abi",
+        "lynx_fp8_gemm",
+        "lynx_fp8_linear",
+        "lynx_fp8_round",
+        "lynx_fp8_runs",
+        "lynx_fp8_tile_count",
+        "lynx_fp8_workspace_bytes",
         "lynx_holds",
         "lynx_metadata_layout",
         "lynx_prune",
