@@ -259,6 +259,19 @@ def test_another_models_weights_of_the_same_shapes_are_never_built_in(project: P
     assert ours.read_bytes() == before
 
 
+def test_other_weights_in_the_same_folder_are_recorded_anew(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recording that was stopped is gone on with; one of another model's calls is not."""
+    monkeypatch.setattr(pipeline, "build", _refused)
+    recording = project / "out" / "tiny.cache" / "recording"
+    before = {path.name: digest.file_digest(path) for path in recording.rglob("*.safetensors")}
+    other_model(project)
+    assert _first_stage(project) == "capture"
+    after = {path.name: digest.file_digest(path) for path in recording.rglob("*.safetensors")}
+    assert before.keys() == after.keys() and all(before[name] != after[name] for name in before)
+
+
 def test_the_manifest_tells_what_was_written_not_what_lies_there(project: Path) -> None:
     """Flipped between the stage and the manifest, as by a failing disk."""
     weights = project / "out" / "tiny.safetensors"
@@ -323,6 +336,10 @@ def test_every_stage_declares_its_version_and_runs_again_with_another(
         monkeypatch.setattr("lynx_compile.passes.record.CAPTURE", new)
     monkeypatch.setattr(pipeline, "build", _refused)
     assert _first_stage(project) == name
+    if name == "capture":
+        assert ran(project / "out" / "tiny.engine") == STAGES, (
+            "what is recorded otherwise is another recording"
+        )
 
 
 def test_another_version_of_a_package_runs_its_stages_again(
