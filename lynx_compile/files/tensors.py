@@ -111,5 +111,6 @@ _SAFETENSORS = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.complex64: "C64",
 }

@@ -35,8 +35,8 @@ from lynx_compile.models.dit import DiT
 from lynx_compile.models.structure import LinearGroup
 from lynx_compile.ops.sparse_linear import expand_low_rank
 from lynx_compile.passes.calibrate import Statistics
-from lynx_compile.passes.select import SparseGroup, SparsityPlan
-from lynx_compile.recipe import Operand, Sparsity
+from lynx_compile.passes.select import NodeOperand, SparseGroup, SparsityPlan
+from lynx_compile.recipe import Sparsity
 from lynx_compile.solve.linalg import cholesky
 from lynx_compile.solve.moments import LayerStatistics, PrunedStatistics, dense_squares, relative_error
 from lynx_compile.solve.weight_refit import prune, wanda_mask
@@ -50,6 +50,7 @@ class SparseLinearWeights:
 
     ``weight``: [N, padded_width(K, rank)], W' and the expanded B; with operand ``weight`` [N, K], at most 2 of
     every 4 not zero, and rank 0. ``lora_down``: A [max(rank, 1), K]. ``bias``: [N]. All float32.
+    ``weight_scale``: of an FP8 node alone, [N] float32. Its ``weight`` is W_q [N, K] in e4m3 (``ops.fp8``), and rank 0.
     ``out_channels``: N of each linear, in the order of ``linears``.
     ``errors``: of each linear, expected on the calibration tokens by the moments (``moments.relative_error``).
     """
@@ -62,11 +63,16 @@ class SparseLinearWeights:
     rank: int
     norm_scale: bool
     errors: tuple[float, ...]
-    operand: Operand = "activation"
+    operand: NodeOperand = "activation"
+    weight_scale: torch.Tensor | None = None
 
     @property
     def in_channels(self) -> int:
         return self.lora_down.shape[1]
+
+    @property
+    def fp8(self) -> bool:
+        return self.weight_scale is not None
 
 
 def compensate(
@@ -82,7 +88,8 @@ def compensate(
         weight, bias = _dense(dit, group)
         solved = solve(group, weight, bias, statistics.load(group.name), sparsity)
         _require_range(solved, dit.dtype)
-        paths.append(folder / f"{group.name}.{group.operand}.safetensors")
+        form = f"fp8.{group.operand}" if group.fp8 else group.operand
+        paths.append(folder / f"{group.name}.{form}.safetensors")
         _save(paths[-1], solved)
         progress("linears compensated", done + 1, len(plan.groups))
     return tuple(paths)
@@ -93,7 +100,7 @@ def load_weights(path: Path) -> SparseLinearWeights:
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["lynx"])
-            tensors = {name: file.get_tensor(name) for name in ("weight", "lora_down", "bias")}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise StageError(
             "compensate", f"{path} cannot be read ({error}).", "Run again with --fresh."
@@ -271,6 +278,8 @@ def _require_range(solved: SparseLinearWeights, dtype: torch.dtype) -> None:
 
 def _save(path: Path, solved: SparseLinearWeights) -> None:
     tensors = {name: getattr(solved, name) for name in ("weight", "lora_down", "bias")}
+    if solved.weight_scale is not None:
+        tensors["weight_scale"] = solved.weight_scale
     facts = {
         name: getattr(solved, name)
         for name in ("linears", "out_channels", "rank", "norm_scale", "errors", "operand")

@@ -260,6 +260,7 @@ def _describe(
     matches: Mapping[str, Match], solved: SparseLinearWeights, group: SparseGroup, names: set[str]
 ) -> SparseNode:
     """The node of ``matches``, under a name that is not among ``names`` yet."""
+    assert solved.operand != "none", "no plan has FP8 groups yet"
     channels = dict(zip(solved.linears, solved.out_channels, strict=True))
     plain = [linear for linear, found in matches.items() if not found.gelu]
     activation = len(plain) < len(matches)

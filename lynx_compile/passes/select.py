@@ -14,13 +14,15 @@ from lynx_compile.ops.sparse_weight_linear import STEP
 from lynx_compile.passes.speed_table import ROOFLINE, UNKNOWN_SPEED, CostTable, roofline
 from lynx_compile.recipe import Operand, Sparsity
 
+NodeOperand = Operand | Literal["none"]  # which operand is 2:4, if one is
+
 
 @dataclass(frozen=True)
 class Decision:
     """What happens to one linear: the operand that is pruned, or ``none``, and why."""
 
     linear: Linear
-    operand: Literal["activation", "weight", "none"]
+    operand: NodeOperand
     reason: str
 
 
@@ -28,11 +30,14 @@ class Decision:
 class SparseGroup(LinearGroup):
     """Linears that read the same tensor and have one operand: one node of the rewritten graph.
 
+    ``operand``: which one is 2:4; ``none``, with ``fp8`` alone, where neither is.
     ``gain``: how many times as fast as dense it was measured to be; None where the recipe's costs do not tell.
+    ``fp8``: whether it multiplies in FP8.
     """
 
-    operand: Operand
+    operand: NodeOperand
     gain: float | None = None
+    fp8: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from lynx_compile.errors import StageError
 from lynx_compile.models.structure import Linear
+from lynx_compile.ops.fp8 import round_rows
 from lynx_compile.ops.sparse_linear import collapse_low_rank, keep_mask, norm_scale_of, sparse_linear
 from lynx_compile.passes.compensate import SparseLinearWeights, load_weights, solve
 from lynx_compile.passes.compensate import _require_range as require_range
 from lynx_compile.passes.compensate import _save as save
-from lynx_compile.passes.select import SparseGroup
+from lynx_compile.passes.select import NodeOperand, SparseGroup
 from lynx_compile.recipe import Operand, Sparsity
 from lynx_compile.solve.moments import Moments, PrunedStatistics
 
@@ -149,6 +152,31 @@ def test_weights_survive_the_disk(tmp_path) -> None:  # type: ignore[no-untyped-
     pruned = solve(_group("weight"), weight, bias, moments, Sparsity())
     save(tmp_path / "w.safetensors", pruned)
     assert load_weights(tmp_path / "w.safetensors").operand == "weight"
+    assert not load_weights(tmp_path / "w.safetensors").fp8
+
+
+@pytest.mark.parametrize("operand", ["none", "weight", "activation"])
+def test_fp8_weights_survive_the_disk_as_they_were_rounded(tmp_path: Path, operand: NodeOperand) -> None:
+    _, _, weight, bias, _ = _data(norm_scale=False)
+    rounded = round_rows(weight, keep_mask(weight) if operand == "weight" else None)
+    solved = SparseLinearWeights(
+        ("a", "b"),
+        (16, 32),
+        rounded.values,
+        torch.zeros(1, K),
+        bias,
+        0,
+        False,
+        (0.1, 0.2),
+        operand,
+        rounded.scale,
+    )
+    save(tmp_path / "w.safetensors", solved)
+    loaded = load_weights(tmp_path / "w.safetensors")
+    assert loaded.fp8 and loaded.operand == operand and loaded.in_channels == K
+    assert loaded.weight.dtype == torch.float8_e4m3fn and loaded.weight_scale is not None
+    assert torch.equal(loaded.weight.view(torch.uint8), rounded.values.view(torch.uint8))
+    assert torch.equal(loaded.weight_scale, rounded.scale)
 
 
 @pytest.mark.parametrize("method", ["joint", "none"])
