@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     PrivateAttr,
@@ -25,6 +24,7 @@ from pydantic import (
 
 from lynx_compile.errors import InputError
 from lynx_compile.files import plain_yaml
+from lynx_compile.files.strict import Strict
 
 HUB_PAGE = re.compile(
     r"^(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>[\w.-]+/[\w.-]+?)(?:\.git)?"
@@ -59,16 +59,12 @@ def load_recipe(path: Path) -> Recipe:
     return recipe.resolved(path.resolve().parent)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
 def _listed(value: Any) -> Any:
     """YAML's lists are tuples here; one text is a list of itself."""
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
-class Model(_Strict):
+class Model(Strict):
     """A pipeline or model of diffusers: a local folder or a hub id (safetensors only).
 
     ``variant``: of the weight files' names (``fp16``); null: plain ones, else the only ones there are.
@@ -110,7 +106,7 @@ class Model(_Strict):
         return self.model_copy(update={"source": str(local.resolve())})
 
 
-class ModuleModel(_Strict):
+class ModuleModel(Strict):
     """A torch module of the user's own package, which is imported because the recipe says so.
 
     ``module``: ``package.module:Class``. ``config``: the arguments it is made with, or a JSON file of them.
@@ -118,7 +114,7 @@ class ModuleModel(_Strict):
     """
 
     module: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-    config: Annotated[str, Field(min_length=1)] | dict[str, Any] = {}
+    config: Annotated[str, Field(min_length=1)] | dict[str, Any] = Field(default_factory=dict)
     weights: Annotated[str, Field(min_length=1)]
     dtype: Literal["bf16", "fp16"] = "bf16"
 
@@ -127,7 +123,7 @@ class ModuleModel(_Strict):
         return self.model_copy(update={name: _absolute(folder, getattr(self, name)) for name in names})
 
 
-class OnnxModel(_Strict):
+class OnnxModel(Strict):
     """A transformer that is ONNX already. ``onnx``: the file; its external data lie beside it."""
 
     onnx: Annotated[str, Field(min_length=1)]
@@ -154,7 +150,7 @@ def _form(value: Any) -> str:
     return next((name for name in FORMS if name[5:-1] in keys), "form[source]")
 
 
-class Calibration(_Strict):
+class Calibration(Strict):
     """The pipeline's calls whose activations are measured.
 
     ``prompts``: a text file with a prompt a line, or a safetensors file of encoded ones, with a row per prompt of
@@ -190,7 +186,7 @@ class Calibration(_Strict):
 _ONE_OPERAND, _OPERAND_GLOBS = "literal[operand]", "dict[operand]"
 
 
-class Sparsity(_Strict):
+class Sparsity(Strict):
     """What becomes sparse and how its error is repaired (see ``compensate``).
 
     ``operand``: what is 2:4. ``activation`` prunes the input while the model runs, ``weight`` the weights, once, at
@@ -273,7 +269,7 @@ class Sparsity(_Strict):
         return self.rank
 
 
-class Engine(_Strict):
+class Engine(Strict):
     """How the TensorRT engine is built.
 
     ``backend``: ``auto`` takes ``tensorrt`` where it and a GPU are there, else ``tensorrt_rtx``, which builds
@@ -292,7 +288,7 @@ class Engine(_Strict):
     _lists = field_validator("gpus", mode="before")(_listed)
 
 
-class Compare(_Strict):
+class Compare(Strict):
     """What ``lynx-compile compare`` runs, and what it holds against the engine; no limit is set by default.
 
     ``samples``: images to draw, at the calibration's prompts and steps; ``seed``: of their noise, which should not be
@@ -309,11 +305,11 @@ class Compare(_Strict):
     min_psnr: float | None = None
     max_lpips: Annotated[float, Field(gt=0)] | None = None
     metric: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = None
-    min_metric: dict[str, float] = {}
-    max_metric: dict[str, float] = {}
+    min_metric: dict[str, float] = Field(default_factory=dict)
+    max_metric: dict[str, float] = Field(default_factory=dict)
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """A whole recipe.
 
     ``call``: arguments of the pipeline's call, as Python would give them: height, width, num_inference_steps ... They
@@ -326,7 +322,7 @@ class Recipe(_Strict):
         | Annotated[OnnxModel, Tag("form[onnx]")],
         Discriminator(_form),
     ]
-    call: dict[str, Any] = {}
+    call: dict[str, Any] = Field(default_factory=dict)
     calibration: Calibration
     sparsity: Sparsity = Sparsity()
     engine: Engine = Engine()

@@ -10,11 +10,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from lynx_compile.engine.arguments import Constant, Parameter, Structure, check_parameters, tensors_of
 from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import save_text, strict_json
+from lynx_compile.files.strict import Strict
 
 FORMAT_VERSION: Final = 2
 LARGEST_BYTES = 16 << 20  # FLUX.1-dev's is 0.2 MB
@@ -27,11 +28,7 @@ Count = Annotated[int, Field(ge=0)]
 Extent = Annotated[int, Field(ge=-1, lt=2**31)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Tensor(_Strict):
+class Tensor(Strict):
     """An input or output of the engine. ``dtype``: bf16, fp16, fp32, int32, int64, bool ...
 
     ``shape``: an extent of -1 is one that a run decides.
@@ -42,20 +39,20 @@ class Tensor(_Strict):
     shape: Annotated[tuple[Extent, ...], Field(max_length=8)]
 
 
-class EngineFile(_Strict):
+class EngineFile(Strict):
     file: FileName
     bytes: Count
     sha256: Sha256
 
 
-class BackendVersion(_Strict):
+class BackendVersion(Strict):
     """The TensorRT that built the engine and has to run it."""
 
     name: Literal["tensorrt", "tensorrt_rtx"]
     version: str
 
 
-class Plugin(_Strict):
+class Plugin(Strict):
     """The plugin library. ``names``: its plugins that the engine uses. ``embedded``: the engine holds a copy of it."""
 
     names: tuple[str, ...]
@@ -66,7 +63,7 @@ class Plugin(_Strict):
     embedded: bool
 
 
-class Weights(_Strict):
+class Weights(Strict):
     """Where the sparse linears' weights are.
 
     ``embedded``: in the engine. ``external``: in the safetensors ``file``, under the names of the engine
@@ -88,7 +85,7 @@ class Weights(_Strict):
         return self
 
 
-class Padding(_Strict):
+class Padding(Strict):
     """An axis of an engine input that a shorter call is padded along. ``mask``: the input that says what counts."""
 
     tensor: str
@@ -96,7 +93,7 @@ class Padding(_Strict):
     mask: str
 
 
-class Fixed(_Strict):
+class Fixed(Strict):
     """A tensor of the call that every call must repeat: the graph has constants for what the model made of it.
 
     ``sha256``: of its content as the engine takes it. ``where``: the line of the model that decides on it.
@@ -107,7 +104,7 @@ class Fixed(_Strict):
     where: str
 
 
-class Call(_Strict):
+class Call(Strict):
     """How the transformer is called in torch, by the call that was compiled.
 
     ``class_name``: ``module:Class`` of the transformer. ``parameters``: of its ``forward``. ``tensors``: dtypes
@@ -133,7 +130,7 @@ class Call(_Strict):
         return self
 
 
-class Source(_Strict):
+class Source(Strict):
     """The model: as the recipe names it, its ``config.json``, and the SHA-256 over the files that were read."""
 
     model: str
@@ -144,7 +141,7 @@ class Source(_Strict):
     sha256: Sha256
 
 
-class SparseLinears(_Strict):
+class SparseLinears(Strict):
     """One plugin layer and the linears that it replaces.
 
     ``operand``: which one is 2:4. ``producer``: what the layer makes its input of, where it does. ``errors``: of each
@@ -171,12 +168,12 @@ class SparseLinears(_Strict):
         return self
 
 
-class DenseLinear(_Strict):
+class DenseLinear(Strict):
     linear: str
     reason: str
 
 
-class Stage(_Strict):
+class Stage(Strict):
     """What a stage of the compilation took; ``reused``: in an earlier run, from which its result is."""
 
     name: str
@@ -185,7 +182,7 @@ class Stage(_Strict):
     reused: bool
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     """All about an engine. ``inputs`` are those that a caller gives, without ``weights.tensors``.
 
     ``call``: how torch calls the transformer; None where it was no torch module. ``costs``: name of the file of

@@ -48,7 +48,7 @@ from lynx_compile.solve.moments import relative_error
 from lynx_compile.tools import report
 from lynx_compile.tools.comparison import (
     Comparison,
-    EngineError,
+    EngineRun,
     Images,
     LinearError,
     StepError,
@@ -386,7 +386,7 @@ def _engines(
     reference: Sequence[Values],
     folder: Path,
     progress: Progress,
-) -> tuple[tuple[EngineError, ...], str | None]:
+) -> tuple[tuple[EngineRun, ...], str | None]:
     """Both engines on this machine's GPU, or the reason why not."""
     if trt.gpu() is None:
         return (), "there is no GPU here"
@@ -406,7 +406,7 @@ def _engines(
                 for name, values in (("onnx", reference), (kind, results))
             ]
             errors = _by_step(states, [_whole(squares) for squares in _squares(given)])
-            found.append(EngineError(kind=kind, steps=errors, milliseconds=1000 * statistics.median(times)))
+            found.append(EngineRun(kind=kind, steps=errors, milliseconds=1000 * statistics.median(times)))
             progress("engines", len(found), 2)
     except (LynxError, ImportError) as error:
         return tuple(found), str(error)

@@ -7,20 +7,17 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import save_text
+from lynx_compile.files.strict import Strict
 from lynx_compile.recipe import Compare
 
 FORMAT_VERSION = 1
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class LinearError(_Strict):
+class LinearError(Strict):
     """The error of one sparse linear on the dense model's own inputs (``moments.relative_error``).
 
     ``error``: over all states; ``worst``: of one state. ``expected``: by calibration.
@@ -33,7 +30,7 @@ class LinearError(_Strict):
     expected: float
 
 
-class StepError(_Strict):
+class StepError(Strict):
     """The model's output in one denoising step, on the dense model's trajectory; errors as of a linear.
 
     ``step`` counts from 0; ``timestep`` falls from 1 to 0.
@@ -45,7 +42,7 @@ class StepError(_Strict):
     worst: float
 
 
-class Images(_Strict):
+class Images(Strict):
     """Images drawn by both models from the same noise. PSNR in dB (200 where there is no difference), the peak is the
     dense image's largest value; ``lpips``: mean, None where the package lpips is not installed.
     """
@@ -59,7 +56,7 @@ class Images(_Strict):
         return sum(self.psnr) / len(self.psnr)
 
 
-class EngineError(_Strict):
+class EngineRun(Strict):
     """An engine on a GPU against the dense model in float32: output error by step, and median time of a step."""
 
     kind: Literal["dense", "lynx"]
@@ -67,7 +64,7 @@ class EngineError(_Strict):
     milliseconds: float
 
 
-class Comparison(_Strict):
+class Comparison(Strict):
     """Everything that was compared, and why the rest was not.
 
     ``linears``: worst first. ``metric``: the recipe's own numbers. ``not_measured``: {what: reason}.
@@ -84,7 +81,7 @@ class Comparison(_Strict):
     output: tuple[StepError, ...]
     images: Images | None
     metric: dict[str, float] | None
-    engines: tuple[EngineError, ...]
+    engines: tuple[EngineRun, ...]
     limits: Compare
     not_measured: dict[str, str]
     missed: tuple[str, ...]

@@ -18,7 +18,7 @@ from PIL import Image
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.files.outputs import Outputs
 from lynx_compile.tools import compare, report
-from lynx_compile.tools.comparison import Comparison, EngineError
+from lynx_compile.tools.comparison import Comparison, EngineRun
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -181,7 +181,7 @@ def flux_sized(manifest: Manifest, comparison: Comparison) -> str:
         for node in nodes
     ]
     engines = tuple(
-        EngineError(kind=kind, steps=comparison.output, milliseconds=123.4) for kind in ("dense", "lynx")
+        EngineRun(kind=kind, steps=comparison.output, milliseconds=123.4) for kind in ("dense", "lynx")
     )
     found = comparison.model_copy(update={"engines": engines, "linears": ()})
     return report.render(manifest.model_copy(update={"sparse": tuple(sparse)}), found, None)
