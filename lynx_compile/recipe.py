@@ -18,6 +18,7 @@ from pydantic import (
     PrivateAttr,
     Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -62,6 +63,9 @@ def load_recipe(path: Path) -> Recipe:
 def _listed(value: Any) -> Any:
     """YAML's lists are tuples here; one text is a list of itself."""
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+DEFAULT_PROMPTS = Path(__file__).resolve().parent / "data" / "prompts.txt"  # by tools/write_prompts.py
 
 
 class Model(Strict):
@@ -154,8 +158,8 @@ class Calibration(Strict):
     """The pipeline's calls whose activations are measured.
 
     ``prompts``: a text file with a prompt a line, or a safetensors file of encoded ones, with a row per prompt of
-    every argument of the pipeline's call that it holds. ``recording``: or calls that were recorded before, maybe on
-    another machine: the pipeline is not run then, and needs no text encoders here.
+    every argument of the pipeline's call that it holds; null: 2,048 of the package's own. ``recording``: or calls
+    that were recorded before, maybe on another machine: the pipeline is not run then, and needs no text encoders here.
     ``samples``: prompts to run, in turn where there are fewer; ``batch``: prompts to a run, also the engine's.
     ``states_per_prompt``: calls that are recorded of a run, drawn at random; null: all of them.
     ``tokens_per_call``: of each sample and call at most so many tokens, drawn at random, enter the moments.
@@ -178,9 +182,16 @@ class Calibration(Strict):
 
     @model_validator(mode="after")
     def _one_source(self) -> Calibration:
-        if (self.prompts is None) == (self.recording is None):
+        if self.prompts is not None and self.recording is not None:
             raise ValueError("give either 'prompts' or 'recording'")
         return self
+
+    def resolved(self, folder: Path) -> Calibration:
+        """With absolute paths, the default's too."""
+        if self.recording is not None:
+            return self.model_copy(update={"recording": _absolute(folder, self.recording)})
+        prompts = str(DEFAULT_PROMPTS) if self.prompts is None else _absolute(folder, self.prompts)
+        return self.model_copy(update={"prompts": prompts})
 
 
 _ONE_OPERAND, _OPERAND_GLOBS = "literal[operand]", "dict[operand]"
@@ -323,11 +334,18 @@ class Recipe(Strict):
         Discriminator(_form),
     ]
     call: dict[str, Any] = Field(default_factory=dict)
-    calibration: Calibration
+    calibration: Annotated[Calibration, Field(validate_default=True)] = Calibration()
     sparsity: Sparsity = Sparsity()
     engine: Engine = Engine()
     compare: Compare = Compare()
     _digest: str = PrivateAttr("")
+
+    @field_validator("calibration")
+    @classmethod
+    def _without_pipeline_no_prompts(cls, value: Calibration, info: ValidationInfo) -> Calibration:
+        if value.recording is None and not isinstance(info.data.get("model", None), Model | None):
+            raise ValueError("a model that has no pipeline needs 'recording' here")
+        return value
 
     def model_post_init(self, context: Any) -> None:
         """Keep the digest of what was written, before paths become those of this machine."""
@@ -337,13 +355,7 @@ class Recipe(Strict):
         """The same recipe with local paths made absolute; a hub id stays as it is."""
         update: dict[str, Any] = {
             "model": self.model.resolved(folder),
-            "calibration": self.calibration.model_copy(
-                update={
-                    name: _absolute(folder, value)
-                    for name in ("prompts", "recording")
-                    if (value := getattr(self.calibration, name)) is not None
-                }
-            ),
+            "calibration": self.calibration.resolved(folder),
         }
         if self.sparsity.costs is not None:
             costs = _absolute(folder, self.sparsity.costs)

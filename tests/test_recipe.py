@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from lynx_compile.errors import InputError
+from lynx_compile.models.prompts import read
 from lynx_compile.models.structure import Linear, LinearGroup
 from lynx_compile.passes.calibrate import TOKENS_PER_CHANNEL, measurements
 from lynx_compile.passes.select import select
-from lynx_compile.recipe import Model, ModuleModel, OnnxModel, Sparsity, load_recipe
+from lynx_compile.recipe import DEFAULT_PROMPTS, Model, ModuleModel, OnnxModel, Sparsity, load_recipe
+from lynx_compile.tools.write_prompts import COUNT, default_prompts
 from tests.conftest import FLUX_DEV, RECIPE, flux_groups, open_dit, tiny_groups
 
 ENGINES = Path(__file__).parents[1] / "engines"
@@ -50,11 +52,6 @@ def _error(folder: Path, text: str) -> str:
         ("  batch: 2", "  batch: 0", "r.yaml:12: 'calibration.batch' is wrong"),
         ("  batch: 2", "  batch: two", "r.yaml:12: 'calibration.batch' is wrong"),
         ("  batch: 2", "  batch: 2.5", "r.yaml:12: 'calibration.batch' is wrong"),
-        (
-            "  prompts: prompts.safetensors\n",
-            "",
-            "'calibration' is wrong: give either 'prompts' or",
-        ),
         (
             "  samples: 6",
             "  recording: calls",
@@ -254,7 +251,8 @@ def test_mistakes_in_the_three_forms_of_a_model(tmp_path: Path, model: str, mess
 
 def test_the_other_forms_of_a_model(tmp_path: Path) -> None:
     def load(model: str) -> Model | ModuleModel | OnnxModel:
-        (tmp_path / "r.yaml").write_text(f"model: {model}\n{RECIPE[RECIPE.index('call') :]}")
+        rest = RECIPE[RECIPE.index("call") :].replace("prompts: prompts.safetensors", "recording: calls")
+        (tmp_path / "r.yaml").write_text(f"model: {model}\n{rest}")
         return load_recipe(tmp_path / "r.yaml").model
 
     assert load("{onnx: a/b.onnx}") == OnnxModel(onnx=str(tmp_path / "a" / "b.onnx"))
@@ -469,3 +467,18 @@ def test_limits_are_read(tmp_path: Path) -> None:
         {"x": 1},
         None,
     )
+
+
+def test_a_recipe_without_prompts_has_those_of_the_package(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model:\n  source: model\n")
+    prompts = Path(load_recipe(path).calibration.prompts or "")
+    assert prompts == DEFAULT_PROMPTS and len(read(prompts)) == COUNT
+    assert prompts.read_text().splitlines() == default_prompts()  # as the script writes them
+
+
+def test_a_model_without_a_pipeline_needs_recorded_calls(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model:\n  onnx: model.onnx\n")
+    with pytest.raises(InputError, match="no pipeline needs .recording. here"):
+        load_recipe(path)
