@@ -35,7 +35,7 @@ from lynx_compile.passes.describe import describe
 from lynx_compile.passes.export import EXPORT, DenseOnnx, export
 from lynx_compile.passes.record import CAPTURE, named_components, record
 from lynx_compile.passes.rewrite import REWRITE, LynxOnnx, rewrite
-from lynx_compile.passes.select import select
+from lynx_compile.passes.select import require_fp8, select
 from lynx_compile.passes.speed_table import CostTable
 from lynx_compile.recipe import Recipe
 from lynx_compile.tools import report
@@ -79,6 +79,7 @@ def compile(
         stages = Stages(outputs, fresh, display or silent)
         backend = trt.backend(recipe.engine.backend)
         plugin = trt.plugin_library(recipe.engine.plugin)
+        require_fp8(recipe.sparsity, _targets(recipe, backend))
         if recipe.sparsity.costs is not None:
             CostTable.load(
                 Path(recipe.sparsity.costs)
@@ -142,7 +143,7 @@ def _compile_engine(
 ) -> Manifest:
     """One denoiser, from its recorded calls to its engine."""
     dit = find_dit(opened.of(component), recording, component, DTYPES[recipe.model.dtype])
-    plan = select(dit.groups, recipe.sparsity, None if backend.ahead_of_time else trt.gpu())
+    plan = select(dit.groups, recipe.sparsity, _targets(recipe, backend))
     recorded = recording.header.key, component, dit.calls.index, recipe.model.dtype
     statistics = stages.run(
         CALIBRATE,
@@ -157,7 +158,7 @@ def _compile_engine(
         lambda progress: compensate(dit, plan, statistics, recipe.sparsity, outputs.cache / "weights", progress),
         # The costs count through what they decide.
         stages.key(CALIBRATE), recipe.sparsity.model_copy(update={"costs": None}),
-        tuple((decision.linear.path, decision.operand) for decision in plan.decisions),
+        tuple((decision.linear.path, decision.form) for decision in plan.decisions),
         reads=(CALIBRATE,),
     )  # fmt: skip
     dit.release()  # a large model and its copy in the exporter would not fit together
@@ -190,6 +191,11 @@ def _compile_engine(
     report.write(outputs)
     log.info("done: %s", manifest.summary())
     return manifest
+
+
+def _targets(recipe: Recipe, backend: trt.Backend) -> tuple[str, ...]:
+    """Architectures of the GPUs that the engine is for."""
+    return recipe.engine.gpus if backend.ahead_of_time else (trt.gpu() or "unknown",)
 
 
 def _dense(dit: DiT, path: Path) -> DenseOnnx:

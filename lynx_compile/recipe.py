@@ -35,6 +35,7 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 GpuTarget = Literal["sm80", "sm86", "sm89", "sm120"]
 GPU_TARGETS: tuple[GpuTarget, ...] = get_args(GpuTarget)
 Operand = Literal["activation", "weight"]
+NodeOperand = Operand | Literal["none"]  # which operand is 2:4, if one is
 OperandGlobs = dict[str, Literal["auto", "activation", "weight", "none"]]
 
 
@@ -204,7 +205,11 @@ class Sparsity(Strict):
     compile time; ``auto`` takes the faster of both, dense where neither is faster than that (speed alone decides;
     it is ``activation`` alone where the recipe asks for what only that has: ``paper`` or ``none``, a rank, the
     scale); or a mapping of globs over module paths to one of these or ``none`` (dense), of which the first that
-    matches a linear counts, ``auto`` where none does. Quote globs that begin with a *.
+    matches a linear counts, ``auto`` where none does. Quote globs that begin with a *. ``none``: nothing is 2:4; in FP8
+    such a linear is still faster than as it was. What is to stay as it was is for ``exclude``.
+    ``precision``: what linears multiply in: ``fp8``; ``bf16`` or ``fp16``, which must be the model's dtype; or
+    ``auto``, the faster of both where every GPU that the engine is for runs the FP8 kernels, and nothing is asked for
+    that they have not (``paper``, a rank, the scale).
     ``costs``: measured times, the JSON of ``lynx-compile bench``; a roofline where there is none or it is silent.
     With it, linears also stay dense where the one operand given is slower; what a glob says is done all the same.
     ``rank``: of the activation operand's low-rank branch; ``auto`` is K / 32 rounded up to 16, at most 64.
@@ -214,10 +219,11 @@ class Sparsity(Strict):
 
     method: Literal["joint", "paper", "none"] = "joint"
     operand: Annotated[
-        Annotated[Literal["auto", "activation", "weight"], Tag(_ONE_OPERAND)]
+        Annotated[Literal["auto", "activation", "weight", "none"], Tag(_ONE_OPERAND)]
         | Annotated[OperandGlobs, Tag(_OPERAND_GLOBS)],
         Discriminator(lambda value: _OPERAND_GLOBS if isinstance(value, dict) else _ONE_OPERAND),
     ] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp8"] = "auto"
     costs: Annotated[str, Field(min_length=1)] | None = None
     rank: Literal["auto"] | int = "auto"
     norm_scale: bool | None = None
@@ -254,15 +260,39 @@ class Sparsity(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _fp8_has_no_low_rank(self) -> Sparsity:
+        if self.precision == "fp8" and self._asks_for_16_bits:
+            raise ValueError(
+                "FP8 linears have no low-rank branch and no scale s; remove 'rank', 'norm_scale' and method 'paper'"
+            )
+        if self.operand == "none" and (self.precision in ("bf16", "fp16") or self._asks_for_16_bits):
+            raise ValueError(
+                "operand 'none' is for precision 'fp8' or 'auto': otherwise nothing would change"
+            )
+        return self
+
+    @property
+    def _asks_for_16_bits(self) -> bool:
+        """Whether the recipe asks for what only linears in the model's dtype have."""
+        return self.method == "paper" or self.rank not in ("auto", 0) or bool(self.norm_scale)
+
+    def precisions(self, fp8_runs: bool) -> tuple[bool, ...]:
+        """Whether linears may multiply in FP8: no, yes, or either. ``fp8_runs``: whether the GPUs' kernels do."""
+        if self.precision == "fp8":
+            return (True,)
+        either = self.precision == "auto" and fp8_runs and not self._asks_for_16_bits
+        return (False, True) if either else (False,)
+
     @property
     def operand_globs(self) -> OperandGlobs:
         """The globs of ``operand``; empty where it is one for all."""
         return self.operand if isinstance(self.operand, dict) else {}
 
     @property
-    def operands(self) -> tuple[Operand, ...]:
-        """What linears may become whose operand no glob says."""
-        if self.operand in ("activation", "weight"):
+    def operands(self) -> tuple[NodeOperand, ...]:
+        """What may be 2:4 of linears whose operand no glob says."""
+        if self.operand in ("activation", "weight", "none"):
             return (self.operand,)
         of_activations = self.method != "joint" or self.rank not in ("auto", 0) or self.norm_scale
         return ("activation",) if of_activations else ("activation", "weight")
@@ -345,6 +375,16 @@ class Recipe(Strict):
     def _without_pipeline_no_prompts(cls, value: Calibration, info: ValidationInfo) -> Calibration:
         if value.recording is None and not isinstance(info.data.get("model", None), Model | None):
             raise ValueError("a model that has no pipeline needs 'recording' here")
+        return value
+
+    @field_validator("sparsity")
+    @classmethod
+    def _precision_is_that_of_the_model(cls, value: Sparsity, info: ValidationInfo) -> Sparsity:
+        dtype = getattr(info.data.get("model"), "dtype", value.precision)
+        if value.precision in ("bf16", "fp16") and value.precision != dtype:
+            raise ValueError(
+                f"precision is {value.precision} and model.dtype {dtype}; set precision to {dtype}, fp8 or auto"
+            )
         return value
 
     def model_post_init(self, context: Any) -> None:

@@ -84,10 +84,32 @@ def _error(folder: Path, text: str) -> str:
         (
             "  batch: 2",
             "  batch: 2\nsparsity:\n  operand: weights",
-            "r.yaml:14: 'sparsity.operand' is wrong: Input should be 'auto', 'activation' or 'weight' (got 'weights')",
+            "r.yaml:14: 'sparsity.operand' is wrong: Input should be 'auto', 'activation', 'weight' or 'none' (got 'we",
         ),
         ("  batch: 2", "  batch: 2\nsparsity:\n  operand: 3", "r.yaml:14: 'sparsity.operand' is wrong"),
-        ("  batch: 2", "  batch: 2\nsparsity:\n  operand: none", "r.yaml:14: 'sparsity.operand' is wrong"),
+        (
+            "  batch: 2",
+            "  batch: 2\nsparsity: {operand: none, precision: fp16}",
+            "r.yaml:13: 'sparsity' is wrong: operand 'none' is for precision 'fp8' or 'auto'",
+        ),
+        (
+            "  batch: 2",
+            "  batch: 2\nsparsity:\n  precision: bf16",
+            "'sparsity' is wrong: precision is bf16 and model.dtype fp16; set precision to fp16, fp8 or auto",
+        ),
+        (
+            "  batch: 2",
+            "  batch: 2\nsparsity:\n  precision: int8",
+            "r.yaml:14: 'sparsity.precision' is wrong",
+        ),
+        *(
+            (
+                "  batch: 2",
+                f"  batch: 2\nsparsity: {{precision: fp8, {asked}}}",
+                "FP8 linears have no low-rank branch",
+            )
+            for asked in ("rank: 16", "norm_scale: true", "method: paper")
+        ),
         (
             "  batch: 2",
             "  batch: 2\nsparsity:\n  operand:\n    '*.ff.*': weight\n    '*': both",

@@ -35,8 +35,8 @@ from lynx_compile.models.dit import DiT
 from lynx_compile.models.structure import LinearGroup
 from lynx_compile.ops.sparse_linear import expand_low_rank
 from lynx_compile.passes.calibrate import Statistics
-from lynx_compile.passes.select import NodeOperand, SparseGroup, SparsityPlan
-from lynx_compile.recipe import Sparsity
+from lynx_compile.passes.select import SparseGroup, SparsityPlan
+from lynx_compile.recipe import NodeOperand, Sparsity
 from lynx_compile.solve.linalg import cholesky
 from lynx_compile.solve.moments import LayerStatistics, PrunedStatistics, dense_squares, relative_error
 from lynx_compile.solve.weight_refit import prune, wanda_mask

@@ -78,6 +78,7 @@ from lynx_compile.passes.export import DenseOnnx
 from lynx_compile.passes.match import DenseGraph, Match, import_graph, match
 from lynx_compile.passes.producers import Produced, Producer, find_producer
 from lynx_compile.passes.select import SparseGroup, SparsityPlan
+from lynx_compile.passes.speed_table import DENSE
 from lynx_compile.recipe import Operand
 
 REWRITE = StageVersion("rewrite", 1, ("torch", "numpy", "onnx", "onnx-graphsurgeon"))
@@ -190,7 +191,7 @@ def rewrite(
     imported = import_graph(model, dtype, dense.path.parent)
     graph = imported.graph
     decisions = {decision.linear.path: decision for decision in plan.decisions}
-    refused = {path: decision.reason for path, decision in decisions.items() if decision.operand == "none"}
+    refused = {path: decision.reason for path, decision in decisions.items() if decision.form == DENSE}
     groups = {linear.path: group for group in plan.groups for linear in group.linears}
     names: set[str] = set()
     nodes: list[SparseNode] = []

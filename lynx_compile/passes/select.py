@@ -1,34 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which linears become sparse, and with which operand: what the recipe's globs say, else what is faster."""
+"""What every linear becomes: which operand is 2:4, if one is, and in 16 bits or FP8. The recipe decides, else speed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
 
 from lynx_compile.errors import InputError
 from lynx_compile.models.structure import Linear, LinearGroup
 from lynx_compile.ops.sparse_weight_linear import STEP
-from lynx_compile.passes.speed_table import ROOFLINE, UNKNOWN_SPEED, CostTable, roofline
-from lynx_compile.recipe import Operand, Sparsity
+from lynx_compile.passes.speed_table import DENSE, ROOFLINE, UNKNOWN_SPEED, CostTable, Form, roofline
+from lynx_compile.recipe import NodeOperand, Sparsity
 
-NodeOperand = Operand | Literal["none"]  # which operand is 2:4, if one is
+FP8_GPUS = ("sm90",)  # that run our FP8 kernels
+FP8_CHANNELS = 32768  # kMaxFp8Channels of plugins/kernels/fp8_linear.h
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to one linear: the operand that is pruned, or ``none``, and why."""
+    """What happens to one linear: the operand that becomes 2:4, or ``none``, whether it multiplies in FP8, and why."""
 
     linear: Linear
     operand: NodeOperand
     reason: str
+    fp8: bool = False
+
+    @property
+    def form(self) -> Form:
+        return Form(self.operand, self.fp8)
 
 
 @dataclass(frozen=True)
 class SparseGroup(LinearGroup):
-    """Linears that read the same tensor and have one operand: one node of the rewritten graph.
+    """Linears that read the same tensor and have one form: one node of the rewritten graph.
 
     ``operand``: which one is 2:4; ``none``, with ``fp8`` alone, where neither is.
     ``gain``: how many times as fast as dense it was measured to be; None where the recipe's costs do not tell.
@@ -42,35 +47,49 @@ class SparseGroup(LinearGroup):
 
 @dataclass(frozen=True)
 class SparsityPlan:
-    """A decision for every linear of the model, and the sparse ones by the tensor they read and their operand."""
+    """A decision for every linear of the model, and those that change by the tensor they read and their form."""
 
     decisions: tuple[Decision, ...]
     groups: tuple[SparseGroup, ...]
 
 
-def select(groups: tuple[LinearGroup, ...], sparsity: Sparsity, gpu: str | None = None) -> SparsityPlan:
-    """Decide for every linear; a group keeps those of its linears that become sparse, split by operand.
+def select(groups: tuple[LinearGroup, ...], sparsity: Sparsity, gpus: tuple[str, ...] = ()) -> SparsityPlan:
+    """Decide for every linear; a group keeps those of its linears that change, split by form.
 
     Args:
-        gpu: architecture that the engine is for, such as ``sm90``, where it is one alone. Of some the speed is not
-            known: there only measured linears become sparse, and those that a glob of ``sparsity.operand`` names.
+        gpus: architectures that the engine is for, such as ``sm90``. FP8 is for those whose kernels have it. Where it
+            is one alone whose speed is not known, only measured linears change, and those that a glob of
+            ``sparsity.operand`` names.
 
     Raises:
-        InputError: a glob matches no linear, the recipe's costs cannot be read, or no linear is left.
+        InputError: the GPUs do not run FP8, a glob matches no linear, the recipe's costs cannot be read, or no linear
+            is left.
     """
+    require_fp8(sparsity, gpus)
     _refuse_idle_globs([linear for group in groups for linear in group.linears], sparsity)
-    costs = CostTable.load(Path(sparsity.costs)) if sparsity.costs else None
-    unknown = gpu if gpu in UNKNOWN_SPEED and (costs is None or costs.architecture != gpu) else None
-    decided = [(group, _decide(group, sparsity, costs, unknown)) for group in groups]
+    choice = _Choice.of(sparsity, gpus)
+    decided = [(group, choice.decide(group)) for group in groups]
     decisions = tuple(decision for _, made in decided for decision in made)
-    sparse = tuple(part for group, made in decided for part in _split(group, made, sparsity, costs))
-    if not sparse:
+    changed = tuple(part for group, made in decided for part in choice.split(group, made))
+    if not changed:
         first = next((d for d in decisions if d.linear.refusal is None), decisions[0])
         raise InputError(
-            f"No linear would become sparse ('{first.linear.path}': {first.reason}).",
+            f"No linear would become {'FP8' if sparsity.precision == 'fp8' else 'sparse'} "
+            f"('{first.linear.path}': {first.reason}).",
             "Widen sparsity.include or sparsity.operand, or exclude less.",
         )
-    return SparsityPlan(decisions, sparse)
+    return SparsityPlan(decisions, changed)
+
+
+def require_fp8(sparsity: Sparsity, gpus: tuple[str, ...]) -> None:
+    """Refuse ``precision: fp8`` for GPUs without our FP8 kernels; known before anything runs."""
+    without = [gpu for gpu in gpus if gpu not in FP8_GPUS]
+    if sparsity.precision == "fp8" and without:
+        raise InputError(
+            f"sparsity.precision is fp8, and this engine is for {', '.join(without)}: "
+            f"our FP8 kernels run on {', '.join(FP8_GPUS)} alone.",
+            "Set precision to auto, or compile with TensorRT on such a GPU.",
+        )
 
 
 def _refuse_idle_globs(linears: list[Linear], sparsity: Sparsity) -> None:
@@ -90,79 +109,152 @@ def _refuse_idle_globs(linears: list[Linear], sparsity: Sparsity) -> None:
                 )
 
 
-def _decide(
-    group: LinearGroup, sparsity: Sparsity, costs: CostTable | None, unknown: str | None
-) -> list[Decision]:
-    """The recipe decides first; speed does for those of the group's linears that it leaves open, together.
+@dataclass(frozen=True)
+class _Option:
+    """A form that a node may take: how many times as fast as dense, and by what."""
 
-    ``unknown``: the GPU, where nothing is known of its speed.
-    """
-    by_recipe = {linear: _by_recipe(linear, sparsity) for linear in group.linears}
-    left = [linear for linear, decision in by_recipe.items() if decision is None]
-    fixed = [decision for decision in by_recipe.values() if decision is not None]
-    operand: Literal["activation", "weight", "none"] = "none"
-    reason = f"its speed on {unknown} is unknown: give sparsity.costs, by 'lynx-compile bench' on that GPU"
-    if left and unknown is None:
-        operand, reason = _by_speed(group, left, fixed, sparsity, costs)
-    return [decision or Decision(linear, operand, reason) for linear, decision in by_recipe.items()]
+    form: Form
+    gain: float
+    measured: bool
+    reason: str
 
 
-def _by_recipe(linear: Linear, sparsity: Sparsity) -> Decision | None:
-    """What the recipe says, or the linear's own shape; None where it may become sparse if that is faster."""
-    if linear.refusal is not None:
-        return Decision(linear, "none", linear.refusal)
-    for glob in sparsity.exclude:
-        if fnmatchcase(linear.path, glob):
-            return Decision(linear, "none", f"excluded by the recipe ('{glob}')")
-    if not any(fnmatchcase(linear.path, glob) for glob in sparsity.include):
-        return Decision(linear, "none", "not included by the recipe")
-    matching = (item for item in sparsity.operand_globs.items() if fnmatchcase(linear.path, item[0]))
-    glob, operand = next(matching, ("", "auto"))
-    if "weight" in (operand, sparsity.operand) and linear.in_channels % STEP:
-        reason = f"K = {linear.in_channels} is not divisible by {STEP}, as the weight operand needs it"
-        return Decision(linear, "none", reason)
-    if operand == "auto":
-        return None
-    return Decision(linear, operand, f"operand {operand} by the recipe ('{glob}')")
+@dataclass(frozen=True)
+class _Choice:
+    """What decisions go by. ``precisions``: of linears, 16 bits or FP8. ``unknown``: a GPU of unknown speed."""
 
+    sparsity: Sparsity
+    costs: CostTable | None
+    precisions: tuple[bool, ...]
+    unknown: str | None
 
-def _by_speed(
-    group: LinearGroup, left: list[Linear], fixed: list[Decision], sparsity: Sparsity, costs: CostTable | None
-) -> tuple[Literal["activation", "weight", "none"], str]:
-    """The faster of the recipe's operands for what it has left open, or none where that is slower than dense.
+    @classmethod
+    def of(cls, sparsity: Sparsity, gpus: tuple[str, ...]) -> _Choice:
+        costs = CostTable.load(Path(sparsity.costs)) if sparsity.costs else None
+        fp8_runs = bool(gpus) and all(gpu in FP8_GPUS for gpu in gpus)
+        alone = gpus[0] if len(gpus) == 1 else None
+        own = costs is not None and costs.architecture == alone
+        return cls(
+            sparsity,
+            costs,
+            sparsity.precisions(fp8_runs),
+            alone if alone in UNKNOWN_SPEED and not own else None,
+        )
 
-    Counted is the whole node: with the linears that have got the same operand by a glob. A single operand is
-    judged by what was measured alone, not by the roofline.
-    """
-    choices: dict[Operand, tuple[float, str]] = {}
-    for operand in sparsity.operands:
-        if operand == "weight" and group.in_channels % STEP:
-            continue
-        node = [*left, *(decision.linear for decision in fixed if decision.operand == operand)]
-        out_channels, rank = sum(linear.out_channels for linear in node), sparsity.rank_for(group.in_channels)
+    def decide(self, group: LinearGroup) -> list[Decision]:
+        """The recipe decides first; speed does for those of the group's linears that it leaves open, together."""
+        made: dict[Linear, Decision] = {}
+        left: dict[str, list[Linear]] = {}  # by the glob that names their operand; "" where none does
+        for linear in group.linears:
+            said = self._by_recipe(linear)
+            if isinstance(said, Decision):
+                made[linear] = said
+            else:
+                left.setdefault(said, []).append(linear)
+        for glob in sorted(left, key=bool, reverse=True):  # those without a glob may join the others' nodes
+            made |= {decision.linear: decision for decision in self._by_speed(group, glob, left[glob], made)}
+        return [made[linear] for linear in group.linears]
+
+    def _by_recipe(self, linear: Linear) -> Decision | str:
+        """What the recipe says, or the linear's own shape; else the glob that leaves it to speed, "" for none."""
+        if linear.refusal is not None:
+            return Decision(linear, "none", linear.refusal)
+        for glob in self.sparsity.exclude:
+            if fnmatchcase(linear.path, glob):
+                return Decision(linear, "none", f"excluded by the recipe ('{glob}')")
+        if not any(fnmatchcase(linear.path, glob) for glob in self.sparsity.include):
+            return Decision(linear, "none", "not included by the recipe")
+        matching = (item for item in self.sparsity.operand_globs.items() if fnmatchcase(linear.path, item[0]))
+        glob, operand = next(matching, ("", "auto"))
+        glob = "" if operand == "auto" else glob
+        forms = self._forms(glob)
+        changed = [form for form in forms if form != DENSE]
+        refusals = [_refusal(form, linear.in_channels) for form in changed]
+        if changed and all(refusals):
+            return Decision(linear, "none", str(refusals[0]))
+        if glob and len(forms) == 1:
+            return Decision(linear, forms[0].operand, f"{_said(forms[0])} ('{glob}')", forms[0].fp8)
+        return glob
+
+    def _forms(self, glob: str) -> list[Form]:
+        """What linears that ``glob`` names may be, or those that none does."""
+        operands: tuple[NodeOperand, ...] = self.sparsity.operands
+        if glob:
+            operand = self.sparsity.operand_globs[glob]
+            operands = (operand,) if operand != "auto" else operands
+        elif len(operands) > 1:
+            operands = (*operands, "none")
+        return [Form(operand, fp8) for operand in operands for fp8 in self.precisions]
+
+    def _by_speed(
+        self, group: LinearGroup, glob: str, linears: list[Linear], made: dict[Linear, Decision]
+    ) -> list[Decision]:
+        """The fastest form of ``linears``, or dense where that is slower and the recipe leaves it open.
+
+        Counted is the whole node: with the linears for which that form is already ``made``. An operand without an
+        alternative gives way to what was measured alone, not to the roofline.
+        """
+        if self.unknown and not glob:
+            reason = f"its speed on {self.unknown} is unknown: give sparsity.costs, by 'lynx-compile bench' on that GPU"
+            return [Decision(linear, "none", reason) for linear in linears]
+        forms = self._forms(glob)
+        options = []
+        for form in forms:
+            if form != DENSE and _refusal(form, group.in_channels) is None:
+                joined = [linear for linear, decision in made.items() if decision.form == form]
+                options.append(self._option(group, form, [*linears, *joined]))
+        if not options:
+            reason = f"operand none by the recipe, and FP8 is for {', '.join(FP8_GPUS)}"
+            return [Decision(linear, "none", reason) for linear in linears]
+        best = max(options, key=lambda option: option.gain)
+        open_to_dense = DENSE in forms or (
+            not glob and (best.measured or len({f.operand for f in forms}) > 1)
+        )
+        if best.gain < 1 and open_to_dense:
+            return [Decision(linear, "none", f"would be {best.reason}") for linear in linears]
+        reason = _said(best.form) if len(forms) == 1 and not best.measured else best.reason
+        return [Decision(linear, best.form.operand, reason, best.form.fp8) for linear in linears]
+
+    def _option(self, group: LinearGroup, form: Form, node: list[Linear]) -> _Option:
+        out_channels = sum(linear.out_channels for linear in node)
         sizes = (group.tokens, group.in_channels, out_channels)
-        gain, source = (costs.gain(*sizes, operand, rank), costs.name) if costs else (None, "")
+        rank = self._rank(group, form)
+        gain = self.costs.gain(*sizes, form, rank) if self.costs else None
+        measured, source = gain is not None, self.costs.name if self.costs else ""
         if gain is None:
-            if len(sparsity.operands) == 1:
-                return operand, f"operand {operand} by the recipe"
-            gain, source = roofline(*sizes, rank).gain(operand), ROOFLINE
+            gain, source = roofline(*sizes, rank).gain(form), ROOFLINE
         shape = f"{group.tokens} x {group.in_channels} -> {out_channels}"
-        choices[operand] = gain, f"{gain:.2f}x as fast as dense ({shape}, {source})"
-    best = max(choices, key=lambda operand: choices[operand][0])
-    gain, text = choices[best]
-    return (best, text) if gain >= 1 else ("none", f"would be {text}")
+        return _Option(form, gain, measured, f"{gain:.2f}x as fast as dense ({shape}, {source})")
 
+    def _rank(self, group: LinearGroup, form: Form) -> int:
+        return self.sparsity.rank_for(group.in_channels) if form == Form("activation") else 0
 
-def _split(
-    group: LinearGroup, decisions: list[Decision], sparsity: Sparsity, costs: CostTable | None
-) -> list[SparseGroup]:
-    parts = []
-    operands: tuple[Operand, ...] = ("activation", "weight")
-    for operand in operands:
-        linears = tuple(decision.linear for decision in decisions if decision.operand == operand)
-        if linears:
+    def split(self, group: LinearGroup, decisions: list[Decision]) -> list[SparseGroup]:
+        """The group's linears by their form."""
+        parts = []
+        for form in sorted(
+            {decision.form for decision in decisions} - {DENSE}, key=lambda f: (f.operand, f.fp8)
+        ):
+            linears = tuple(decision.linear for decision in decisions if decision.form == form)
             out_channels = sum(linear.out_channels for linear in linears)
             sizes = (group.tokens, group.in_channels, out_channels)
-            gain = costs.gain(*sizes, operand, sparsity.rank_for(group.in_channels)) if costs else None
-            parts.append(SparseGroup(group.name, linears, group.tokens, operand, gain, calls=group.calls))
-    return parts
+            gain = self.costs.gain(*sizes, form, self._rank(group, form)) if self.costs else None
+            parts.append(
+                SparseGroup(
+                    group.name, linears, group.tokens, form.operand, gain, form.fp8, calls=group.calls
+                )
+            )
+        return parts
+
+
+def _said(form: Form) -> str:
+    return f"{form.words if form.fp8 else f'operand {form.operand}'} by the recipe"
+
+
+def _refusal(form: Form, channels: int) -> str | None:
+    """Why the form's kernels do not take K ``channels``; what no kernel takes is the linear's own refusal."""
+    if form.fp8 and channels > FP8_CHANNELS:
+        return f"K = {channels} is more than the {FP8_CHANNELS} that FP8 kernels take"
+    if form == Form("weight") and channels % STEP:
+        return f"K = {channels} is not divisible by {STEP}, as the weight operand needs it"
+    return None

@@ -4,18 +4,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from lynx_compile.errors import InputError
 from lynx_compile.ops.sparse_linear import padded_width
-from lynx_compile.recipe import Operand
+from lynx_compile.recipe import NodeOperand
 
 # H100: dense bf16 rate and memory bandwidth measured with torch, the GEMM's gain over dense with 128x256x64 tiles.
 ROOFLINE_FLOPS, ROOFLINE_BYTES, ROOFLINE_GAIN = 650e12, 3.0e12, 1.4
+# FP8: gains of the GEMMs over dense bf16, from engines/bench/summary.json (linears.fp8_*.gemm), and bytes that the
+# rounding pass reads and writes per value of x.
+ROOFLINE_FP8_GAINS: dict[NodeOperand, float] = {"none": 1.95, "weight": 2.57, "activation": 2.55}
+ROOFLINE_FP8_PASS: dict[NodeOperand, float] = {
+    "none": 2 + 1,
+    "weight": 2 + 1,
+    "activation": 2 + 1 / 2 + 1 / 8,
+}
 ROOFLINE = "roofline of an H100"
 # GPUs that run the kernels only as code compiled for older ones (mma.sp, by way of PTX): the roofline is not theirs.
 UNKNOWN_SPEED = ("sm100", "sm103", "sm110")
@@ -23,39 +32,64 @@ REACH = 4  # beyond the measured range by more than this factor, a table says no
 
 
 @dataclass(frozen=True)
-class Roofline:
-    """Microseconds of one linear: dense at cuBLAS's rate, sparse GEMMs so much faster, pruning at memory speed.
+class Form:
+    """What a node is: which operand is 2:4, if one is, and whether it multiplies in FP8."""
 
-    ``whole``: pruned activations, both kernels. ``weight``: a sparse weight.
+    operand: NodeOperand
+    fp8: bool = False
+
+    @property
+    def words(self) -> str:
+        """Such as "2:4 weights in FP8"; "dense" is what is left as it was."""
+        if self.operand == "none":
+            return "dense FP8" if self.fp8 else "dense"
+        return f"2:4 {self.operand}s{' in FP8' * self.fp8}"
+
+
+DENSE = Form("none")
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Microseconds of one linear: dense at cuBLAS's rate, our GEMMs so much faster, passes over x at memory speed.
+
+    ``whole``: pruned activations, both kernels. ``weight``: a sparse weight. ``fp8``: pass and GEMM, by operand.
     """
 
     dense: float
     prune: float
     gemm: float
     weight: float
+    fp8: Mapping[NodeOperand, float]
 
     @property
     def whole(self) -> float:
         return self.prune + self.gemm
 
-    def gain(self, operand: Operand) -> float:
-        return self.dense / (self.weight if operand == "weight" else self.whole)
+    def gain(self, form: Form) -> float:
+        in_16_bits = {"none": self.dense, "weight": self.weight, "activation": self.whole}
+        return self.dense / (self.fp8 if form.fp8 else in_16_bits)[form.operand]
 
 
 def roofline(tokens: int, channels: int, out_channels: int, rank: int) -> Roofline:
-    """The prediction for an H100, where nothing was measured; ``rank`` counts for pruned activations."""
+    """The prediction for an H100, where nothing was measured; ``rank`` counts for pruned activations in 16 bits."""
     dense = 2e6 * tokens * channels * out_channels / ROOFLINE_FLOPS
     weight = dense / ROOFLINE_GAIN
+    read = 1e6 * tokens * channels / ROOFLINE_BYTES
     return Roofline(
         dense=dense,
-        prune=1e6 * tokens * channels * (2 + 1 + 1 / 8) / ROOFLINE_BYTES,
+        prune=read * (2 + 1 + 1 / 8),
         gemm=weight * padded_width(channels, rank) / channels,
         weight=weight,
+        fp8={
+            operand: dense / gain + read * ROOFLINE_FP8_PASS[operand]
+            for operand, gain in ROOFLINE_FP8_GAINS.items()
+        },
     )
 
 
 class _Read(BaseModel):
-    """What is needed of ``bench.Bench``, as ``bench.save`` writes it; the rest is for people."""
+    """What is needed of the files that ``lynx-compile bench`` writes; the rest is for people."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
@@ -69,28 +103,76 @@ class _Shape(_Read):
     out_channels: Size
 
 
+Gain = Annotated[float, Field(gt=0)]
+
+
 class _Ratio(_Read):
-    median: Annotated[float, Field(gt=0)]
+    median: Gain
 
 
 class _Result(_Read):
+    """Of ``bench``: both operands in 16 bits."""
+
     shape: _Shape
     rank: Annotated[int, Field(ge=0)]
     ratio: _Ratio
     weight_ratio: _Ratio
 
-    def gain(self, operand: Operand, rank: int) -> float:
+    def gain(self, form: Form, rank: int) -> float | None:
         """As measured. A rank above the measured one costs what the roofline says, a lower one gains nothing."""
-        if operand == "weight":
+        if form == Form("weight"):
             return self.weight_ratio.median
-        sizes = (self.shape.tokens, self.shape.channels, self.shape.out_channels)
-        wanted, measured = (roofline(*sizes, r).gain(operand) for r in (rank, self.rank))
-        return self.ratio.median * min(1.0, wanted / measured)
+        return (
+            _at_rank(self.shape, self.ratio.median, self.rank, rank) if form == Form("activation") else None
+        )
+
+
+class _Fp8Result(_Read):
+    """Of ``bench_fp8``: a ratio a work; ``.all`` is with the pass over x as a kernel of its own."""
+
+    shape: _Shape
+    ratios: dict[str, Gain]
+
+    def gain(self, form: Form, rank: int) -> float | None:
+        found = self.ratios.get(FP8_WORKS[form]) if form in FP8_WORKS else None
+        return _at_rank(self.shape, found, 0, rank) if found and form == Form("activation") else found
+
+
+FP8_WORKS = {
+    Form("weight"): "bf16_weight",
+    Form("activation"): "bf16_activation",  # with rank 0
+    Form("none", fp8=True): "fp8_dense.all",
+    Form("weight", fp8=True): "fp8_weight.all",
+    Form("activation", fp8=True): "fp8_activation.all",
+}
+
+
+def _at_rank(shape: _Shape, gain: float, measured: int, wanted: int) -> float:
+    """The gain of pruned activations with rank ``wanted``, from that with ``measured``."""
+    sizes = (shape.tokens, shape.channels, shape.out_channels)
+    slower, faster = (roofline(*sizes, rank).gain(Form("activation")) for rank in (wanted, measured))
+    return gain * min(1.0, slower / faster)
+
+
+_KINDS = ("kind[16 bits]", "kind[fp8]")
+
+
+def _kind(result: Any) -> str:
+    return _KINDS[isinstance(result, dict) and "ratios" in result]
 
 
 class _Bench(_Read):
     architecture: str | None = None
-    results: Annotated[tuple[_Result, ...], Field(min_length=1)]
+    results: Annotated[
+        tuple[
+            Annotated[
+                Annotated[_Result, Tag(_KINDS[0])] | Annotated[_Fp8Result, Tag(_KINDS[1])],
+                Discriminator(_kind),
+            ],
+            ...,
+        ],
+        Field(min_length=1),
+    ]
 
 
 @dataclass(frozen=True)
@@ -98,7 +180,7 @@ class CostTable:
     """The measured linears of one GPU. ``name``: the file's. ``architecture``: such as sm90, where the file tells."""
 
     name: str
-    results: tuple[_Result, ...]
+    results: tuple[_Result | _Fp8Result, ...]
     architecture: str | None = None
 
     @classmethod
@@ -124,15 +206,14 @@ class CostTable:
             ) from None
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            where = f"'{'.'.join(map(str, first['loc']))}' is wrong: " if first["loc"] else ""
+            keys = ".".join(str(key) for key in first["loc"] if key not in _KINDS)
+            where = f"'{keys}' is wrong: " if keys else ""
             raise InputError(
                 f"{path} is no cost table ({where}{first['msg']}).",
                 "Give the JSON of this version's 'lynx-compile bench'.",
             ) from None
 
-    def gain(
-        self, tokens: int, channels: int, out_channels: int, operand: Operand, rank: int
-    ) -> float | None:
+    def gain(self, tokens: int, channels: int, out_channels: int, form: Form, rank: int) -> float | None:
         """How many times as fast as dense, for a whole node (N of all its linears); None where too little is known.
 
         What was measured comes back as it is; of a shape that was measured twice, the lower figure. In between, the
@@ -145,7 +226,11 @@ class CostTable:
         gains: dict[tuple[float, ...], float] = {}
         for result in self.results:
             at = _logarithms(result.shape.tokens, result.shape.channels, result.shape.out_channels)
-            gains[at] = min(gains.get(at, math.inf), result.gain(operand, rank))
+            gain = result.gain(form, rank)
+            if gain is not None:
+                gains[at] = min(gains.get(at, math.inf), gain)
+        if not gains:
+            return None
         if here in gains:
             return gains[here]
         outside = max(max(min(sizes) - h, h - max(sizes)) for h, *sizes in zip(here, *gains, strict=True))

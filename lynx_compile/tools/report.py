@@ -22,7 +22,7 @@ from lynx_compile.engine.manifest import Manifest, SparseLinears
 from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import save_text
 from lynx_compile.files.outputs import Outputs
-from lynx_compile.passes.speed_table import roofline
+from lynx_compile.passes.speed_table import Form, roofline
 from lynx_compile.tools.comparison import Comparison, StepError
 
 BLOCK = re.compile(r"(?P<stack>[^.]+(?:\.[^.\d]+)*)\.(?P<index>\d+)\.(?P<linear>.+)")
@@ -172,7 +172,7 @@ def _gain(node: SparseLinears) -> float | None:
     """Times as fast as dense: by the recipe's costs, else by the roofline."""
     if node.gain is not None or not node.tokens:
         return node.gain
-    return roofline(node.tokens, node.in_channels, node.out_channels, node.rank).gain(node.operand)
+    return roofline(node.tokens, node.in_channels, node.out_channels, node.rank).gain(Form(node.operand))
 
 
 def _place(path: str) -> tuple[str, int]:

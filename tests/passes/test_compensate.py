@@ -15,8 +15,8 @@ from lynx_compile.ops.sparse_linear import collapse_low_rank, keep_mask, norm_sc
 from lynx_compile.passes.compensate import SparseLinearWeights, load_weights, solve
 from lynx_compile.passes.compensate import _require_range as require_range
 from lynx_compile.passes.compensate import _save as save
-from lynx_compile.passes.select import NodeOperand, SparseGroup
-from lynx_compile.recipe import Operand, Sparsity
+from lynx_compile.passes.select import SparseGroup
+from lynx_compile.recipe import NodeOperand, Operand, Sparsity
 from lynx_compile.solve.moments import Moments, PrunedStatistics
 
 K, N, TOKENS = 32, 48, 4000

@@ -10,7 +10,7 @@ import pytest
 
 from lynx_compile.errors import InputError
 from lynx_compile.models.structure import Linear, LinearGroup
-from lynx_compile.passes.select import Decision, select
+from lynx_compile.passes.select import FP8_CHANNELS, Decision, select
 from lynx_compile.recipe import Sparsity
 from tests.conftest import tiny_groups, write_costs
 
@@ -166,14 +166,144 @@ def test_where_the_speed_is_unknown_only_globs_and_measurements_make_sparse(tmp_
     """The kernels run there as code for older GPUs, of which an H100's figures say nothing."""
     h100 = write_costs(tmp_path / "h100.json", TEXT | IMAGE | SINGLE)
     for sparsity in (Sparsity(), Sparsity(operand="weight"), Sparsity(costs=str(h100))):
-        assert select(tiny_groups(), sparsity, "sm90").groups
+        assert select(tiny_groups(), sparsity, ("sm80",)).groups
         with pytest.raises(
             InputError, match=f"speed on {gpu} is unknown: give sparsity.costs, by 'lynx-comp"
         ):
-            select(tiny_groups(), sparsity, gpu)
-    plan = select(tiny_groups(), Sparsity(operand={"*.ff.net.2": "weight"}), gpu)
+            select(tiny_groups(), sparsity, (gpu,))
+    plan = select(tiny_groups(), Sparsity(operand={"*.ff.net.2": "weight"}), (gpu,))
     assert [group.name for group in plan.groups] == ["transformer_blocks.0.ff.net.2"]
     own = tmp_path / "own.json"
     own.write_text(json.dumps(json.loads(h100.read_text()) | {"architecture": gpu}))
     sparsity = Sparsity(costs=str(own))
-    assert select(tiny_groups(), sparsity, gpu) == select(tiny_groups(), sparsity)
+    assert select(tiny_groups(), sparsity, (gpu,)) == select(tiny_groups(), sparsity)
+
+
+FP8 = {
+    (128, 64, 192): {"bf16_weight": 1.4, "fp8_weight.all": 2.3, "fp8_dense.all": 1.8, "fp8_activation.all": 2.2},
+    (128, 64, 64): {"bf16_weight": 1.4, "fp8_weight.all": 1.2, "fp8_dense.all": 1.1, "fp8_activation.all": 1.1},
+    (128, 64, 256): {"bf16_weight": 1.4, "fp8_weight.all": 2.0, "fp8_dense.all": 2.1, "fp8_activation.all": 2.0},
+    (128, 256, 64): {"bf16_weight": 1.4, "fp8_weight.all": 1.9, "fp8_dense.all": 1.8, "fp8_activation.all": 2.1},
+    (8, 64, 256): {"bf16_weight": 0.9, "fp8_weight.all": 0.8, "fp8_dense.all": 0.7, "fp8_activation.all": 0.9},
+}  # fmt: skip
+BLOCK = "transformer_blocks.0."
+
+
+@pytest.fixture
+def fp8_costs(tmp_path: Path) -> str:
+    path = tmp_path / "fp8.json"
+    results = [
+        {"shape": dict(zip(("tokens", "channels", "out_channels"), sizes, strict=True)), "ratios": ratios}
+        for sizes, ratios in FP8.items()
+    ]
+    path.write_text(json.dumps({"device": "some GPU", "results": results}))
+    return str(path)
+
+
+def test_on_hopper_the_fastest_of_all_forms_wins(fp8_costs: str) -> None:
+    plan = select(tiny_groups(), Sparsity(costs=fp8_costs), ("sm90",))
+    forms = {d.linear.path.removeprefix(BLOCK): (d.form.words, d.reason) for d in plan.decisions}
+    assert (
+        forms.items()
+        >= {
+            "attn.to_q": ("2:4 weights in FP8", "2.30x as fast as dense (128 x 64 -> 192, fp8.json)"),
+            "attn.to_out.0": ("2:4 weights", "1.40x as fast as dense (128 x 64 -> 64, fp8.json)"),
+            "ff.net.0.proj": ("dense FP8", "2.10x as fast as dense (128 x 64 -> 256, fp8.json)"),
+            "ff.net.2": ("2:4 activations in FP8", "2.10x as fast as dense (128 x 256 -> 64, fp8.json)"),
+        }.items()
+    )
+    groups = {group.name.removeprefix(BLOCK): group for group in plan.groups}
+    assert (groups["ff.net.0.proj"].operand, groups["ff.net.0.proj"].fp8, groups["ff.net.0.proj"].gain) == (
+        "none", True, 2.1,
+    )  # fmt: skip
+    assert not any(d.fp8 for d in plan.decisions if d.linear.refusal is not None), (
+        "embedders, modulation, the end"
+    )
+    assert select(tiny_groups(), Sparsity(costs=fp8_costs, precision="bf16"), ("sm90",)) == select(
+        tiny_groups(), Sparsity(costs=fp8_costs), ("sm80",)
+    )
+
+
+@pytest.mark.parametrize(
+    "gpus", [(), ("sm80",), ("sm120",), ("sm90", "sm120"), ("sm80", "sm86", "sm89", "sm120")]
+)
+def test_auto_is_fp8_only_where_every_gpu_runs_it(fp8_costs: str, gpus: tuple[str, ...]) -> None:
+    assert not any(group.fp8 for group in select(tiny_groups(), Sparsity(costs=fp8_costs), gpus).groups)
+    if gpus:
+        with pytest.raises(
+            InputError, match="precision is fp8, and this engine is for sm.*run on sm90 alone"
+        ):
+            select(tiny_groups(), Sparsity(precision="fp8"), gpus)
+
+
+@pytest.mark.parametrize("asked", [{"method": "paper"}, {"rank": 16}, {"norm_scale": True}])
+def test_what_fp8_has_not_keeps_auto_in_16_bits(asked: dict[str, object]) -> None:
+    plan = select(tiny_groups(), Sparsity.model_validate(asked), ("sm90",))
+    assert {(group.operand, group.fp8) for group in plan.groups} == {("activation", False)}
+
+
+@pytest.mark.parametrize(("operand", "words"), [
+    ("weight", "2:4 weights in FP8"), ("activation", "2:4 activations in FP8"), ("none", "dense FP8"),
+])  # fmt: skip
+def test_precision_fp8_and_one_operand_are_done_where_nothing_was_measured(operand: str, words: str) -> None:
+    plan = select(tiny_groups(), Sparsity.model_validate({"precision": "fp8", "operand": operand}))
+    assert {(group.operand, group.fp8) for group in plan.groups} == {(operand, True)}
+    assert {d.reason for d in plan.decisions if d.fp8} == {f"{words} by the recipe"}
+    assert all(d.fp8 for d in plan.decisions if d.linear.refusal is None)
+
+
+def test_precision_fp8_leaves_dense_what_is_slower_and_never_chooses_16_bits(fp8_costs: str) -> None:
+    plan = select(tiny_groups(), Sparsity(costs=fp8_costs, precision="fp8"), ("sm90",))
+    decisions = {d.linear.path.removeprefix(BLOCK): d for d in plan.decisions}
+    assert decisions["attn.to_out.0"].form.words == "2:4 weights in FP8"  # 2:4 in 16 bits is faster
+    assert (
+        decisions["ff_context.net.0.proj"].reason
+        == "would be 0.90x as fast as dense (8 x 64 -> 256, fp8.json)"
+    )
+    assert all(group.fp8 for group in plan.groups)
+
+
+def test_globs_say_the_operand_and_speed_the_precision(fp8_costs: str) -> None:
+    globs = {
+        "*.ff.net.0.proj": "weight",
+        "*.attn.to_out.0": "weight",
+        "*.ff.net.2": "none",
+        "*_context.*": "none",
+    }
+    sparsity = Sparsity.model_validate({"operand": globs, "costs": fp8_costs})
+    plan = select(tiny_groups(), sparsity, ("sm90",))
+    decisions = {d.linear.path.removeprefix(BLOCK): d for d in plan.decisions}
+    assert {name: decisions[name].form.words for name in (
+        "ff.net.0.proj", "attn.to_out.0", "ff.net.2", "ff_context.net.0.proj",
+    )} == {
+        "ff.net.0.proj": "2:4 weights in FP8", "attn.to_out.0": "2:4 weights", "ff.net.2": "dense FP8",
+        "ff_context.net.0.proj": "dense",
+    }  # fmt: skip
+    forced = select(tiny_groups(), sparsity.model_copy(update={"precision": "fp8"}), ("sm90",))
+    decisions = {d.linear.path.removeprefix(BLOCK): d for d in forced.decisions}
+    assert decisions["attn.to_out.0"].form.words == "2:4 weights in FP8"
+    assert decisions["ff_context.net.0.proj"].form.words == "dense FP8"
+    assert decisions["ff_context.net.0.proj"].reason == "dense FP8 by the recipe ('*_context.*')"
+
+
+def test_sizes_that_fp8_kernels_do_not_take() -> None:
+    """K of 80 is for FP8 alone, where 2:4 weights in 16 bits want steps of 64; K of 32784 is too much for FP8."""
+    odd, long = Linear("odd", 80, 4096, True, None), Linear("long", 32784, 4096, True, None)
+    groups = tuple(LinearGroup(linear.path, (linear,), 4096) for linear in (odd, long))
+    assert [d.form.words for d in select(groups, Sparsity(operand="weight"), ("sm90",)).decisions] == [
+        "2:4 weights in FP8", "dense",
+    ]  # fmt: skip
+    decisions = select(groups, Sparsity(precision="fp8"), ("sm90",)).decisions
+    assert decisions[1].reason == "K = 32784 is more than the 32768 that FP8 kernels take"
+    header = (Path(__file__).parents[2] / "plugins" / "kernels" / "fp8_linear.h").read_text()
+    assert f"kMaxFp8Channels = {FP8_CHANNELS};" in header
+
+
+def test_operand_none_needs_fp8_to_change_anything() -> None:
+    with pytest.raises(
+        InputError, match="would become sparse .*operand none by the recipe, and FP8 is for sm90"
+    ):
+        select(tiny_groups(), Sparsity(operand="none"), ("sm80",))
+    groups = (LinearGroup("wide", (Linear("wide", 3072, 3072, True, None),), 4096),)
+    plan = select(groups, Sparsity(operand="none"), ("sm90",))
+    assert plan.decisions[0].form.words == "dense FP8" and "roofline" in plan.decisions[0].reason

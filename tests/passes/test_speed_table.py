@@ -12,10 +12,20 @@ from typing import Any
 import pytest
 
 from lynx_compile.errors import InputError
-from lynx_compile.passes.speed_table import REACH, ROOFLINE_GAIN, CostTable, roofline
+from lynx_compile.passes.speed_table import (
+    REACH,
+    ROOFLINE_FP8_GAINS,
+    ROOFLINE_GAIN,
+    CostTable,
+    Form,
+    roofline,
+)
+from lynx_compile.recipe import NodeOperand
 from lynx_compile.tools import bench
 from tests.conftest import write_costs
 
+BENCH = Path(__file__).parents[2] / "engines" / "bench"
+WORKS: dict[NodeOperand, str] = {"none": "fp8_dense", "weight": "fp8_weight", "activation": "fp8_activation"}
 GAINS = {
     (512, 3072, 9216): (0.92, 1.1),
     (4096, 3072, 9216): (1.39, 1.7),
@@ -33,8 +43,8 @@ def table(tmp_path: Path) -> CostTable:
 def test_measured_shapes_come_back_as_they_are(table: CostTable) -> None:
     assert table.name == "gpu.json"
     for sizes, (activation, weight) in GAINS.items():
-        assert table.gain(*sizes, "activation", 64) == activation
-        assert table.gain(*sizes, "weight", 64) == table.gain(*sizes, "weight", 0) == weight
+        assert table.gain(*sizes, Form("activation"), 64) == activation
+        assert table.gain(*sizes, Form("weight"), 64) == table.gain(*sizes, Form("weight"), 0) == weight
 
 
 def test_it_reads_what_bench_saves(tmp_path: Path) -> None:
@@ -43,16 +53,16 @@ def test_it_reads_what_bench_saves(tmp_path: Path) -> None:
     path, _ = bench.save(bench.Bench("A GPU", "2", "bf16", False, (result,)), tmp_path)
     table = CostTable.load(path)
     sizes = (shape.tokens, shape.channels, shape.out_channels)
-    assert table.gain(*sizes, "activation", 16) == result.ratio.median
-    assert table.gain(*sizes, "weight", 16) == result.weight_ratio.median
+    assert table.gain(*sizes, Form("activation"), 16) == result.ratio.median
+    assert table.gain(*sizes, Form("weight"), 16) == result.weight_ratio.median
 
 
 def test_between_measured_shapes_it_is_linear_in_the_logarithms_and_monotonic(table: CostTable) -> None:
-    middle = table.gain(2048, 3072, 9216, "weight", 0)  # two thirds of the way from 512 to 4096
+    middle = table.gain(2048, 3072, 9216, Form("weight"), 0)  # two thirds of the way from 512 to 4096
     others = CostTable(table.name, tuple(r for r in table.results if r.shape.out_channels == 9216))
-    assert others.gain(2048, 3072, 9216, "weight", 0) == pytest.approx(1.1 ** (1 / 3) * 1.7 ** (2 / 3))
+    assert others.gain(2048, 3072, 9216, Form("weight"), 0) == pytest.approx(1.1 ** (1 / 3) * 1.7 ** (2 / 3))
     assert middle is not None and 1.1 < middle < 1.7
-    gains = [others.gain(tokens, 3072, 9216, "activation", 64) or 0 for tokens in range(512, 8193, 64)]
+    gains = [others.gain(tokens, 3072, 9216, Form("activation"), 64) or 0 for tokens in range(512, 8193, 64)]
     assert all(a < b for a, b in pairwise(gains))
     assert (gains[0], gains[-1]) == (0.92, 1.5)
 
@@ -61,19 +71,19 @@ def test_in_between_no_gain_is_beyond_those_measured(table: CostTable) -> None:
     for tokens in (512, 1024, 3000, 8192):
         for channels in (3072, 5000, 12288):
             for out_channels in (3072, 4000, 9216):
-                gain = table.gain(tokens, channels, out_channels, "activation", 64)
+                gain = table.gain(tokens, channels, out_channels, Form("activation"), 64)
                 assert gain is not None and 0.92 <= gain <= 1.5
 
 
 def test_outside_of_the_measured_range_the_lowest_neighbour_counts_and_far_outside_none(
     table: CostTable,
 ) -> None:
-    assert table.gain(16384, 3072, 9216, "activation", 64) == 1.5
-    assert table.gain(16384, 3072, 5000, "activation", 64) == 1.13
-    assert table.gain(512 // REACH + 1, 3072, 9216, "activation", 64) == 0.92
-    assert table.gain(512 // REACH - 1, 3072, 9216, "activation", 64) is None
-    assert table.gain(4096, 12288 * REACH + 1, 9216, "weight", 0) is None
-    assert table.gain(8192 * REACH - 1, 3072, 9216, "weight", 0) is not None
+    assert table.gain(16384, 3072, 9216, Form("activation"), 64) == 1.5
+    assert table.gain(16384, 3072, 5000, Form("activation"), 64) == 1.13
+    assert table.gain(512 // REACH + 1, 3072, 9216, Form("activation"), 64) == 0.92
+    assert table.gain(512 // REACH - 1, 3072, 9216, Form("activation"), 64) is None
+    assert table.gain(4096, 12288 * REACH + 1, 9216, Form("weight"), 0) is None
+    assert table.gain(8192 * REACH - 1, 3072, 9216, Form("weight"), 0) is not None
 
 
 def test_of_a_shape_measured_twice_the_lower_gain_counts(tmp_path: Path) -> None:
@@ -83,22 +93,66 @@ def test_of_a_shape_measured_twice_the_lower_gain_counts(tmp_path: Path) -> None
     again["weight_ratio"]["median"] = 1.05
     values["results"].append(again)
     path.write_text(json.dumps(values))
-    assert CostTable.load(path).gain(512, 3072, 9216, "weight", 0) == 1.05
+    assert CostTable.load(path).gain(512, 3072, 9216, Form("weight"), 0) == 1.05
 
 
 def test_a_higher_rank_costs_what_the_roofline_says_and_a_lower_one_gains_nothing(table: CostTable) -> None:
     at = (4096, 3072, 9216)
-    gains = [table.gain(*at, "activation", rank) or 0 for rank in (0, 64, 128)]
+    gains = [table.gain(*at, Form("activation"), rank) or 0 for rank in (0, 64, 128)]
     assert gains[0] == gains[1] == 1.39
-    relative = roofline(*at, 128).gain("activation") / roofline(*at, 64).gain("activation")
+    relative = roofline(*at, 128).gain(Form("activation")) / roofline(*at, 64).gain(Form("activation"))
     assert relative < 1 and gains[2] == pytest.approx(1.39 * relative)
 
 
 def test_roofline() -> None:
     plain, ranked = roofline(4096, 3072, 9216, 0), roofline(4096, 3072, 9216, 64)
-    assert plain.gain("weight") == ranked.gain("weight") == pytest.approx(ROOFLINE_GAIN)
-    assert 1 < ranked.gain("activation") < plain.gain("activation") < ROOFLINE_GAIN
-    assert roofline(4096, 3072, 64, 0).gain("activation") < 1, "pruning costs more than so few outputs gain"
+    assert plain.gain(Form("weight")) == ranked.gain(Form("weight")) == pytest.approx(ROOFLINE_GAIN)
+    assert 1 < ranked.gain(Form("activation")) < plain.gain(Form("activation")) < ROOFLINE_GAIN
+    assert roofline(4096, 3072, 64, 0).gain(Form("activation")) < 1, (
+        "pruning costs more than so few outputs gain"
+    )
+
+
+def test_the_fp8_roofline_is_what_was_measured() -> None:
+    """Its gains are the means of the summary, and at a measured shape its times are close to those measured."""
+    measured = json.loads((BENCH / "summary.json").read_text())
+    for operand, work in WORKS.items():
+        assert ROOFLINE_FP8_GAINS[operand] == round(measured[f"linears.{work}.gemm"], 2)
+    for result in json.loads((BENCH / "nvidia-h100-80gb-hbm3-fp8.json").read_text())["results"]:
+        sizes = [result["shape"][name] for name in ("tokens", "channels", "out_channels")]
+        if sizes[0] >= 4096:
+            for operand, work in WORKS.items():
+                predicted = roofline(*sizes, 0).gain(Form(operand, fp8=True))
+                assert predicted == pytest.approx(result["ratios"][f"{work}.all"], rel=0.25)
+
+
+def test_the_measured_fp8_file_is_a_table_of_all_its_forms() -> None:
+    path = BENCH / "nvidia-h100-80gb-hbm3-fp8.json"
+    table = CostTable.load(path)
+    for result in json.loads(path.read_text())["results"]:
+        sizes = [result["shape"][name] for name in ("tokens", "channels", "out_channels")]
+        least = {
+            name: min(r["ratios"][name] for r in json.loads(path.read_text())["results"]
+                      if [r["shape"][x] for x in ("tokens", "channels", "out_channels")] == sizes)
+            for name in ("bf16_weight", *(f"{work}.all" for work in WORKS.values()))
+        }  # fmt: skip
+        assert table.gain(*sizes, Form("weight"), 0) == least["bf16_weight"]
+        for operand, work in WORKS.items():
+            assert table.gain(*sizes, Form(operand, fp8=True), 64) == least[f"{work}.all"]
+        assert table.gain(*sizes, Form("activation"), 0) is None, "that was not measured there"
+    between = table.gain(4096, 3072, 6144, Form("weight", fp8=True), 0)
+    assert between is not None and 2 < between < 2.7
+
+
+def test_a_table_of_16_bits_says_nothing_of_fp8(table: CostTable) -> None:
+    assert table.gain(4096, 3072, 9216, Form("weight", fp8=True), 0) is None
+    assert table.gain(4096, 3072, 9216, Form("none", fp8=True), 0) is None
+
+
+def test_words() -> None:
+    assert [Form(*form).words for form in (("weight", True), ("activation", False), ("none", True), ("none",))] == [
+        "2:4 weights in FP8", "2:4 activations", "dense FP8", "dense",
+    ]  # fmt: skip
 
 
 def _without(*keys: str | int) -> Callable[[Any], None]:
@@ -132,6 +186,7 @@ def _with(value: Any, *keys: str | int) -> Callable[[Any], None]:
         (_with(1.39, "results", 0, "ratio"), "'results.0.ratio' is wrong"),  # the layout of earlier versions
         (_without("results", 0, "weight_ratio"), "'results.0.weight_ratio' is wrong: Field required"),
         (_with(0.0, "results", 0, "weight_ratio", "median"), "'results.0.weight_ratio.median' is wrong"),
+        (_with({"fp8_weight.all": 0}, "results", 0, "ratios"), "'results.0.ratios.fp8_weight.all' is wrong"),
         (_with(float("nan"), "results", 0, "ratio", "median"), "is no cost table"),
     ],
 )
