@@ -165,12 +165,11 @@ def in_engine_dtypes(
             "Which inputs the model takes in float32 cannot be told without its weights: all have %s.", dtype
         )
         return dict(unflatten(flat.structure, everything))
-    kept = {
-        name: halves[name].float()
-        for name in floats
-        if _result_dtypes(skeleton, flat.structure, everything | {name: halves[name].float()}) == expected
-    }
-    return dict(unflatten(flat.structure, everything | kept))
+    for name in floats:
+        tried = everything | {name: halves[name].float()}
+        if _result_dtypes(skeleton, flat.structure, tried) == expected:
+            everything = tried
+    return dict(unflatten(flat.structure, everything))
 
 
 def _is_half(tensor: torch.Tensor) -> bool:

@@ -23,6 +23,15 @@ INDEXING = (
     torch.ops.aten.index_put_.default,
     torch.ops.aten._index_put_impl_.default,
 )
+# The meta device multiplies what no other does.
+PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten.linear.default,
+    torch.ops.aten.convolution.default,
+}
 
 
 class Weightless(TorchDispatchMode):
@@ -65,6 +74,10 @@ class Weightless(TorchDispatchMode):
             if func in INDEXING:
                 args = (args[0], self._positions(args[1]), *args[2:])
             args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(META), (args, kwargs))
+        if func in PRODUCTS and len(dtypes := {tensor.dtype for tensor in tensors}) > 1:
+            raise RuntimeError(
+                f"{func} of tensors of different dtypes: {', '.join(sorted(map(str, dtypes)))}"
+            )
         if unknown and kwargs.get("device") is not None:
             kwargs["device"] = META
         elif (

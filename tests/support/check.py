@@ -13,7 +13,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from torch.utils._pytree import tree_map
 
 import lynx_compile
 from lynx_compile import recipe
@@ -21,6 +20,8 @@ from lynx_compile.engine.arguments import flatten
 from lynx_compile.engine.module import EngineModule
 from lynx_compile.models.calls import recorded_call
 from lynx_compile.models.capture import capture
+from lynx_compile.models.checkpoint import open_checkpoint
+from lynx_compile.models.dit import in_engine_dtypes
 from lynx_compile.models.recording import Recording
 from lynx_compile.models.structure import find_structure
 from lynx_compile.passes.build import build
@@ -199,20 +200,19 @@ def _lynx(
 
 
 def _engine(name: str, folder: Path) -> bool:
-    """A bfloat16 engine of TensorRT-RTX; the build counts its plugin layers."""
+    """An engine of TensorRT-RTX for the model as its checkpoint gives it in bfloat16; the build counts plugin layers.
+
+    What the class keeps in float32, and what inputs may stay in it, is as in a run of the compiler.
+    """
     example = configurations.example(name)
-    module = example.module.to(torch.bfloat16)
-    inputs = tree_map(_in_bfloat16, example.inputs)
-    dense = export_module(module, inputs, folder / "dense.onnx")
+    example.module.save_pretrained(folder / "checkpoint")
+    checkpoint = open_checkpoint(folder / "checkpoint", None)
+    inputs = in_engine_dtypes(checkpoint, example.inputs, torch.bfloat16)
+    module = checkpoint.load(torch.bfloat16)
+    dense = export_module(module, inputs, folder / "dense.onnx", torch.bfloat16)
     lynx = _lynx(pruned_weights, module, inputs, dense, folder)
     built = build(lynx, recipe.Engine(backend="tensorrt_rtx", gpus=("sm80",)), folder / "small.engine")
     return built.plugin_layers == len(lynx.nodes)
-
-
-def _in_bfloat16(value: Any) -> Any:
-    """Activations have several dimensions; timesteps stay as they are."""
-    is_activation = isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.dim() > 1
-    return value.to(torch.bfloat16) if is_activation else value
 
 
 def _dropin(name: str, class_name: str, recording: Recording, folder: Path) -> bool:

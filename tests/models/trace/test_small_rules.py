@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,46 @@ class Table(torch.nn.Module):
         return x * self.table
 
 
+class Frequencies:
+    """No module, as some classes of rotary tables are none."""
+
+    def __init__(self) -> None:
+        self.table: torch.Tensor | None = None
+        self.by_length: dict[int, torch.Tensor] = {}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            self.table = torch.arange(4.0, device=x.device)
+        if len(x) not in self.by_length:
+            self.by_length[len(x)] = torch.arange(float(len(x)))[:, None]
+        return self.table + self.by_length[len(x)]
+
+
+@functools.lru_cache
+def remembered(length: int) -> torch.Tensor:
+    return torch.polar(torch.ones(length), torch.arange(float(length)))
+
+
+class HeldTables(torch.nn.Module):
+    """Tables made at the first call, in an object and in a function's memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frequencies = [Frequencies()]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.frequencies[0](x) + (x * remembered(4)).real
+
+
+class Constants(torch.nn.Module):
+    """A table of zeros that is too large to be folded, with a row of the input in it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        table = x.new_zeros(700, 4)
+        table[[3, 5]] = x[:2]
+        return table
+
+
 MASK = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0], [1, 1, 0, 0]]).bool()
 
 
@@ -121,6 +162,19 @@ def test_a_traced_table_does_not_stay(tmp_path: Path) -> None:
     dense = exported(module, {"x": torch.randn(3, 4)}, tmp_path)
     assert module.table is None
     assert error(dense, module, {"x": torch.randn(3, 4)}) < 1e-6
+
+
+def test_tables_that_are_held_elsewhere_do_not_stay_either(tmp_path: Path) -> None:
+    module = HeldTables()
+    for length in (3, 3, 2):  # the second trace would meet what the first one left
+        dense = exported(module, {"x": torch.randn(length, 4)}, tmp_path)
+    assert module.frequencies[0].table is None and module.frequencies[0].by_length == {}
+    assert error(dense, module, {"x": torch.randn(2, 4)}) < 1e-6
+
+
+def test_constants_of_a_shape_in_bfloat16_pass_the_check(tmp_path: Path) -> None:
+    dense = exported(Constants(), {"x": torch.randn(3, 4, dtype=torch.bfloat16)}, tmp_path)
+    assert "ConstantOfShape" in {node.op_type for node in onnx.load(dense.path).graph.node}
 
 
 def test_einsum_in_bfloat16_is_valid_onnx(tmp_path: Path) -> None:
