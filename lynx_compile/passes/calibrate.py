@@ -22,6 +22,7 @@ from lynx_compile.files.tensors import save_tensors
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
 from lynx_compile.models.structure import is_pointwise
+from lynx_compile.ops.fp8 import round_rows
 from lynx_compile.ops.sparse_linear import keep_mask, norm_scale_of
 from lynx_compile.passes.select import SparsityPlan
 from lynx_compile.recipe import Calibration, Recipe, Sparsity
@@ -57,12 +58,14 @@ class Measurement:
     """A tensor [..., K] to measure: the name of its group, and the path of a linear that reads it.
 
     ``pruned``: whether one of its readers has pruned activations, whose moments come with it then.
+    ``rounded``: whether one multiplies in FP8; what rounding loses comes with it then.
     """
 
     name: str
     path: str
     channels: int
     pruned: bool
+    rounded: bool = False
 
     @property
     def bytes(self) -> int:
@@ -121,7 +124,11 @@ def measurements(plan: SparsityPlan) -> tuple[Measurement, ...]:
         first = found.get(
             group.name, Measurement(group.name, group.linears[0].path, group.in_channels, pruned=False)
         )
-        found[group.name] = replace(first, pruned=first.pruned or group.operand == "activation")
+        found[group.name] = replace(
+            first,
+            pruned=first.pruned or group.operand == "activation",
+            rounded=first.rounded or group.fp8,
+        )
     return tuple(found.values())
 
 
@@ -173,14 +180,15 @@ def _measure(
             f"the input of '{one.path}' is not finite (NaN or infinity).",
             "Use dtype bf16 (fp16 overflows in some models), or check the calibration inputs.",
         )
+    rounding = [round_rows(tokens).dequantized() - tokens] if one.rounded else []
     if not one.pruned:
-        moments.add(tokens)
+        moments.add(tokens, rounding=rounding)
         return
     keep = keep_mask(tokens)
     pruned = torch.where(keep, tokens, 0.0)
     if sparsity.uses_norm_scale:
         pruned = pruned * norm_scale_of(tokens, keep)
-    moments.add(tokens, pruned)
+    moments.add(tokens, pruned, [*rounding, *(error * keep for error in rounding)])
 
 
 def _passes(wanted: tuple[Measurement, ...], memory_gib: float) -> list[tuple[Measurement, ...]]:
@@ -210,7 +218,7 @@ def _warn_if_few(tokens: Mapping[Measurement, int]) -> None:
 
 
 def _tensors(statistics: LayerStatistics) -> dict[str, torch.Tensor]:
-    return {name: torch.as_tensor(value) for name, value in vars(statistics).items()}
+    return {name: torch.as_tensor(value) for name, value in vars(statistics).items() if value is not None}
 
 
 def _file(folder: Path, group: str) -> Path:

@@ -14,6 +14,9 @@ Rank 0 leaves the refit alone. ``paper`` is RT-Lynx (arXiv 2605.26632, section 3
 low-rank branch is fitted, here to its optimum instead of by training. ``none`` prunes and repairs nothing.
 
 Where the weights are the 2:4 operand, ``joint`` is ``weight_refit.prune``, and ``none`` is Wanda's mask alone.
+
+In FP8 the rank is 0, and the refitted weights are rounded: by ``rounding.round_weights`` on the same moments, to the
+nearest for ``none``. The errors count it, and what rounding makes wrong in x, which was measured with the moments.
 """
 
 from __future__ import annotations
@@ -33,12 +36,14 @@ from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import save_tensors
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.structure import LinearGroup
+from lynx_compile.ops.fp8 import Rounded, round_rows
 from lynx_compile.ops.sparse_linear import expand_low_rank
 from lynx_compile.passes.calibrate import Statistics
 from lynx_compile.passes.select import SparseGroup, SparsityPlan
 from lynx_compile.recipe import NodeOperand, Sparsity
 from lynx_compile.solve.linalg import cholesky
 from lynx_compile.solve.moments import LayerStatistics, PrunedStatistics, dense_squares, relative_error
+from lynx_compile.solve.rounding import round_weights
 from lynx_compile.solve.weight_refit import prune, wanda_mask
 
 COMPENSATE = StageVersion("compensate", 1, ("torch",))
@@ -123,6 +128,8 @@ def solve(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weight, bias = weight.to(device), bias.to(device)
     moments = moments.to(device)
+    if group.fp8:
+        return _solve_fp8(group, weight, bias, moments, sparsity)
     if group.operand == "weight":
         return _solve_weights(group, weight, bias, moments, sparsity)
     assert isinstance(moments, PrunedStatistics), "calibrate gathers them for every node that prunes"
@@ -165,8 +172,7 @@ def _solve_weights(
         sparse, offset = weight * wanda_mask(weight, moments), torch.zeros_like(bias)
     else:
         sparse, offset = prune(weight, moments, sparsity.ridge, group.name)
-    lost = weight - sparse
-    squares = ((lost @ moments.xx) * lost).sum(1) + (lost @ moments.x_mean - offset).square()
+    squares = _lost_of_weights(weight, sparse, offset, moments)
     return SparseLinearWeights(
         linears=tuple(linear.path for linear in group.linears),
         out_channels=tuple(linear.out_channels for linear in group.linears),
@@ -178,6 +184,62 @@ def _solve_weights(
         errors=_errors(group, squares, dense_squares(weight, bias, moments)),
         operand="weight",
     )
+
+
+def _solve_fp8(
+    group: SparseGroup, weight: torch.Tensor, bias: torch.Tensor, moments: LayerStatistics, sparsity: Sparsity
+) -> SparseLinearWeights:
+    """Dense weights, 2:4 ones, or those for 2:4 activations, in e4m3."""
+    if group.operand == "activation":
+        assert isinstance(moments, PrunedStatistics), "calibrate gathers them for every node that prunes"
+        rounded, offset, lost = _fp8_for_activations(group, weight, moments, sparsity)
+        noise = moments.s_rounding
+    else:
+        rounded, offset, lost = _fp8_weights(group, weight, moments, sparsity)
+        noise = moments.x_rounding
+    assert noise is not None, "calibrate measures it for every FP8 node"
+    lost = lost + rounded.dequantized().square() @ noise
+    return SparseLinearWeights(
+        linears=tuple(linear.path for linear in group.linears),
+        out_channels=tuple(linear.out_channels for linear in group.linears),
+        weight=rounded.values.cpu(),
+        lora_down=torch.zeros(1, group.in_channels),
+        bias=(bias + offset).cpu(),
+        rank=0,
+        norm_scale=False,
+        errors=_errors(group, lost, dense_squares(weight, bias, moments)),
+        operand=group.operand,
+        weight_scale=rounded.scale.cpu(),
+    )
+
+
+def _fp8_weights(
+    group: SparseGroup, weight: torch.Tensor, moments: LayerStatistics, sparsity: Sparsity
+) -> tuple[Rounded, torch.Tensor, torch.Tensor]:
+    """W_q, what to add to the bias [N], and what they lose with x as it is [N]; 2:4 where that is the operand."""
+    sparse = group.operand == "weight"
+    if sparsity.method == "none":
+        rounded = round_rows(weight, wanda_mask(weight, moments) if sparse else None)
+        offset = weight.new_zeros(len(weight))
+    else:
+        start = prune(weight, moments, sparsity.ridge, group.name)[0] if sparse else weight
+        rounded = round_weights(start, weight, moments.xx, sparsity.ridge)
+        offset = (weight - rounded.dequantized()) @ moments.x_mean
+    return rounded, offset, _lost_of_weights(weight, rounded.dequantized(), offset, moments)
+
+
+def _fp8_for_activations(
+    group: SparseGroup, weight: torch.Tensor, moments: PrunedStatistics, sparsity: Sparsity
+) -> tuple[Rounded, torch.Tensor, torch.Tensor]:
+    """The same for pruned x: W' without a low rank, rounded by the moments of what it is multiplied with."""
+    if sparsity.method == "none":
+        rounded, offset = round_rows(weight), weight.new_zeros(len(weight))
+    else:
+        refit, *_ = _joint(weight, moments, 0, sparsity.ridge, group.name)
+        rounded = round_weights(refit, refit, moments.ss, sparsity.ridge)
+        offset = weight @ moments.x_mean - rounded.dequantized() @ moments.s_mean
+    no_rank = weight.new_zeros(0, group.in_channels), weight.new_zeros(len(weight), 0)
+    return rounded, offset, _lost_squares(weight, rounded.dequantized(), *no_rank, offset, moments)
 
 
 def _joint(
@@ -238,6 +300,14 @@ def _lost_squares(
         ((on_x @ m.xx) * on_x).sum(1) - 2 * ((on_x @ m.xs) * refit).sum(1) + ((refit @ m.ss) * refit).sum(1)
         + (on_x @ m.x_mean - refit @ m.s_mean - offset).square()
     )  # fmt: skip
+
+
+def _lost_of_weights(
+    weight: torch.Tensor, changed: torch.Tensor, offset: torch.Tensor, moments: LayerStatistics
+) -> torch.Tensor:
+    """The same where only the weights, dense ones to ``changed``, and the bias are others."""
+    lost = weight - changed
+    return ((lost @ moments.xx) * lost).sum(1) + (lost @ moments.x_mean - offset).square()
 
 
 def _errors(group: SparseGroup, lost: torch.Tensor, dense: torch.Tensor) -> tuple[float, ...]:

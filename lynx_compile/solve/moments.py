@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -14,12 +15,14 @@ class LayerStatistics:
     """Moments of the tensor x that a group of linears reads: all that the weight operand needs.
 
     ``tokens``: how many tokens were measured. ``x_mean``: [K]. ``xx``: covariance [K, K], E[x x^T] with the means
-    taken off. All float32.
+    taken off. ``x_rounding``: [K], mean squares of what rounding to FP8 makes wrong in x, where an FP8 node reads it.
+    All float32.
     """
 
     tokens: int
     x_mean: torch.Tensor
     xx: torch.Tensor
+    x_rounding: torch.Tensor | None = field(default=None, kw_only=True)
 
     def to(self, device: str) -> Self:
         """The same on another device."""
@@ -34,11 +37,13 @@ class PrunedStatistics(LayerStatistics):
     """With the moments of what the activation operand makes of x, S = s * z~.
 
     ``s_mean``: [K]. ``xs``, ``ss``: covariances [K, K], E[x S^T] and E[S S^T] with the means taken off.
+    ``s_rounding``: ``x_rounding`` of what is kept alone.
     """
 
     s_mean: torch.Tensor
     xs: torch.Tensor
     ss: torch.Tensor
+    s_rounding: torch.Tensor | None = field(default=None, kw_only=True)
 
 
 class Moments:
@@ -49,9 +54,16 @@ class Moments:
         self.mean = torch.zeros(2 if pruned else 1, channels, device=device)
         # xx, and with S xs and ss
         self.scatter = [torch.zeros(channels, channels, device=device) for _ in range(3 if pruned else 1)]
+        self.rounding: list[torch.Tensor] = []
 
-    def add(self, x: torch.Tensor, s: torch.Tensor | None = None) -> None:
-        """x, S: [tokens, K] float32; S where the moments are ``pruned``."""
+    def add(
+        self, x: torch.Tensor, s: torch.Tensor | None = None, rounding: Sequence[torch.Tensor] = ()
+    ) -> None:
+        """x, S: [tokens, K] float32; S where the moments are ``pruned``.
+
+        ``rounding``: errors [tokens, K] that rounding to FP8 makes in x, and then in what S keeps of it; every time or
+        never.
+        """
         values = [x] if s is None else [x, s]
         tokens = len(x)
         mean = torch.stack([value.mean(0) for value in values])
@@ -63,15 +75,23 @@ class Moments:
             scatter.addmm_(centred[a].T, centred[b]).addr_(off[a], off[b], alpha=weight)
         self.tokens += tokens
         self.mean += off * (tokens / self.tokens)
+        squares = [error.square().mean(0) for error in rounding]
+        old = self.rounding or [torch.zeros_like(new) for new in squares]
+        self.rounding = [
+            was + (new - was) * (tokens / self.tokens) for was, new in zip(old, squares, strict=True)
+        ]
 
     def finish(self) -> LayerStatistics:
         """The statistics, on the CPU."""
         means = [row.clone() for row in self.mean.cpu()]
         covariances = [scatter.cpu() / self.tokens for scatter in self.scatter]
+        x_rounding, s_rounding = [*(row.cpu() for row in self.rounding), None, None][:2]
         if len(means) == 1:
-            return LayerStatistics(self.tokens, means[0], covariances[0])
+            return LayerStatistics(self.tokens, means[0], covariances[0], x_rounding=x_rounding)
         xx, xs, ss = covariances
-        return PrunedStatistics(self.tokens, means[0], xx, means[1], xs, ss)
+        return PrunedStatistics(
+            self.tokens, means[0], xx, means[1], xs, ss, x_rounding=x_rounding, s_rounding=s_rounding
+        )
 
 
 def relative_error(squared: float, dense_squared: float) -> float:

@@ -11,6 +11,7 @@ import torch
 from lynx_compile.errors import StageError
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.structure import find_structure
+from lynx_compile.ops.fp8 import round_rows
 from lynx_compile.ops.sparse_linear import keep_mask
 from lynx_compile.passes.calibrate import Measurement, Statistics, _measured, calibrate, measurements
 from lynx_compile.passes.select import select
@@ -73,6 +74,37 @@ def test_only_what_the_plan_needs_is_gathered(recipe: Recipe, tmp_path: Path) ->
     for name in statistics.groups:  # what one tensor takes on disk, but for the means and the header
         size = (tmp_path / f"{name}.safetensors").stat().st_size
         assert sizes[name] < size < sizes[name] * 1.1 + 1000
+
+
+def test_what_rounding_makes_wrong_in_x_is_measured_where_fp8_reads_it(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    sparsity = Sparsity(
+        precision="fp8", operand={"*.ff.net.2": "activation", "*": "weight"}, exclude=("*_context.*",)
+    )
+    recipe = recipe.model_copy(update={"sparsity": sparsity})
+    dit, _ = open_dit(recipe)
+    seen: list[torch.Tensor] = []
+    linear = dit.module.get_submodule("transformer_blocks.0.ff.net.2")
+    handle = linear.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].flatten(0, -2)))
+    statistics = _calibrate(recipe, tmp_path, dit)
+    handle.remove()
+    x = torch.cat(seen).float()
+    wrong = round_rows(x).dequantized() - x
+    pruned = statistics.load("transformer_blocks.0.ff.net.2")
+    assert (
+        isinstance(pruned, PrunedStatistics)
+        and pruned.x_rounding is not None
+        and pruned.s_rounding is not None
+    )
+    torch.testing.assert_close(pruned.x_rounding, wrong.square().mean(0))
+    torch.testing.assert_close(pruned.s_rounding, (wrong * keep_mask(x)).square().mean(0))
+    weights = statistics.load("transformer_blocks.0.attn.to_q")
+    assert not isinstance(weights, PrunedStatistics) and weights.x_rounding is not None
+    assert (
+        1e-5 < float(weights.x_rounding.sum() / weights.xx.trace()) < 1e-3
+    )  # e4m3 has 3 bits behind the point
+    assert not any(one.rounded for one in measurements(select(dit.groups, Sparsity())))
 
 
 def test_same_seed_same_bytes_and_another_seed_others(recipe: Recipe, tmp_path: Path) -> None:

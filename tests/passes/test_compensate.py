@@ -10,7 +10,7 @@ import torch
 
 from lynx_compile.errors import StageError
 from lynx_compile.models.structure import Linear
-from lynx_compile.ops.fp8 import round_rows
+from lynx_compile.ops.fp8 import Rounded, fp8_linear, round_rows
 from lynx_compile.ops.sparse_linear import collapse_low_rank, keep_mask, norm_scale_of, sparse_linear
 from lynx_compile.passes.compensate import SparseLinearWeights, load_weights, solve
 from lynx_compile.passes.compensate import _require_range as require_range
@@ -177,6 +177,61 @@ def test_fp8_weights_survive_the_disk_as_they_were_rounded(tmp_path: Path, opera
     assert loaded.weight.dtype == torch.float8_e4m3fn and loaded.weight_scale is not None
     assert torch.equal(loaded.weight.view(torch.uint8), rounded.values.view(torch.uint8))
     assert torch.equal(loaded.weight_scale, rounded.scale)
+
+
+def _fp8_moments(x: torch.Tensor) -> PrunedStatistics:
+    moments = Moments(K, torch.device("cpu"), pruned=True)
+    for part in range(0, len(x), 700):
+        batch = x[part : part + 700]
+        keep, error = keep_mask(batch), round_rows(batch).dequantized() - batch
+        moments.add(batch, batch * keep, [error, error * keep])
+    found = moments.finish()
+    assert isinstance(found, PrunedStatistics)
+    return found
+
+
+@pytest.mark.parametrize("method", ["joint", "none"])
+@pytest.mark.parametrize("operand", ["none", "weight", "activation"])
+def test_fp8_expected_error_is_that_of_the_op(operand: NodeOperand, method: str) -> None:
+    """Of the op itself, which rounds x too: on the calibration's tokens, and on others of their kind."""
+    x, _, weight, bias, _ = _data(norm_scale=False)
+    half = TOKENS // 2
+    group = SparseGroup("a", _group().linears, TOKENS, operand, fp8=True)
+    sparsity = Sparsity(method=method, precision="fp8")  # type: ignore[arg-type]
+    solved = solve(group, weight, bias, _fp8_moments(x[:half]), sparsity)
+    assert solved.weight_scale is not None and solved.weight.dtype == torch.float8_e4m3fn and not solved.rank
+    rounded = Rounded(solved.weight, solved.weight_scale)
+    y = x @ weight.T + bias
+    got = fp8_linear(x, rounded, solved.bias, prune=operand == "activation")
+    ends = ((slice(0, half), 0.02), (slice(half, None), 0.1))
+    for rows, tolerance in ends:
+        assert solved.errors == pytest.approx(_measured(solved, got[rows], y[rows]), rel=tolerance)
+    kept = solved.weight.float().ne(0).unflatten(-1, (-1, 4)).sum(-1)
+    assert kept.max() == (2 if operand == "weight" else 4)
+
+
+@pytest.mark.parametrize("operand", ["none", "weight", "activation"])
+def test_fp8_costs_little_beyond_what_16_bits_cost(operand: NodeOperand) -> None:
+    x, _, weight, bias, _ = _data(norm_scale=False)
+    moments = _fp8_moments(x)
+    group = SparseGroup("a", _group().linears, TOKENS, operand, fp8=True)
+    fed = solve(group, weight, bias, moments, Sparsity(rank=0))
+    in_16_bits = (0.0, 0.0)
+    if operand != "none":
+        in_16_bits = solve(_group(operand), weight, bias, moments, Sparsity(rank=0)).errors
+        assert max(fed.errors) < 1.1 * max(in_16_bits), "rounding adds like an independent error"
+    assert all(a > b for a, b in zip(fed.errors, in_16_bits, strict=True)), (
+        "x's rounding alone costs something"
+    )
+    plain = solve(group, weight, bias, moments, Sparsity(method="none"))
+    assert all(a < b for a, b in zip(fed.errors, plain.errors, strict=True))
+
+
+def test_fp8_without_the_measured_rounding_of_x_is_refused() -> None:
+    _, _, weight, bias, moments = _data(norm_scale=False)
+    group = SparseGroup("a", _group().linears, TOKENS, "none", fp8=True)
+    with pytest.raises(AssertionError, match="calibrate measures it"):
+        solve(group, weight, bias, moments, Sparsity())
 
 
 @pytest.mark.parametrize("method", ["joint", "none"])
