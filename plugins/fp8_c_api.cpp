@@ -27,6 +27,11 @@ lynx::Fp8LinearParams params_of(const LynxFp8Linear& call) {
 
 }  // namespace
 
+// Whether the library was built with FP8 kernels for the element type, of any GPU.
+LYNX_EXPORT int lynx_fp8_holds(int fp16) {
+  return lynx::holds_fp8(fp16 ? lynx::DType::kFp16 : lynx::DType::kBf16);
+}
+
 // Whether the FP8 kernels run on the current device.
 LYNX_EXPORT int lynx_fp8_runs(int fp16) {
   return lynx::fp8_runs(fp16 ? lynx::DType::kFp16 : lynx::DType::kBf16) == cudaSuccess;

@@ -10,7 +10,10 @@
 //   check_device        the same where this library or the GPU at hand, if there is one, cannot run the node
 //   input_type          the data type of an input, given x's
 //   output_channels     where the output's last extent comes from
-//   instructions        the set of them that the node runs on here
+//   kKernels, kArchitectures, kSetting   words of what a library may lack, and of the remedy
+//   holds               whether this library was built with kernels for an element type, of any GPU
+//   tactics             tile configurations that the node can choose from here; 0 where that cannot be told
+//   most_tactics        the same on any GPU
 //   workspace, launch   the kernels
 #pragma once
 
@@ -105,14 +108,14 @@ inline DType dtype_of(nvinfer1::DataType x) {
   return x == nvinfer1::DataType::kBF16 ? DType::kBf16 : DType::kFp16;
 }
 
-// Whether the library was built with kernels for the type, of any instruction set.
+// Whether the library was built with kernels of 16 bits for the type, of any instruction set.
 inline bool holds(DType dtype) {
   return std::any_of(std::begin(kInstructionSets), std::end(kInstructionSets),
                      [dtype](const InstructionSetTraits& each) { return holds(each.set, dtype); });
 }
 
-// Of all GPUs.
-inline int most_tactics() {
+// Of them, on all GPUs.
+inline int most_tile_count() {
   int most = 0;
   for (const InstructionSetTraits& each : kInstructionSets) most = std::max(most, tile_count(each.set));
   return most;
@@ -254,7 +257,7 @@ class Plugin final : public nvinfer1::IPluginV3,
                                  int32_t) noexcept override {
     const nvinfer1::PluginTensorDesc& tensor = tensors[position].desc;
     if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
-    if (position == kX) return is_element(tensor.type) && holds(dtype_of(tensor.type));
+    if (position == kX) return is_element(tensor.type) && Op::holds(dtype_of(tensor.type));
     const nvinfer1::DataType x = tensors[kX].desc.type;
     return tensor.type == (position < kInputs ? Op::input_type(position, x) : x);
   }
@@ -274,10 +277,7 @@ class Plugin final : public nvinfer1::IPluginV3,
 
   // Every tile configuration is a tactic; tactic 0, TensorRT's default, leaves the choice to our dispatcher.
   // Where no GPU is there to time them, there is the default alone.
-  int32_t getNbTactics() noexcept override {
-    InstructionSet set;
-    return Op::instructions(attributes_, dtype_, &set) == cudaSuccess ? tile_count(set) : 0;
-  }
+  int32_t getNbTactics() noexcept override { return Op::tactics(attributes_, dtype_); }
 
   int32_t getValidTactics(int32_t* tactics, int32_t count) noexcept override {
     for (int32_t i = 0; i < count; ++i) tactics[i] = i + 1;
@@ -302,7 +302,7 @@ class Plugin final : public nvinfer1::IPluginV3,
 
   int32_t setTactic(int32_t tactic) noexcept override {
     return guarded(-1, [&] {
-      if (tactic < 0 || tactic > most_tactics()) {
+      if (tactic < 0 || tactic > Op::most_tactics(attributes_)) {
         refuse(Op::kName, "there is no tactic " + std::to_string(tactic),
                "Build the engine again with this plugin library");
         return -1;
@@ -316,7 +316,7 @@ class Plugin final : public nvinfer1::IPluginV3,
                         int32_t) noexcept override {
     return guarded(-1, [&] {
       dtype_ = dtype_of(in[kX].type);
-      return check_shapes(in) && check_tactic() ? 0 : -1;
+      return check_shapes(in) && Op::check_device(attributes_, dtype_) && check_tactic() ? 0 : -1;
     });
   }
 
@@ -373,16 +373,20 @@ class Plugin final : public nvinfer1::IPluginV3,
     if (!is_element(types[kX])) {
       return refuse(Op::kName, "x is neither bf16 nor fp16", "Set model.dtype to bf16 or fp16");
     }
-    if (const DType dtype = dtype_of(types[kX]); !holds(dtype)) {
+    if (const DType dtype = dtype_of(types[kX]); !Op::holds(dtype)) {
       const std::string type = traits_of(dtype).name;
-      return refuse(Op::kName, "x is " + type + ", and the plugin library was built without " + type,
-                    "Build it with " + type + " in LYNX_ELEMENT_TYPES, or set another model.dtype");
+      const std::string library = "x is " + type + ", and the plugin library was built without ";
+      return refuse(Op::kName, library + Op::kKernels + type,
+                    std::string("Build it with ") + Op::kArchitectures + type +
+                        " in LYNX_ELEMENT_TYPES, or set another " + Op::kSetting);
     }
     for (int32_t i = 0; i < kInputs; ++i) {
       const nvinfer1::DataType due = Op::input_type(i, types[kX]);
       if (types[i] != due) {
         return refuse(Op::kName, std::string(Op::kInputNames[i]) + " has the wrong dtype",
-                      due == nvinfer1::DataType::kINT32 ? "Make it int32" : "Give it the dtype of x");
+                      due == nvinfer1::DataType::kINT32   ? "Make it int32"
+                      : due == nvinfer1::DataType::kFLOAT ? "Make it float32"
+                                                          : "Give it the dtype of x");
       }
     }
     return true;
@@ -390,9 +394,8 @@ class Plugin final : public nvinfer1::IPluginV3,
 
   // An engine for other GPUs than the one it was built on may bring a tactic that this one has not.
   bool check_tactic() const {
-    InstructionSet set;
-    if (tactic_ == 0 || Op::instructions(attributes_, dtype_, &set) != cudaSuccess) return true;
-    if (tactic_ <= tile_count(set)) return true;
+    const int known = Op::tactics(attributes_, dtype_);
+    if (known == 0 || tactic_ <= known) return true;
     return refuse(Op::kName, "this GPU has no tactic " + std::to_string(tactic_),
                   "Build the engine on this GPU");
   }

@@ -71,9 +71,13 @@ struct SparseLinearOp : SparseLinearNames<kProducer> {
                                                          nvinfer1::IExprBuilder&) {
     return inputs[kWeight].d[0];
   }
-  static cudaError_t instructions(const Attributes&, DType dtype, InstructionSet* set) {
-    return choose_instructions(dtype, set);
+  static constexpr char kKernels[] = "", kArchitectures[] = "", kSetting[] = "model.dtype";
+  static bool holds(DType dtype) { return lynx::holds(dtype); }
+  static int tactics(const Attributes&, DType dtype) {
+    InstructionSet set;
+    return choose_instructions(dtype, &set) == cudaSuccess ? tile_count(set) : 0;
   }
+  static int most_tactics(const Attributes&) { return most_tile_count(); }
   static size_t workspace(const Attributes& attributes, const Inputs& in, DType dtype);
   static cudaError_t launch(const Attributes& attributes, const Inputs& in, DType dtype,
                             const void* const* inputs, void* y, void* workspace, int tile,

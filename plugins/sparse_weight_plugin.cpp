@@ -74,9 +74,9 @@ bool SparseWeightOp::check_device(const Attributes& attributes, DType dtype) {
                 "Rewrite the model for this GPU: 90 is for sm_90 alone, 80 for any from sm_80 on");
 }
 
-cudaError_t SparseWeightOp::instructions(const Attributes& attributes, DType dtype, InstructionSet* set) {
-  *set = reader_of(attributes);
-  return check_runs(*set, dtype);
+int SparseWeightOp::tactics(const Attributes& attributes, DType dtype) {
+  const InstructionSet set = reader_of(attributes);
+  return check_runs(set, dtype) == cudaSuccess ? tile_count(set) : 0;
 }
 
 size_t SparseWeightOp::workspace(const Attributes& attributes, const Inputs& in, DType dtype) {

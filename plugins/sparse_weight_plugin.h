@@ -42,7 +42,10 @@ struct SparseWeightOp {
                                                          nvinfer1::IExprBuilder& builder) {
     return builder.constant(attributes.out_channels);
   }
-  static cudaError_t instructions(const Attributes& attributes, DType dtype, InstructionSet* set);
+  static constexpr char kKernels[] = "", kArchitectures[] = "", kSetting[] = "model.dtype";
+  static bool holds(DType dtype) { return lynx::holds(dtype); }
+  static int tactics(const Attributes& attributes, DType dtype);
+  static int most_tactics(const Attributes&) { return most_tile_count(); }
   static size_t workspace(const Attributes& attributes, const Inputs& in, DType dtype);
   static cudaError_t launch(const Attributes& attributes, const Inputs& in, DType dtype,
                             const void* const* inputs, void* y, void* workspace, int tile,

@@ -31,6 +31,14 @@ PLUGIN_NAMES = (
     "LynxGeluSparseLinear",
     "LynxGatedSparseLinear",
     "LynxSparseWeightLinear",
+    "LynxFp8Linear",
+    "LynxNormFp8Linear",
+    "LynxGeluFp8Linear",
+    "LynxGatedFp8Linear",
+    "LynxFp8SparseWeightLinear",
+    "LynxNormFp8SparseWeightLinear",
+    "LynxGeluFp8SparseWeightLinear",
+    "LynxGatedFp8SparseWeightLinear",
 )
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = "lynx"

@@ -119,6 +119,13 @@ def pack(weight: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.
     return weight.view(torch.uint8).gather(1, positions).view(E4M3), metadata
 
 
+def to_words(values: torch.Tensor) -> torch.Tensor:
+    """e4m3 [rows, columns] as int32 [rows, columns / 4], the first of four in the lowest bits."""
+    bytes_of = values.view(torch.uint8).unflatten(-1, (-1, 4)).long()
+    words = (bytes_of << 8 * torch.arange(4, device=values.device)).sum(-1)
+    return torch.where(words < 2**31, words, words - 2**32).int()
+
+
 def unpack(values: torch.Tensor, metadata: torch.Tensor) -> torch.Tensor:
     """W_q [Np, K'] e4m3 out of its packed form; undoes ``pack``, but for its padding."""
     words = metadata.transpose(0, 1).flatten(1).long()  # [Np, K' / 32]

@@ -2,7 +2,7 @@
 """The ops' meaning in plain ONNX ops, as model-local functions: with them ONNX Runtime runs the very same file.
 
 ``sparsity`` and ``weight_sparsity`` have it in words. float32 inside, x's dtype outside. An op with a fused producer
-is the producer in front of a call of ``LynxSparseLinear``.
+is the producer in front of a call of ``LynxSparseLinear``. Those in FP8 are in ``fp8_functions``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import onnx
+
+from lynx_compile.ops.fp8_functions import (
+    FP8_FUNCTIONS,
+    FP8_GATED_OP,
+    FP8_GATED_WEIGHT_OP,
+    FP8_GELU_OP,
+    FP8_GELU_WEIGHT_OP,
+    FP8_NORM_OP,
+    FP8_NORM_WEIGHT_OP,
+    FP8_OP,
+    FP8_PARTS,
+    FP8_WEIGHT_OP,
+)
 
 LINEAR_KEY = "lynx.linear"  # metadata of a node of the dense graph that came from a linear: its module path
 OPSET = 18  # the oldest that has what is used here
@@ -20,6 +33,11 @@ GELU_OP = "LynxGeluSparseLinear"
 GATED_OP = "LynxGatedSparseLinear"
 WEIGHT_OP = "LynxSparseWeightLinear"
 OP_VERSION = "1"
+PRODUCER_CALLS = {  # what an op with a fused producer calls
+    **dict.fromkeys((NORM_OP, GELU_OP, GATED_OP), OP),
+    **dict.fromkeys((FP8_NORM_OP, FP8_GELU_OP, FP8_GATED_OP), FP8_OP),
+    **dict.fromkeys((FP8_NORM_WEIGHT_OP, FP8_GELU_WEIGHT_OP, FP8_GATED_WEIGHT_OP), FP8_WEIGHT_OP),
+}
 
 
 def lynx_functions(ops: Iterable[str], opset: int = OPSET) -> list[onnx.FunctionProto]:
@@ -29,7 +47,7 @@ def lynx_functions(ops: Iterable[str], opset: int = OPSET) -> list[onnx.Function
         opset: of the model they go into, which ONNX wants theirs to be.
     """
     ops = set(ops)
-    called = {OP} if ops & {NORM_OP, GELU_OP, GATED_OP} else set()
+    called = {PRODUCER_CALLS[op] for op in ops & PRODUCER_CALLS.keys()}
     return [lynx_function(op, opset) for op in FUNCTIONS if op in ops | called]
 
 
@@ -76,22 +94,8 @@ TANH_GELU
     y = CastLike (y_act, x)
 """
 
-ACTIVATION_FUNCTION = """
-<domain: "lynx", opset_import: ["" : OPSET]>
-LynxSparseLinear <rank, norm_scale, activation: int = 0,
-    activation_from: int = 0, plugin_namespace, plugin_version>
-    (x, weight, lora_down, bias) => (y)
-{
-    shape = Shape (x)
-    channels = Shape <start = -1> (x)
-    zero = Constant <value_ints = [0]> ()
-    one = Constant <value_ints = [1]> ()
-    two = Constant <value_ints = [2]> ()
-    minus_one = Constant <value_ints = [-1]> ()
-    rank_scalar = Constant <value_int: int = @rank> ()
-    r = Reshape (rank_scalar, one)
-
-    z32 = Cast <to = 1> (x)
+# z32 [..., K] float32, minus_one [1], shape: x's -> kept_2_of_4: z32 where kept, else 0.
+KEEP_2_OF_4 = """
     score = Abs (z32)
     groups_of_4 = Constant <value_ints = [-1, 4]> ()
     grouped = Reshape (score, groups_of_4)
@@ -134,7 +138,27 @@ LynxSparseLinear <rank, norm_scale, activation: int = 0,
     keep_grouped = Greater (wins, enough)
     keep = Reshape (keep_grouped, shape)
     none = Constant <value_float = 0.0> ()
-    kept = Where (keep, z32, none)
+    kept_2_of_4 = Where (keep, z32, none)
+"""
+
+ACTIVATION_FUNCTION = """
+<domain: "lynx", opset_import: ["" : OPSET]>
+LynxSparseLinear <rank, norm_scale, activation: int = 0,
+    activation_from: int = 0, plugin_namespace, plugin_version>
+    (x, weight, lora_down, bias) => (y)
+{
+    shape = Shape (x)
+    channels = Shape <start = -1> (x)
+    zero = Constant <value_ints = [0]> ()
+    one = Constant <value_ints = [1]> ()
+    two = Constant <value_ints = [2]> ()
+    minus_one = Constant <value_ints = [-1]> ()
+    rank_scalar = Constant <value_int: int = @rank> ()
+    r = Reshape (rank_scalar, one)
+
+    z32 = Cast <to = 1> (x)
+KEEP_2_OF_4
+    kept = Identity (kept_2_of_4)
 
     squares = Mul (z32, z32)
     kept_squares = Mul (kept, kept)
@@ -269,13 +293,8 @@ MULTIPLY = """
         (z, weight, lora_down, bias)
 """
 
-# Each row of gain and shift serves as many consecutive tokens.
-NORM_FUNCTION = """
-<domain: "lynx", opset_import: ["" : OPSET, "lynx" : 1]>
-LynxNormSparseLinear <rank, norm_scale, activation: int = 0,
-    activation_from: int = 0, rms, epsilon, plugin_namespace, plugin_version>
-    (x, weight, lora_down, bias, gain, shift) => (y)
-{
+# x -> z. Each row of gain and shift serves as many consecutive tokens.
+NORMALIZE = """
     shape = Shape (x)
     channels = Shape <start = -1> (x)
     last = Constant <value_ints = [-1]> ()
@@ -308,6 +327,15 @@ LynxNormSparseLinear <rank, norm_scale, activation: int = 0,
     shifted = Add (amplified, shift32)
     z32 = Reshape (shifted, shape)
     z = CastLike (z32, x)
+"""
+
+NORM_FUNCTION = """
+<domain: "lynx", opset_import: ["" : OPSET, "lynx" : 1]>
+LynxNormSparseLinear <rank, norm_scale, activation: int = 0,
+    activation_from: int = 0, rms, epsilon, plugin_namespace, plugin_version>
+    (x, weight, lora_down, bias, gain, shift) => (y)
+{
+NORMALIZE
 MULTIPLY
 }
 """
@@ -344,7 +372,13 @@ MULTIPLY
 """
 
 # Text that stands for more text; what a part holds of others comes behind it.
-PARTS = {"ACTIVATE": ACTIVATE, "TANH_GELU": GELU, "MULTIPLY": MULTIPLY}
+PARTS = FP8_PARTS | {
+    "ACTIVATE": ACTIVATE,
+    "TANH_GELU": GELU,
+    "MULTIPLY": MULTIPLY,
+    "NORMALIZE": NORMALIZE,
+    "KEEP_2_OF_4": KEEP_2_OF_4,
+}
 
 FUNCTIONS = {
     OP: (
@@ -355,4 +389,4 @@ FUNCTIONS = {
     GELU_OP: (GELU_FUNCTION, "LynxSparseLinear of gelu(x), tanh form."),
     GATED_OP: (GATED_FUNCTION, "LynxSparseLinear of silu(x) * gate."),
     WEIGHT_OP: (WEIGHT_FUNCTION, "2:4 weight sparsity; see lynx_compile/ops/sparse_weight_linear.py."),
-}
+} | FP8_FUNCTIONS

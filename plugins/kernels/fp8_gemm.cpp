@@ -48,13 +48,14 @@ Fp8GemmLaunch* launch_of(Fp8Operand operand, int tile) {
 
 }  // namespace
 
+bool holds_fp8(DType dtype) { return fp8_tile_launch(dtype, Fp8Operand::kDense, 0) != nullptr; }
+
 cudaError_t fp8_runs(DType dtype) {
   int device = 0, major = 0, minor = 0;
   cudaError_t error = current_attribute(cudaDevAttrComputeCapabilityMajor, &device, &major);
   if (error == cudaSuccess) error = current_attribute(cudaDevAttrComputeCapabilityMinor, &device, &minor);
   if (error != cudaSuccess) return error;
-  const bool built = fp8_tile_launch(dtype, Fp8Operand::kDense, 0) != nullptr;
-  return built && major == 9 && minor == 0 ? cudaSuccess : cudaErrorNotSupported;  // wgmma runs nowhere else
+  return holds_fp8(dtype) && major == 9 && minor == 0 ? cudaSuccess : cudaErrorNotSupported;  // wgmma runs nowhere else
 }
 
 int64_t fp8_gemm_workspace_bytes(Fp8Operand operand, int64_t tokens, int64_t channels) {

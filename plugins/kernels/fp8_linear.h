@@ -53,6 +53,9 @@ struct RoundedOperand {
 size_t fp8_workspace_bytes(const Fp8LinearParams& params);
 RoundedOperand rounded_operand(const Fp8LinearParams& params);
 
+// Whether this library was built with FP8 kernels for the type, of any GPU.
+bool holds_fp8(DType dtype);
+
 // cudaSuccess where this library's FP8 kernels for the type run on the current device, else
 // cudaErrorNotSupported.
 cudaError_t fp8_runs(DType dtype);

@@ -5,6 +5,7 @@
 #include <NvInferRuntime.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -302,8 +303,15 @@ inline Problem sparse_weight(const SparseWeightCase& c) {
   return out;
 }
 
+}  // namespace lynx::test
+
+#include "plugin_fp8_cases.h"
+
+namespace lynx::test {
+
 // What plugin_host runs of a plugin; none for one that it does not know.
 inline std::vector<Problem> problems_of(const std::string& plugin) {
+  if (plugin.find("Fp8") != std::string::npos) return fp8_problems_of(plugin);
   std::vector<Problem> out;
   if (plugin == "LynxSparseWeightLinear") {
     for (const DataType type : {DataType::kBF16, DataType::kHALF}) {

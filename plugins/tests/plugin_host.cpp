@@ -89,7 +89,7 @@ bool check_formats(nvinfer1::IPluginV3OneBuild& build, const Problem& problem) {
       return build.supportsFormatCombination(position, tensors.data(), inputs, 1);
     };
     if (!supported()) return false;
-    tensor.desc.type = DataType::kFLOAT;
+    tensor.desc.type = due.desc.type == DataType::kFLOAT ? DataType::kINT32 : DataType::kFLOAT;
     if (supported()) return false;
     tensor = due, tensor.desc.format = TensorFormat::kCHW32;
     if (supported()) return false;
@@ -244,7 +244,7 @@ void run_tactics(const Problem& problem, const BuiltNode& node) {
                   y.size(), 100.0 * worst);
     report(wrong == 0, name + " against float64", detail);
     const size_t other = wrong_elements(problem, y, problem.unpruned, &ignored);
-    report(other > y.size() / 4, name + " is not what it would be without pruning");
+    report(other > y.size() / 4, name + " is not what it would be without its pruning");
     report(context.run() == y && context.intact(), name + " again, same bits, nothing written outside");
   }
 }
@@ -364,10 +364,12 @@ void run_threads(const Problem& problem, const BuiltNode& node) {
 
 struct Creators {
   using Holds = int(int fp16, int metadata_layout);
+  using Fp8 = int(int fp16);
 
   nvinfer1::IPluginCreatorInterface* const* first;
   int32_t count;
-  Holds* holds;  // null in an old library
+  Holds* holds;  // null in an old library, as the next ones
+  Fp8 *fp8_holds, *fp8_runs;
 };
 
 Creators load(const char* library) {
@@ -385,6 +387,8 @@ Creators load(const char* library) {
   Creators creators{};
   creators.first = get_creators(creators.count);
   creators.holds = reinterpret_cast<Creators::Holds*>(dlsym(handle, "lynx_holds"));
+  creators.fp8_holds = reinterpret_cast<Creators::Fp8*>(dlsym(handle, "lynx_fp8_holds"));
+  creators.fp8_runs = reinterpret_cast<Creators::Fp8*>(dlsym(handle, "lynx_fp8_runs"));
   return creators;
 }
 
@@ -408,6 +412,8 @@ int gpu_architecture() {
 // Whether the library has kernels for the problem, and they run on the GPU, if there is one.
 bool should_build(const Creators& library, const Problem& problem, int architecture) {
   const int fp16 = problem.type() == DataType::kHALF;
+  if (problem.plugin.find("Fp8") != std::string::npos)
+    return library.fp8_holds(fp16) && (architecture == 0 || library.fp8_runs(fp16));
   const auto layout = problem.attributes.find("metadata_layout");
   if (layout == problem.attributes.end()) return library.holds(fp16, 80) || library.holds(fp16, 90);
   const bool runs = layout->second == 80 || architecture == 90 || architecture == 0;
@@ -462,7 +468,7 @@ void build_in_threads(nvinfer1::IPluginCreatorV3One& creator, const Problem& pro
 
 void run_problem(const Creators& library, nvinfer1::IPluginCreatorV3One& creator, const Problem& problem,
                  int architecture) {
-  if (library.holds == nullptr || !knows(creator, problem)) {
+  if (library.holds == nullptr || library.fp8_holds == nullptr || !knows(creator, problem)) {
     report(false, problem.title, "the library is of another version; build it again with: make plugin");
     return;
   }

@@ -12,6 +12,7 @@
 
 #include "build_id.h"
 #include "emulation/emulation.h"
+#include "fp8_plugin.h"
 #include "kernels/prune_grid.h"
 #include "log.h"
 #include "plugin_cases.h"
@@ -71,6 +72,17 @@ constexpr bool kWhole = LYNX_WHOLE_LIBRARY;
 lynx::Creator<lynx::SparseLinearOp<Producer::kNone>> linear_creator;
 lynx::Creator<lynx::SparseLinearOp<Producer::kNorm>> norm_creator;
 lynx::Creator<lynx::SparseWeightOp> weight_creator;
+lynx::Creator<lynx::Fp8Op<false, Producer::kNone>> fp8_creator;
+lynx::Creator<lynx::Fp8Op<false, Producer::kNorm>> norm_fp8_creator;
+lynx::Creator<lynx::Fp8Op<false, Producer::kGelu>> gelu_fp8_creator;
+lynx::Creator<lynx::Fp8Op<false, Producer::kGated>> gated_fp8_creator;
+lynx::Creator<lynx::Fp8Op<true, Producer::kNone>> fp8_weight_creator;
+lynx::Creator<lynx::Fp8Op<true, Producer::kNorm>> norm_fp8_weight_creator;
+lynx::Creator<lynx::Fp8Op<true, Producer::kGelu>> gelu_fp8_weight_creator;
+lynx::Creator<lynx::Fp8Op<true, Producer::kGated>> gated_fp8_weight_creator;
+nvinfer1::IPluginCreatorV3One* const fp8_creators[] = {
+    &fp8_creator,        &norm_fp8_creator,        &gelu_fp8_creator,        &gated_fp8_creator,
+    &fp8_weight_creator, &norm_fp8_weight_creator, &gelu_fp8_weight_creator, &gated_fp8_weight_creator};
 
 std::unique_ptr<IPluginV3> make(nvinfer1::IPluginCreatorV3One& creator,
                                 const std::map<std::string, double>& attributes) {
@@ -96,6 +108,14 @@ Problem weight_problem(int64_t layout, DataType type = DataType::kBF16) {
   SparseWeightCase c;
   c.layout = layout, c.type = type, c.length = 9, c.out_channels = 64;
   return sparse_weight(c);
+}
+
+Problem fp8_problem(const nvinfer1::IPluginCreatorV3One& creator, bool prune = false,
+                    DataType type = DataType::kBF16) {
+  Fp8Case c;
+  c.plugin = const_cast<nvinfer1::IPluginCreatorV3One&>(creator).getPluginName();
+  c.prune = prune, c.type = type, c.length = 9;
+  return fp8_linear(c);
 }
 
 // The descriptions of a network whose batch and tokens are decided by each run, up to `batch` times `length`.
@@ -333,6 +353,152 @@ void check_rows() {
          "and at run time");
 }
 
+// ---- FP8
+
+void check_fp8_runs() {
+  for (nvinfer1::IPluginCreatorV3One* const creator : fp8_creators) {
+    for (const bool prune : {false, true}) {
+      for (const DataType type : {DataType::kBF16, DataType::kHALF}) {
+        const Problem problem = fp8_problem(*creator, prune, type);
+        if (prune && problem.attributes.count("prune") == 0) continue;
+        const auto plugin = make(*creator, problem.attributes);
+        emulation::compute_capability = 0;  // built where there is no GPU
+        const bool configured = configure(*plugin, dynamic_descs(problem)) == 0;
+        const size_t bytes = workspace_of(*plugin, two_dynamic_axes(problem, 3, 100));
+        const int32_t tactics = build_of(*plugin)->getNbTactics();
+        emulation::compute_capability = 90;
+        report(configured && tactics == 0, problem.title + ": configured without a GPU");
+        report_run(*plugin, problem, bytes, problem.title + " in a workspace for 300 rows");
+        Problem other = problem;
+        other.y = problem.unpruned;
+        report(!run(*plugin, other, bytes).empty(), problem.title + " is not what it would be without that");
+      }
+    }
+  }
+}
+
+void check_fp8_devices() {
+  const Problem problem = fp8_problem(fp8_weight_creator);
+  const auto plugin = make(fp8_weight_creator, problem.attributes);
+  const auto fixed = static_descs(problem);
+  for (const int device : {0, 75, 80, 86, 89, 90, 100, 120}) {
+    emulation::compute_capability = device;
+    const std::string cause = "this GPU does not run the plugin's FP8 kernels";
+    const std::string name = " on sm_" + std::to_string(device);
+    const bool due = device == 0 || device == 90;  // 0: there is none
+    bool taken = configure(*plugin, dynamic_descs(problem)) == 0;
+    report(taken == due && (taken || was_said(cause)), "FP8 is built" + name);
+    taken = runtime_of(*plugin)->onShapeChange(fixed.data(), 5, &fixed.back(), 1) == 0;
+    report(taken == due && (taken || was_said(cause)), "FP8 is run" + name);
+  }
+  emulation::compute_capability = 90;
+}
+
+void check_fp8_types() {
+  for (const DataType type : {DataType::kBF16, DataType::kHALF}) {
+    const Problem problem = fp8_problem(fp8_weight_creator, false, type);
+    const auto plugin = make(fp8_weight_creator, problem.attributes);
+    std::vector<DataType> types;
+    for (const HostTensor& input : problem.inputs) types.push_back(input.type);
+    DataType y = DataType::kINT8;
+    const auto taken = [&] {
+      return build_of(*plugin)->getOutputDataTypes(&y, 1, types.data(), int32_t(types.size())) == 0;
+    };
+    report(taken() == kWhole && (kWhole ? y == type : was_said("built without FP8 kernels for ")),
+           "FP8 of a type that the library holds, or lacks");
+    if (!kWhole) continue;
+    for (const auto& [input, remedy] : {std::pair{1, "values has the wrong dtype. Make it int32"},
+                                        std::pair{2, "metadata has the wrong dtype. Make it int32"},
+                                        std::pair{3, "weight_scale has the wrong dtype. Make it float32"},
+                                        std::pair{4, "bias has the wrong dtype. Give it the dtype of x"}}) {
+      const DataType due = types[size_t(input)];
+      types[size_t(input)] = DataType::kINT8;
+      report(!taken() && was_said(remedy), remedy);
+      types[size_t(input)] = due;
+    }
+  }
+}
+
+void check_fp8_attributes() {
+  const auto refused = [](nvinfer1::IPluginCreatorV3One& creator, const char* name, double value,
+                          const std::string& message) {
+    Fp8Case c;
+    c.plugin = creator.getPluginName(), c.length = 1, c.out_channels = 136, c.gelu_from = 64;
+    auto attributes = fp8_linear(c).attributes;
+    attributes[name] = value;
+    report(make(creator, attributes) == nullptr && was_said(message), message);
+  };
+  refused(fp8_creator, "prune", 2, "a flag is 2");
+  refused(fp8_creator, "activation", 3, "a flag is 3");
+  refused(fp8_creator, "activation_from", -64, "activation_from is -64");
+  refused(fp8_weight_creator, "activation_from", 8, "activation_from is 8");
+  refused(fp8_weight_creator, "activation_from", 192, "activation_from is 192");
+  refused(fp8_weight_creator, "out_channels", 100, "out_channels is 100, not a multiple of 8");
+  refused(fp8_weight_creator, "out_channels", -8, "out_channels is -8, not a multiple of 8");
+  refused(norm_fp8_weight_creator, "epsilon", 0, "epsilon is not positive");
+  refused(norm_fp8_creator, "rms", -1, "a flag is -1");
+  auto attributes = fp8_problem(fp8_weight_creator).attributes;
+  attributes.erase("out_channels");
+  report(make(fp8_weight_creator, attributes) == nullptr && was_said("attribute out_channels is missing"),
+         "attribute out_channels is missing");
+}
+
+void check_fp8_shapes() {
+  const auto refused = [](nvinfer1::IPluginCreatorV3One& creator, size_t input, int axis, int64_t extent,
+                          const std::string& message) {
+    const Problem problem = fp8_problem(creator);
+    const auto plugin = make(creator, problem.attributes);
+    auto descs = static_descs(problem);
+    descs[input].dims.d[axis] = extent;
+    const auto count = int32_t(descs.size()) - 1;
+    report(
+        runtime_of(*plugin)->onShapeChange(descs.data(), count, &descs.back(), 1) != 0 && was_said(message),
+        message);
+  };  // x [2, 9, 208], N = 72
+  refused(fp8_creator, 0, 2, 200, "x has 200 channels, not a multiple of 16");
+  refused(fp8_creator, 0, 2, 32784, "x has 32784 channels. The kernels take up to 32768");
+  refused(gated_fp8_creator, 0, 2, 415, "x has 415 channels, which are no two halves");
+  refused(gated_fp8_creator, 0, 2, 400, "x has 200 channels, not a multiple of 16");
+  refused(fp8_creator, 1, 1, 52, "weight has 52 columns where 64 are due");
+  refused(fp8_creator, 1, 0, 76, "the rows of weight are 76, not a multiple of 8");
+  refused(fp8_creator, 2, 0, 64, "weight_scale has 64 elements where 72 are due");
+  refused(fp8_creator, 3, 0, 80, "bias has 80 elements where 72 are due");
+  refused(fp8_weight_creator, 1, 0, 72, "values has 72 rows where 128 are due");
+  refused(fp8_weight_creator, 1, 1, 64, "values has 64 columns where 32 are due");
+  refused(fp8_weight_creator, 2, 0, 4, "metadata has 4 steps of 128 channels where 2 are due");
+  refused(fp8_weight_creator, 2, 1, 72, "metadata has 72 rows where 128 are due");
+  refused(fp8_weight_creator, 2, 2, 8, "metadata has 8 words where 4 are due");
+  refused(norm_fp8_weight_creator, 5, 2, 192, "gain has 192 channels where 208 are due");
+  refused(norm_fp8_weight_creator, 6, 0, 1, "shift has 1 rows where 2 are due");
+  const Problem problem = fp8_problem(norm_fp8_creator);
+  const auto plugin = make(norm_fp8_creator, problem.attributes);
+  auto descs = static_descs(problem);
+  descs[4].dims.d[0] = descs[5].dims.d[0] = 4;
+  report(runtime_of(*plugin)->onShapeChange(descs.data(), 6, &descs.back(), 1) != 0 &&
+             was_said("gain has 4 rows for 18 tokens"),
+         "gain has 4 rows for 18 tokens");
+}
+
+// Every operand has tiles of its own.
+void check_fp8_tactics() {
+  const auto count = [](nvinfer1::IPluginCreatorV3One& creator, bool prune) {
+    return build_of(*make(creator, fp8_problem(creator, prune).attributes))->getNbTactics();
+  };
+  report(count(fp8_creator, false) == lynx::fp8_tile_count(lynx::Fp8Operand::kDense) &&
+             count(fp8_creator, true) == lynx::fp8_tile_count(lynx::Fp8Operand::kSparseActivation) &&
+             count(fp8_weight_creator, false) == lynx::fp8_tile_count(lynx::Fp8Operand::kSparseWeight),
+         "FP8's tactics are its tiles");
+  const Problem problem = fp8_problem(fp8_creator, true);
+  const auto plugin = make(fp8_creator, problem.attributes);
+  const int32_t all = lynx::fp8_tile_count(lynx::Fp8Operand::kSparseActivation);
+  auto* const runtime = runtime_of(*plugin);
+  report(runtime->setTactic(all) == 0 && runtime->setTactic(all + 1) != 0 && was_said("there is no tactic"),
+         "no tactic beyond the last tile");
+  const auto other = make(fp8_creator, fp8_problem(fp8_creator, false).attributes);
+  report(std::string(build_of(*plugin)->getTimingCacheID()) != build_of(*other)->getTimingCacheID(),
+         "times of dense x and of 2:4 x are not mixed");
+}
+
 // TensorRT calls these as noexcept: an exception would end the process.
 void check_memory() {
   const Problem problem = linear_problem();
@@ -371,6 +537,9 @@ int main() {
   check_types();
   check_layouts();
   check_rows();
+  if (kWhole) check_fp8_runs(), check_fp8_tactics(), check_fp8_shapes(), check_fp8_devices();
+  check_fp8_types();
+  check_fp8_attributes();
   check_memory();
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed == 0 ? 0 : 1;

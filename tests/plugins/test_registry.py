@@ -13,6 +13,17 @@ from typing import Any
 
 import pytest
 
+from lynx_compile.ops.fp8_functions import (
+    FP8_GATED_OP,
+    FP8_GATED_WEIGHT_OP,
+    FP8_GELU_OP,
+    FP8_GELU_WEIGHT_OP,
+    FP8_NORM_OP,
+    FP8_NORM_WEIGHT_OP,
+    FP8_OP,
+    FP8_WEIGHT_OP,
+)
+
 from .native import LIBRARY, PLUGINS, compile_cpp, header_folder
 
 MODULES = ("tensorrt_rtx", "tensorrt_lean_bindings")
@@ -78,13 +89,18 @@ FIELDS = [
     "activation",
     "activation_from",
 ]
+FP8 = (FP8_OP, FP8_NORM_OP, FP8_GELU_OP, FP8_GATED_OP)
+FP8_WEIGHT = (FP8_WEIGHT_OP, FP8_NORM_WEIGHT_OP, FP8_GELU_WEIGHT_OP, FP8_GATED_WEIGHT_OP)
 WEIGHT_FIELDS = ["out_channels", "metadata_layout", "activation", "activation_from"]
 # What a node has that uses none of it.
 PLAIN: dict[str, dict[str, int | float]] = {
     **{name: dict.fromkeys(FIELDS, 0) for name in (NONE, NORM, GELU, GATED)},
     WEIGHT: dict.fromkeys(WEIGHT_FIELDS, 0),
+    **{name: dict.fromkeys(("prune", "activation", "activation_from"), 0) for name in FP8},
+    **{name: dict.fromkeys(("out_channels", "activation", "activation_from"), 0) for name in FP8_WEIGHT},
 }
-PLAIN[NORM] |= {"rms": 0, "epsilon": 1e-6}
+for name in (NORM, FP8_NORM_OP, FP8_NORM_WEIGHT_OP):
+    PLAIN[name] |= {"rms": 0, "epsilon": 1e-6}
 Attributes = dict[str, list[dict[str, int | float]]]  # beside the plain ones
 GOOD: Attributes = {
     NONE: [
@@ -97,6 +113,11 @@ GOOD: Attributes = {
     GELU: [{}, {"rank": 16}],
     GATED: [{}, {"rank": 16}],
     WEIGHT: [{"metadata_layout": 90, "out_channels": 64}, {"metadata_layout": 80, "out_channels": 8}],
+    **{name: [{}, {"prune": 1, "activation": 1, "activation_from": 64}] for name in FP8},
+    **{
+        name: [{"out_channels": 8}, {"out_channels": 136, "activation": 1, "activation_from": 128}]
+        for name in FP8_WEIGHT
+    },
 }
 BAD: Attributes = {
     NONE: [
@@ -116,6 +137,11 @@ BAD: Attributes = {
         {"metadata_layout": 80, "out_channels": 12},
         {"metadata_layout": 80, "out_channels": 64, "activation": 1, "activation_from": 64},
     ],
+    **{name: [{"prune": 2}, {"activation": 2}, {"activation_from": -8}] for name in FP8},
+    **{
+        name: [{}, {"out_channels": 12}, {"out_channels": 64, "activation": 1, "activation_from": 64}]
+        for name in FP8_WEIGHT
+    },
 }
 
 
@@ -141,9 +167,9 @@ def test_creators_are_found_and_make_plugins(module: str) -> None:
     assert found["errors"] == []
     for name, creator in found["found"].items():
         assert creator["name"] == [name, "1", "lynx"]
-        integers = [[field, "INT32"] for field in (WEIGHT_FIELDS if name == WEIGHT else FIELDS)]
-        norms = [["rms", "INT32"], ["epsilon", "FLOAT32"]] if name == NORM else []
-        assert creator["fields"] == integers + norms
+        assert creator["fields"] == [
+            [field, "FLOAT32" if field == "epsilon" else "INT32"] for field in PLAIN[name]
+        ]
         assert creator["created"] == [True] * len(GOOD[name])
 
 
@@ -202,6 +228,7 @@ def test_library_exports_its_interfaces_alone_and_needs_no_cuda() -> None:
         "getCreators",
         "lynx_abi",
         "lynx_fp8_gemm",
+        "lynx_fp8_holds",
         "lynx_fp8_linear",
         "lynx_fp8_round",
         "lynx_fp8_runs",
