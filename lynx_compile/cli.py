@@ -284,14 +284,14 @@ def _show_inspection(found: Inspection) -> None:
 
 def _sparse_table(found: Inspection) -> Table:
     sparse = found.manifest.sparse
-    title = f"{sum(len(node.linears) for node in sparse)} linears sparse in {len(sparse)} plugin layers"
-    table = Table("layer", "operand", title=title, title_justify="left")
+    title = f"{sum(len(node.linears) for node in sparse)} linears in {len(sparse)} plugin layers"
+    table = Table("layer", "form", title=title, title_justify="left")
     for heading in ("K -> N", "rank", "weights", "worst error"):
         table.add_column(heading, justify="right")
     for node in sparse:
         size = found.weight_bytes.get(node.layer)
         table.add_row(
-            escape("\n".join(node.linears)), node.operand, f"{node.in_channels} -> {node.out_channels}",
+            escape("\n".join(node.linears)), node.form, f"{node.in_channels} -> {node.out_channels}",
             str(node.rank), "-" if size is None else _size(size), f"{max(node.errors):.3f}",
         )  # fmt: skip
     return table

@@ -141,16 +141,24 @@ class Source(Strict):
     sha256: Sha256
 
 
+def form_in_words(operand: Literal["activation", "weight", "none"], fp8: bool) -> str:
+    """Such as "2:4 weights in FP8"; "dense" is what is left as it was."""
+    if operand == "none":
+        return "dense FP8" if fp8 else "dense"
+    return f"2:4 {operand}s{' in FP8' * fp8}"
+
+
 class SparseLinears(Strict):
     """One plugin layer and the linears that it replaces.
 
-    ``operand``: which one is 2:4. ``producer``: what the layer makes its input of, where it does. ``errors``: of each
-    linear, relative, expected on the calibration inputs. ``tokens``: rows of the input. ``gain``: how many times as
-    fast as dense by ``costs``; null where they do not tell.
+    ``operand``: which one is 2:4, if one is. ``fp8``: whether it multiplies in FP8. ``producer``: what the layer makes
+    its input of, where it does. ``errors``: of each linear, relative, expected on the calibration inputs. ``tokens``:
+    rows of the input. ``gain``: how many times as fast as dense by ``costs``; null where they do not tell.
     """
 
     layer: str
-    operand: Literal["activation", "weight"]
+    operand: Literal["activation", "weight", "none"]
+    fp8: bool = False
     producer: Literal["layer norm", "rms norm", "gelu", "gated"] | None
     linears: tuple[str, ...]
     in_channels: Count
@@ -160,6 +168,11 @@ class SparseLinears(Strict):
     errors: tuple[float, ...]
     tokens: Count
     gain: Annotated[float, Field(gt=0)] | None
+
+    @property
+    def form(self) -> str:
+        """In words."""
+        return form_in_words(self.operand, self.fp8)
 
     @model_validator(mode="after")
     def _an_error_a_linear(self) -> Self:
@@ -278,7 +291,7 @@ class Manifest(Strict):
         return "\n".join(
             [
                 f"{self.engine.file}: {megabytes:.1f} MB, {self.dtype}, for {', '.join(self.gpus)}",
-                f"  {sparse} linears sparse in {self.plugin_layers} plugin layers, {len(self.dense)} dense",
+                f"  {sparse} linears in {self.plugin_layers} plugin layers, {len(self.dense)} dense",
                 *([expected] if expected else []),
                 f"  {self.backend.name} {self.backend.version}, weights {self.weights.mode}",
             ]

@@ -114,6 +114,7 @@ def _sparse(node: SparseNode) -> SparseLinears:
     return SparseLinears(
         layer=node.name,
         operand=node.operand,
+        fp8=node.fp8,
         producer=node.producer,
         linears=node.linears,
         in_channels=node.in_channels,

@@ -48,6 +48,27 @@ def find_producer(x: gs.Variable, dense: DenseGraph) -> Produced | None:
     return found if found is not None and (found.x.dtype, found.x.shape) == (x.dtype, x.shape) else None
 
 
+def with_halves(produced: Produced) -> Produced | None:
+    """For an op whose SiLU and gate are the first and the second half of one tensor; None where they are not that."""
+    if produced.producer != "gated":
+        return produced
+    whole = _whole_of(produced.x, produced.gate)
+    return None if whole is None else replace(produced, x=whole, gate=None)
+
+
+def _whole_of(first: gs.Variable, second: gs.Variable | None) -> gs.Variable | None:
+    """The tensor that a Split over the last axis makes ``first`` and ``second`` of, and nothing else; of one shape."""
+    split = first.inputs[0] if len(first.inputs) == 1 else None
+    if split is None or split.op != "Split" or first.shape is None:
+        return None
+    if split.attrs.get("axis", 0) not in (-1, len(first.shape) - 1):
+        return None
+    if len(split.outputs) != 2 or split.outputs[0] is not first or split.outputs[1] is not second:
+        return None
+    whole = split.inputs[0]
+    return whole if isinstance(whole, gs.Variable) else None
+
+
 def _find_norm(z: gs.Tensor, dense: DenseGraph) -> Produced | None:
     """Norm ── Mul(gain) ── Add(shift); the last, or both, may be missing."""
     for scaled, shift in _either_way(_maker(z, dense), "Add"):

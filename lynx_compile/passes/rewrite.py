@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replace the chosen linears of a dense ONNX graph by ``LynxSparseLinear`` and ``LynxSparseWeightLinear`` nodes.
+"""Replace the chosen linears of a dense ONNX graph by Lynx nodes.
 
 Before::
 
@@ -14,6 +14,8 @@ After::
 or, where the weights are the 2:4 operand::
 
     x ── LynxSparseWeightLinear(values, metadata, bias) ── Split ── q, k, m
+
+or, in FP8, ``LynxFp8Linear``, whose activations may be 2:4, and ``LynxFp8SparseWeightLinear``.
 
 A GELU (tanh form) that is all that reads a linear becomes the node's ``activation``. In a merged node its linears
 come last, and ``activation_from`` is the first of their output channels. It stays in the graph where that is no
@@ -31,7 +33,14 @@ node between two Transposes, which bring its channels to the end and back::
     x ── Conv ── y
     x ── Transpose ── LynxSparseWeightLinear ── Transpose ── y
 
-A node with sparse weights has no pass over x to take it into; there TensorRT's own fusions do it.
+A node with sparse weights in 16 bits has no pass over x to take it into; there TensorRT's own fusions do it. FP8 nodes
+all have one, which rounds x; they take a SiLU with its gate where both are halves of one tensor::
+
+    h ── Split ── SiLU(first) ── Mul(second) ── LynxFp8Linear(weight, weight_scale, bias)
+    h ── LynxGatedFp8Linear(weight, weight_scale, bias)
+
+Linears of one tensor are one node only if they have one form: a dense FP8 node and one with 2:4 weights that read the
+same x both round it, and neither can make it.
 
 Requires the node metadata that ``export`` leaves. Ensures that every linear of the plan is either rewritten or
 listed with the reason why not, that the file passes ONNX's full check, and that it runs in ONNX Runtime: it
@@ -59,6 +68,16 @@ from lynx_compile.files.onnx_check import check_onnx
 from lynx_compile.files.ownership import PRODUCER
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import TensorSpec, refer, write_tensors
+from lynx_compile.ops.fp8_functions import (
+    FP8_GATED_OP,
+    FP8_GATED_WEIGHT_OP,
+    FP8_GELU_OP,
+    FP8_GELU_WEIGHT_OP,
+    FP8_NORM_OP,
+    FP8_NORM_WEIGHT_OP,
+    FP8_OP,
+    FP8_WEIGHT_OP,
+)
 from lynx_compile.ops.functions import (
     DOMAIN,
     FUNCTIONS,
@@ -75,20 +94,33 @@ from lynx_compile.ops.sparse_linear import keep_mask
 from lynx_compile.ops.sparse_weight_linear import STEP, MetadataLayout, pack_weight
 from lynx_compile.passes.compensate import SparseLinearWeights, load_weights
 from lynx_compile.passes.export import DenseOnnx
+from lynx_compile.passes.fp8_nodes import fp8_tensors
 from lynx_compile.passes.match import DenseGraph, Match, import_graph, match
-from lynx_compile.passes.producers import Produced, Producer, find_producer
+from lynx_compile.passes.producers import Produced, Producer, find_producer, with_halves
 from lynx_compile.passes.select import SparseGroup, SparsityPlan
-from lynx_compile.passes.speed_table import DENSE
-from lynx_compile.recipe import Operand
+from lynx_compile.passes.speed_table import DENSE, Form
+from lynx_compile.recipe import NodeOperand
 
-REWRITE = StageVersion("rewrite", 1, ("torch", "numpy", "onnx", "onnx-graphsurgeon"))
-OPS: dict[Operand, str] = {"activation": OP, "weight": WEIGHT_OP}
-PRODUCER_OPS: dict[Producer, str] = {
-    "layer norm": NORM_OP,
-    "rms norm": NORM_OP,
-    "gelu": GELU_OP,
-    "gated": GATED_OP,
+
+def _by_producer(norm: str, gelu: str, gated: str) -> dict[Producer, str]:
+    return {"layer norm": norm, "rms norm": norm, "gelu": gelu, "gated": gated}
+
+
+REWRITE = StageVersion("rewrite", 2, ("torch", "numpy", "onnx", "onnx-graphsurgeon"))
+OPS = {
+    Form("activation"): OP,
+    Form("weight"): WEIGHT_OP,
+    Form("none", fp8=True): FP8_OP,
+    Form("activation", fp8=True): FP8_OP,
+    Form("weight", fp8=True): FP8_WEIGHT_OP,
 }
+# Of the ops that have a pass over x, those that make x in it.
+PRODUCER_OPS: dict[str, dict[Producer, str]] = {
+    OP: _by_producer(NORM_OP, GELU_OP, GATED_OP),
+    FP8_OP: _by_producer(FP8_NORM_OP, FP8_GELU_OP, FP8_GATED_OP),
+    FP8_WEIGHT_OP: _by_producer(FP8_NORM_WEIGHT_OP, FP8_GELU_WEIGHT_OP, FP8_GATED_WEIGHT_OP),
+}
+NORM_OPS = (NORM_OP, FP8_NORM_OP, FP8_NORM_WEIGHT_OP)
 CHANNELS_LAST = (
     ".channels_last"  # ends the name of a tensor of a convolution whose channels were brought to the end
 )
@@ -107,6 +139,7 @@ class DenseLinear:
 class SparseNode:
     """One Lynx node and the linears it replaces.
 
+    ``operand``: which one is 2:4; ``none``, with ``fp8`` alone, where neither is. ``fp8``: multiplies in FP8.
     ``activation``: 1 where the node ends in the GELU of its output channels from ``activation_from`` on.
     ``producer``: what the node makes its input of, where it does.
     ``errors``: of each linear, expected. ``tokens``: rows of its input.
@@ -120,7 +153,8 @@ class SparseNode:
     rank: int
     norm_scale: bool
     errors: tuple[float, ...]
-    operand: Operand = "activation"
+    operand: NodeOperand = "activation"
+    fp8: bool = False
     activation: int = 0
     activation_from: int = 0
     producer: Producer | None = None
@@ -129,7 +163,13 @@ class SparseNode:
 
     @property
     def op(self) -> str:
-        return PRODUCER_OPS[self.producer] if self.producer else OPS[self.operand]
+        op = OPS[Form(self.operand, self.fp8)]
+        return PRODUCER_OPS[op][self.producer] if self.producer else op
+
+    @property
+    def prepares_x(self) -> bool:
+        """Whether the node has a pass over x, which may as well make it."""
+        return OPS[Form(self.operand, self.fp8)] in PRODUCER_OPS
 
 
 @dataclass(frozen=True)
@@ -156,7 +196,7 @@ class LynxOnnx:
         fields: dict[str, tuple[str, ...]] = {}
         for op in FUNCTIONS:
             if nodes := [node for node in self.sparse if node.op == op]:
-                activation = any(node.activation for node in nodes)
+                activation = any(node.activation and not node.fp8 for node in nodes)
                 fields[op] = ("activation", "activation_from") if activation else ()
                 fields[op] += ("rms", "epsilon") if op == NORM_OP else ()
         return fields
@@ -206,7 +246,12 @@ def rewrite(
             found = _with_activation(readers, solved)
             node = _describe(found, solved, groups[next(iter(readers))], names)
             if node.linears not in owned:
-                if node.operand == "weight":
+                if node.fp8:
+                    rows, sparse = _rows(node, solved), node.operand == "weight"
+                    owned[node.linears] = fp8_tensors(
+                        node.name, rows, node.in_channels, file, dtype, sparse=sparse
+                    )
+                elif node.operand == "weight":
                     owned[node.linears] = _weight_tensors(node, solved, file, dtype, metadata_layout)
                 else:
                     owned[node.linears] = _tensors(node, solved, file, dtype)
@@ -261,12 +306,11 @@ def _describe(
     matches: Mapping[str, Match], solved: SparseLinearWeights, group: SparseGroup, names: set[str]
 ) -> SparseNode:
     """The node of ``matches``, under a name that is not among ``names`` yet."""
-    assert solved.operand != "none", "no plan has FP8 groups yet"
     channels = dict(zip(solved.linears, solved.out_channels, strict=True))
     plain = [linear for linear, found in matches.items() if not found.gelu]
     activation = len(plain) < len(matches)
     errors = dict(zip(solved.linears, solved.errors, strict=True))
-    name = f"{next(linear for linear in solved.linears if linear in matches)}.{OPS[solved.operand]}"
+    name = f"{next(linear for linear in solved.linears if linear in matches)}.{OPS[Form(solved.operand, solved.fp8)]}"
     free = (f"{name}.{call}" if call > 1 else name for call in count(1))
     names.add(name := next(one for one in free if one not in names))
     return SparseNode(
@@ -278,6 +322,7 @@ def _describe(
         norm_scale=solved.norm_scale,
         errors=tuple(errors[linear] for linear in matches),
         operand=solved.operand,
+        fp8=solved.fp8,
         activation=int(activation),
         activation_from=sum(channels[linear] for linear in plain) if activation else 0,
         tokens=_tokens(next(iter(matches.values()))) or group.tokens,
@@ -352,7 +397,11 @@ def _rows(node: SparseNode, solved: SparseLinearWeights) -> list[int]:
 
 
 def _attributes(node: SparseNode, metadata_layout: MetadataLayout) -> dict[str, int | str]:
-    if node.operand == "weight":
+    if node.fp8 and node.operand == "weight":
+        own = {"out_channels": node.out_channels}
+    elif node.fp8:
+        own = {"prune": int(node.operand == "activation")}
+    elif node.operand == "weight":
         own = {"metadata_layout": metadata_layout, "out_channels": node.out_channels}
     else:
         own = {"rank": node.rank, "norm_scale": int(node.norm_scale)}
@@ -422,11 +471,10 @@ def _channels_first(graph: gs.Graph, y: gs.Variable) -> gs.Variable:
 def _fuse_producers(
     nodes: Sequence[SparseNode], dense: DenseGraph, fills: dict[str, TensorSpec]
 ) -> list[SparseNode]:
-    """Let the nodes that prune their x make it themselves, where they can. ``fills``: gets gains of 1, shifts of 0."""
+    """Let nodes that prune or round their x make it too, where they can. ``fills``: gets gains of 1, shifts of 0."""
     in_graph = {node.name: node for node in dense.graph.nodes}
     return [
-        _fuse_producer(in_graph[node.name], node, dense, fills) if node.operand == "activation" else node
-        for node in nodes
+        _fuse_producer(in_graph[node.name], node, dense, fills) if node.prepares_x else node for node in nodes
     ]
 
 
@@ -434,12 +482,14 @@ def _fuse_producer(
     in_graph: gs.Node, node: SparseNode, dense: DenseGraph, fills: dict[str, TensorSpec]
 ) -> SparseNode:
     produced = find_producer(in_graph.inputs[0], dense)
+    if produced is not None and node.fp8:
+        produced = with_halves(produced)
     if produced is None:
         return node
     node = replace(node, producer=produced.producer)
     in_graph.op = node.op
     in_graph.inputs[0] = produced.x
-    if node.op == NORM_OP:
+    if node.op in NORM_OPS:
         in_graph.attrs |= {"rms": int(produced.producer == "rms norm"), "epsilon": produced.epsilon}
         in_graph.inputs.extend(_gain_and_shift(produced, node, dense, fills))
     elif produced.gate is not None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
+from lynx_compile.engine.manifest import form_in_words
 from lynx_compile.errors import InputError
 from lynx_compile.ops.sparse_linear import padded_width
 from lynx_compile.recipe import NodeOperand
@@ -40,10 +41,7 @@ class Form:
 
     @property
     def words(self) -> str:
-        """Such as "2:4 weights in FP8"; "dense" is what is left as it was."""
-        if self.operand == "none":
-            return "dense FP8" if self.fp8 else "dense"
-        return f"2:4 {self.operand}s{' in FP8' * self.fp8}"
+        return form_in_words(self.operand, self.fp8)
 
 
 DENSE = Form("none")

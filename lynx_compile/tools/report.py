@@ -36,10 +36,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Linear:
-    """A row of the plan. ``error``: measured where it was compared, else expected. ``gain``: of its plugin layer."""
+    """A row of the plan.
+
+    ``form``: what it became, such as "2:4 weights in FP8". ``error``: measured where it was compared, else expected.
+    ``gain``: of its plugin layer.
+    """
 
     path: str
     operand: str
+    form: str
     error: float | None
     expected: float | None
     measured: float | None
@@ -51,7 +56,7 @@ class Linear:
         """All about it in one line."""
         if self.error is None:
             return f"{self.path}: dense ({self.reason})"
-        parts = [f"{self.path}: sparse {self.operand}s", f"expected error {self.expected:.4f}"]
+        parts = [f"{self.path}: {self.form}", f"expected error {self.expected:.4f}"]
         parts += [f"measured {self.measured:.4f}"] if self.measured is not None else []
         parts += [f"expected gain {self.gain:.2f}x"] if self.gain is not None else []
         return ", ".join(parts)
@@ -155,9 +160,10 @@ def _linears(manifest: Manifest, comparison: Comparison | None) -> tuple[Linear,
         for path, expected in zip(node.linears, node.errors, strict=True):
             error = measured.get(path)
             shown = expected if error is None else error
-            found.append(Linear(path, node.operand, shown, expected, error, gain, _shared(node)))
+            found.append(Linear(path, node.operand, node.form, shown, expected, error, gain, _shared(node)))
     found += [
-        Linear(linear.linear, "none", None, None, None, None, linear.reason) for linear in manifest.dense
+        Linear(linear.linear, "none", "dense", None, None, None, None, linear.reason)
+        for linear in manifest.dense
     ]
     stacks = list(dict.fromkeys(_place(linear.path)[0] for linear in found))
     return tuple(sorted(found, key=lambda x: (stacks.index(_place(x.path)[0]), _place(x.path)[1])))
@@ -172,7 +178,9 @@ def _gain(node: SparseLinears) -> float | None:
     """Times as fast as dense: by the recipe's costs, else by the roofline."""
     if node.gain is not None or not node.tokens:
         return node.gain
-    return roofline(node.tokens, node.in_channels, node.out_channels, node.rank).gain(Form(node.operand))
+    return roofline(node.tokens, node.in_channels, node.out_channels, node.rank).gain(
+        Form(node.operand, node.fp8)
+    )
 
 
 def _place(path: str) -> tuple[str, int]:

@@ -123,7 +123,7 @@ def test_expected_gain_is_that_of_the_whole_time(lynx: LynxOnnx, manifest: Manif
 
 
 def test_summary_counts(manifest: Manifest) -> None:
-    assert "2 linears sparse in 2 plugin layers, 1 dense" in manifest.summary()
+    assert "2 linears in 2 plugin layers, 1 dense" in manifest.summary()
     assert f"small.engine: {manifest.engine.bytes / 1e6:.1f} MB" in manifest.summary()
 
 

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse linears that lose nothing, so that a rewritten graph must equal the dense one: all of W is the low rank."""
+"""Plans and weights that need no calibration.
+
+``exact_weights`` lose nothing, so that a rewritten graph must equal the dense one: all of W is the low rank.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch.nn import functional
 
 from lynx_compile.models.structure import LinearGroup
-from lynx_compile.ops.sparse_linear import expand_low_rank
+from lynx_compile.ops.fp8 import round_rows
+from lynx_compile.ops.sparse_linear import expand_low_rank, keep_mask
 from lynx_compile.passes.compensate import SparseLinearWeights
 from lynx_compile.passes.compensate import _save as save_weights
 from lynx_compile.passes.select import Decision, SparseGroup, SparsityPlan
+from lynx_compile.recipe import NodeOperand
 
 SIZE = 64
 
@@ -94,5 +99,50 @@ def _weights(module: torch.nn.Module, plan: SparsityPlan, folder: Path, *, exact
             errors=(0.0,) * len(linears),
         )
         files.append(folder / f"{index}.safetensors")
+        save_weights(files[-1], solved)
+    return files
+
+
+def fp8_plan(groups: Sequence[LinearGroup], operand_of: Callable[[str], NodeOperand]) -> SparsityPlan:
+    """Every candidate in FP8, with the operand that ``operand_of`` says of its path."""
+    decisions, parts = [], []
+    for group in groups:
+        made = [
+            Decision(linear, operand_of(linear.path), "", fp8=True)
+            if linear.refusal is None
+            else Decision(linear, "none", linear.refusal)
+            for linear in group.linears
+        ]
+        decisions += made
+        for operand in sorted({decision.operand for decision in made if decision.fp8}):
+            linears = tuple(one.linear for one in made if one.fp8 and one.operand == operand)
+            parts.append(SparseGroup(group.name, linears, group.tokens, operand, fp8=True, calls=group.calls))
+    return SparsityPlan(tuple(decisions), tuple(parts))
+
+
+def fp8_weights(module: torch.nn.Module, plan: SparsityPlan, folder: Path) -> list[Path]:
+    """One file a group: W as it is, pruned by magnitude where it is the operand, and rounded."""
+    files = []
+    for index, group in enumerate(plan.groups):
+        linears = [module.get_submodule(linear.path) for linear in group.linears]
+        weight = torch.cat([linear.weight.detach().float().flatten(1) for linear in linears])
+        biases = [
+            torch.zeros(len(linear.weight)) if linear.bias is None else linear.bias.detach().float()
+            for linear in linears
+        ]
+        rounded = round_rows(weight, keep_mask(weight) if group.operand == "weight" else None)
+        solved = SparseLinearWeights(
+            linears=tuple(linear.path for linear in group.linears),
+            out_channels=tuple(len(linear.weight) for linear in linears),
+            weight=rounded.values,
+            lora_down=torch.zeros(1, weight.shape[1]),
+            bias=torch.cat(biases),
+            rank=0,
+            norm_scale=False,
+            errors=(0.0,) * len(linears),
+            operand=group.operand,
+            weight_scale=rounded.scale,
+        )
+        files.append(folder / f"{index}.fp8.safetensors")
         save_weights(files[-1], solved)
     return files

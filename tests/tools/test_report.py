@@ -85,7 +85,7 @@ def test_a_compilation_leaves_it(compiled_tiny: Path) -> None:
     assert "17 of 30" in elements.text and "Not compared yet" in elements.text
     for node in manifest.sparse:
         for linear, error in zip(node.linears, node.errors, strict=True):
-            assert f"{linear}: sparse weights, expected error {error:.4f}, expected gain" in elements.text
+            assert f"{linear}: 2:4 weights, expected error {error:.4f}, expected gain" in elements.text
     for linear in manifest.dense:
         assert linear.linear in elements.text and linear.reason in elements.text
     assert all(stage.name in elements.text for stage in manifest.stages)
@@ -97,8 +97,7 @@ def test_everything_that_was_measured_is_in_it(
     elements = Elements(compared.with_suffix(".html").read_text())
     for linear in comparison.linears:
         assert (
-            f"{linear.linear}: sparse weights, expected error {linear.expected:.4f}, measured "
-            in elements.text
+            f"{linear.linear}: 2:4 weights, expected error {linear.expected:.4f}, measured " in elements.text
         )
         assert f"{linear.error:.4f}" in elements.text
     for step in comparison.output:
@@ -107,7 +106,7 @@ def test_everything_that_was_measured_is_in_it(
     rects = [a for tag, a in elements.found if tag == "rect" and (a["class"] or "").startswith("cell l")]
     assert len(rects) == 17  # one cell a sparse linear
     by_title = dict(
-        re.findall(r"<g><title>(\S+): sparse.*?</title>\s*<rect class=\"cell l(\d)", page_of(compared))
+        re.findall(r"<g><title>(\S+): 2:4.*?</title>\s*<rect class=\"cell l(\d)", page_of(compared))
     )
     errors = {linear.linear: linear.error for linear in comparison.linears}
     order = sorted(errors, key=lambda linear: errors[linear])
@@ -149,7 +148,7 @@ def test_an_extra_kind_of_layer_is_marked(manifest: Manifest) -> None:
     sparse = tuple(node.model_copy(update={"operand": "weight"}) for node in manifest.sparse)
     page = report.render(manifest.model_copy(update={"sparse": sparse}), None, None)
     elements = Elements(page)
-    assert "sparse weights" in elements.text
+    assert "2:4 weights" in elements.text
     assert sum(tag == "text" and (a.get("class") or "").startswith("mark") for tag, a in elements.found) == 17
 
 
