@@ -39,6 +39,15 @@ class Tensor(Strict):
     shape: Annotated[tuple[Extent, ...], Field(max_length=8)]
 
 
+class Length(Strict):
+    """An extent of an input that a run decides, between two."""
+
+    tensor: str
+    axis: Annotated[int, Field(ge=0, lt=8)]
+    smallest: Count
+    largest: Count
+
+
 class EngineFile(Strict):
     file: FileName
     bytes: Count
@@ -198,9 +207,9 @@ class Stage(Strict):
 class Manifest(Strict):
     """All about an engine. ``inputs`` are those that a caller gives, without ``weights.tensors``.
 
-    ``call``: how torch calls the transformer; None where it was no torch module. ``costs``: name of the file of
-    measured times that the recipe gave, if any. ``files``: the ONNX file that the engine was built
-    from and its weights, as they were written.
+    ``lengths``: of the inputs' extents that are -1. ``call``: how torch calls the transformer; None where it was no
+    torch module. ``costs``: name of the file of measured times that the recipe gave, if any. ``files``: the ONNX file
+    that the engine was built from and its weights, as they were written.
     """
 
     format_version: Literal[2]
@@ -213,6 +222,7 @@ class Manifest(Strict):
     dtype: Literal["bf16", "fp16"]
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    lengths: tuple[Length, ...] = ()
     weights: Weights
     recipe_sha256: Sha256
     source: Source
@@ -229,6 +239,15 @@ class Manifest(Strict):
         name, count = Counter(tensor.name for tensor in tensors).most_common(1)[0] if tensors else ("", 0)
         if count > 1:
             raise ValueError(f"the tensor {name!r:.100} is there twice")
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_are_of_open_axes(self) -> Self:
+        shapes = {tensor.name: tensor.shape for tensor in self.inputs}
+        for length in self.lengths:
+            shape = shapes.get(length.tensor, ())
+            if length.axis >= len(shape) or shape[length.axis] != -1:
+                raise ValueError(f"{length.tensor!r:.100} has no open axis {length.axis}")
         return self
 
     @model_validator(mode="after")

@@ -268,6 +268,7 @@ class Context:
         """
         if (slot := self._slots.get(shapes)) is not None and (self._graphs or shapes == self._told):
             return slot
+        _check_lengths(self.engine, shapes)
         context = self._create() if self._graphs and self._slots else self._contexts[0]
         self._told = None
         for tensor, shape in zip(self.engine.inputs, shapes, strict=True):
@@ -561,6 +562,18 @@ def _check_shape(dtype: str, shape: tuple[int, ...], wanted: Tensor) -> None:
             f"'{wanted.name}' is {dtype} {list(shape)}, and the engine has {said(wanted)}.",
             "Give the shapes that the recipe names, or compile again with others.",
         )
+
+
+def _check_lengths(engine: Engine, shapes: tuple[tuple[int, ...], ...]) -> None:
+    given = {tensor.name: shape for tensor, shape in zip(engine.inputs, shapes, strict=True)}
+    for length in engine.manifest.lengths:
+        found = given[length.tensor][length.axis]
+        if not length.smallest <= found <= length.largest:
+            raise InputError(
+                f"'{length.tensor}' has {found} entries along axis {length.axis}, and the engine is for "
+                f"{length.smallest} to {length.largest}.",
+                "Give prompts as long as those it was compiled with, or compile with such as this one.",
+            )
 
 
 def _is_bindable(place: View) -> bool:

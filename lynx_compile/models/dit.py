@@ -16,7 +16,7 @@ import torch
 from lynx_compile.engine.arguments import flatten, unflatten
 from lynx_compile.models.checkpoint import Checkpoint
 from lynx_compile.models.onnx_source import OnnxSource
-from lynx_compile.models.recording import Axis, Component, Group, Recording
+from lynx_compile.models.recording import Axis, Call, Component, Group, Recording
 from lynx_compile.models.structure import Linear, LinearGroup, find_structure
 from lynx_compile.models.weightless import Weightless
 
@@ -29,7 +29,7 @@ class DiT:
 
     ``recorded``: how its pipeline calls it. ``component``: its name there. ``calls``: the recorded calls that one graph
     serves. ``arguments``: those of ``forward`` that are compiled, nested; floating tensors have the dtypes of the
-    engine's inputs.
+    engine's inputs. ``axes``: those of them whose length a run decides.
     ``groups``: every linear of the module, grouped by the tensor it reads. ``digest``: of the checkpoint.
     """
 
@@ -40,6 +40,7 @@ class DiT:
     calls: Group
     dtype: torch.dtype
     arguments: Mapping[str, Any]
+    axes: tuple[Axis, ...]
     groups: tuple[LinearGroup, ...]
 
     @cached_property
@@ -88,10 +89,7 @@ def find_dit(
         InputError: the module cannot be run without weights, or not in ``dtype``.
     """
     calls = _main_group(recording, component)
-    arguments = recording.arguments(calls.calls[0])
-    if any(p.name == "return_dict" for p in recording.component(component).parameters):
-        arguments["return_dict"] = True  # both forms of the result can be made from this one
-    arguments = _padded(arguments, calls.axes)
+    arguments, axes = compiled_arguments(recording, calls)
     if isinstance(checkpoint, OnnxSource):
         arguments = dict(checkpoint.taken(arguments))
     skeleton = checkpoint.build("meta", torch.float32)
@@ -106,8 +104,26 @@ def find_dit(
         arguments=arguments
         if isinstance(checkpoint, OnnxSource)
         else in_engine_dtypes(checkpoint, arguments, dtype),
+        axes=axes,
         groups=structure.groups,
     )
+
+
+def compiled_arguments(recording: Recording, calls: Group) -> tuple[dict[str, Any], tuple[Axis, ...]]:
+    """Arguments that stand for all calls of a graph, and their axes that cannot be padded to one length.
+
+    They are those of the longest call; what a mask lets pad has the greatest length of any.
+    """
+    bare = tuple(axis for axis in calls.axes if axis.mask is None)
+
+    def length(call: Call) -> int:
+        shapes = recording.signature(call).shapes
+        return sum(shapes[axis.tensor][axis.axis] for axis in bare)
+
+    arguments = recording.arguments(max(calls.calls, key=length))
+    if any(p.name == "return_dict" for p in recording.component(calls.component).parameters):
+        arguments["return_dict"] = True  # both forms of the result can be made from this one
+    return _padded(arguments, calls.axes), bare
 
 
 def _main_group(recording: Recording, component: str) -> Group:
@@ -129,11 +145,6 @@ def _padded(arguments: Mapping[str, Any], axes: Sequence[Axis]) -> dict[str, Any
     tensors = dict(flat.tensors)
     for axis in axes:
         if axis.mask is None:
-            log.warning(
-                "'%s' has between %d and %d entries along axis %d, and no mask that would tell padding: the engine is "
-                "for %d alone.",
-                axis.tensor, axis.smallest, axis.largest, axis.axis, tensors[axis.tensor].shape[axis.axis],
-            )  # fmt: skip
             continue
         tensor = tensors[axis.tensor]
         missing = [0, 0] * (tensor.ndim - 1 - axis.axis) + [0, axis.largest - tensor.shape[axis.axis]]

@@ -97,7 +97,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Axis:
-    """A size that differs between calls. Axes of one ``symbol`` always have the same size.
+    """A size that differs between calls: always ``offset`` more than what ``symbol`` stands for.
 
     ``mask``: an input that tells which entries of this axis count, so that it can be padded; None if there is none.
     """
@@ -108,6 +108,7 @@ class Axis:
     largest: int
     symbol: str
     mask: str | None
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -324,8 +325,10 @@ def _axes(signatures: Sequence[Signature]) -> tuple[Axis, ...]:
         for axis in range(len(shape))
     }
     varying = {place: values for place, values in sizes.items() if len(set(values)) > 1}
-    symbols = {values: f"s{i}" for i, values in enumerate(dict.fromkeys(varying.values()))}
-    names = {values: [name for (name, _), v in varying.items() if v == values] for values in symbols}
+    names: dict[tuple[int, ...], list[str]] = {}
+    for (name, _), values in varying.items():
+        names.setdefault(values, []).append(name)
+    symbols = _symbols(list(names))
     masks = {
         values: mask
         for values, of_size in names.items()
@@ -333,10 +336,25 @@ def _axes(signatures: Sequence[Signature]) -> tuple[Axis, ...]:
         if _is_mask(mask)
         and not all(map(_is_mask, of_size))  # a mask of nothing but masks marks something else
     }
+    # A text that is padded is longer than what counts its tokens without a mask: then neither is.
+    bare = {symbols[values][0] for values in names if values not in masks}
     return tuple(
-        Axis(name, axis, min(values), max(values), symbols[values], masks.get(values))
+        Axis(
+            name, axis, min(values), max(values), symbols[values][0],
+            None if symbols[values][0] in bare else masks[values], symbols[values][1],
+        )
         for (name, axis), values in varying.items()
-    )
+    )  # fmt: skip
+
+
+def _symbols(sizes: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[str, int]]:
+    """{sizes: symbol and offset}. Sizes that always differ by the same, as with an image behind a text, share one."""
+    steps = {values: tuple(value - values[0] for value in values) for values in sizes}
+    smallest: dict[tuple[int, ...], int] = {}
+    for values, step in steps.items():
+        smallest[step] = min(values[0], smallest.get(step, values[0]))
+    symbols = {step: f"s{i}" for i, step in enumerate(smallest)}
+    return {values: (symbols[step], values[0] - smallest[step]) for values, step in steps.items()}
 
 
 def _is_mask(name: str) -> bool:
@@ -352,6 +370,6 @@ def _described(groups: Sequence[Group]) -> list[str]:
             why = differences(groups[0].schema, group.schema)
             lines.append(f"  differs from graph 0: {'; '.join(why[:3])}{'; ...' if len(why) > 3 else ''}")
         for axis in group.axes:
-            how = f"can be padded, with {axis.mask}" if axis.mask else "dynamic: no mask tells of padding"
+            how = f"can be padded, with {axis.mask}" if axis.mask else "no mask tells of padding"
             lines.append(f"  {axis.tensor}[{axis.axis}]: {axis.smallest} to {axis.largest} ({how})")
     return lines

@@ -27,7 +27,7 @@ from lynx_compile.files.resume import StageVersion
 if TYPE_CHECKING:
     from lynx_compile.passes.rewrite import LynxOnnx
 
-BUILD = StageVersion("build", 1)  # TensorRT's version, the plugin and the GPU are inputs
+BUILD = StageVersion("build", 2)  # TensorRT's version, the plugin and the GPU are inputs
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ class BuiltEngine:
 def build(
     lynx: LynxOnnx, engine: recipe.Engine, output: Path, *, progress: Progress | None = None
 ) -> BuiltEngine:
-    """Build ``output`` from ``lynx.path``: strongly typed, static shapes, the plugin library embedded.
+    """Build ``output`` from ``lynx.path``: strongly typed, static shapes but for its lengths, the plugin library
+    embedded.
 
     With ``tensorrt_rtx`` two builds of the same file are bit-identical. An existing ``output`` is replaced
     only by a whole engine.
@@ -85,6 +86,7 @@ def build(
         _parse(backend, parser, lynx.path)
         _check_network(backend, network, lynx)
         config = _config(backend, builder, engine, library)
+        _set_lengths(builder, network, config, lynx)
         plan = _serialize(backend, builder, network, config, temporary, progress)
         plugin_layers = _plugin_layers(backend, plan, lynx)
         del parser
@@ -159,6 +161,22 @@ def _config(backend: trt.Backend, builder: Any, engine: recipe.Engine, library: 
     if backend.ahead_of_time:
         _set_targets(backend, config, engine.gpus)
     return config
+
+
+def _set_lengths(builder: Any, network: Any, config: Any, lynx: LynxOnnx) -> None:
+    """Inputs of open lengths, tuned for the longest."""
+    if not lynx.lengths:
+        return
+    profile = builder.create_optimization_profile()
+    for tensor in (network.get_input(i) for i in range(network.num_inputs)):
+        own = [length for length in lynx.lengths if length.tensor == tensor.name]
+        if not own:
+            continue
+        smallest, largest = list(tensor.shape), list(tensor.shape)
+        for length in own:
+            smallest[length.axis], largest[length.axis] = length.smallest, length.largest
+        profile.set_shape(tensor.name, smallest, largest, largest)
+    config.add_optimization_profile(profile)
 
 
 def _set_targets(backend: trt.Backend, config: Any, gpus: tuple[str, ...]) -> None:

@@ -71,6 +71,7 @@ def describe(
         dtype=recipe.model.dtype,
         inputs=tuple(tensor for tensor in built.inputs if tensor.name not in lynx.external_inputs),
         outputs=built.outputs,
+        lengths=lynx.lengths,
         weights=_weights(lynx, built, written),
         recipe_sha256=recipe.digest,
         source=Source(

@@ -7,7 +7,7 @@ import ast
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +19,20 @@ import onnxscript.optimizer
 import torch
 from onnxscript import rewriter
 from onnxscript.rewriter.rules.common import _no_op
+from torch.export import Dim
 
 from lynx_compile.engine.arguments import Arguments, Structure, flatten, unflatten
+from lynx_compile.engine.manifest import Length
 from lynx_compile.errors import LynxError, StageError
 from lynx_compile.files.onnx_check import check_onnx
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.models.dit import DiT
+from lynx_compile.models.recording import Axis
 from lynx_compile.models.structure import is_linear
 from lynx_compile.models.trace import Baked, exportable
 from lynx_compile.ops.functions import LINEAR_KEY, OPSET
 
-EXPORT = StageVersion("export", 2, ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir"))
+EXPORT = StageVersion("export", 3, ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir"))
 FOLDED_BYTES = (
     4096  # constants larger than this are weights; folding those would copy them and lose their names
 )
@@ -43,16 +46,21 @@ class DenseOnnx:
 
     ``output``: what ``forward`` returns, with the graph's outputs as its tensors.
     ``baked``: values of the example's arguments that the graph holds as constants.
+    ``lengths``: of the inputs' axes that have no fixed one.
     """
 
     path: Path
     data: Path | None = None
     output: Structure | None = None
     baked: tuple[Baked, ...] = ()
+    lengths: tuple[Length, ...] = ()
 
 
 def export(dit: DiT, path: Path, dtype: torch.dtype | None = None) -> DenseOnnx:
-    """Trace the module at its example inputs' (static) shapes; graph inputs keep the names of ``forward``.
+    """Trace the module at its example inputs' shapes; graph inputs keep the names of ``forward``.
+
+    Lengths that no mask lets pad stay open. Where the model cannot be traced so, the graph is for those of the example
+    alone, and the user is told.
 
     Args:
         dtype: of weights and activations; the recipe's by default. float32 is for comparisons on a CPU.
@@ -61,10 +69,36 @@ def export(dit: DiT, path: Path, dtype: torch.dtype | None = None) -> DenseOnnx:
         StageError: torch cannot trace the module, or the result is not valid ONNX.
     """
     dtype = dtype or dit.dtype
-    dense = export_module(dit.module_on_cpu(dtype), dit.arguments, path, dtype)
+    dense = export_lengths(dit.module_on_cpu(dtype), dit.arguments, dit.axes, path, dtype)
     for baked in dense.baked:
         log.warning("%s", baked)
     return dense
+
+
+def export_lengths(
+    module: torch.nn.Module,
+    arguments: Mapping[str, Any],
+    axes: Sequence[Axis],
+    path: Path,
+    dtype: torch.dtype | None = None,
+) -> DenseOnnx:
+    """As ``export_module``; where it cannot leave ``axes`` open, at the example's lengths, with a warning."""
+    try:
+        return export_module(module, arguments, path, dtype, axes)
+    except StageError as error:
+        if not axes:
+            raise
+        sizes = flatten(arguments).tensors
+        log.warning(
+            "The engine is for one length alone: %s. %s",
+            ", ".join(
+                f"'{axis.tensor}' has {sizes[axis.tensor].shape[axis.axis]} entries along axis {axis.axis}, and "
+                f"between {axis.smallest} and {axis.largest} in the recorded calls"
+                for axis in axes
+            ),
+            error,
+        )
+        return export_module(module, arguments, path, dtype)
 
 
 def export_module(
@@ -72,25 +106,28 @@ def export_module(
     arguments: Mapping[str, Any],
     path: Path,
     dtype: torch.dtype | None = None,
+    axes: Sequence[Axis] = (),
 ) -> DenseOnnx:
-    """Trace any module at the (static) shapes of one call of it.
+    """Trace any module at the shapes of one call of it.
 
     Args:
         module: on the CPU, in the dtype that the graph is to have.
         arguments: of ``forward``, by name, nested as the caller gives them. Tensors become graph inputs, named by
             their path (``x.0``); everything else is constant.
         dtype: of the inputs in half precision; what they have by default.
+        axes: of the tensors, those whose lengths stay open.
 
     Raises:
         InputError: an argument is neither a tensor nor a plain constant.
-        StageError: torch cannot trace the module, or the result is not valid ONNX.
+        StageError: torch cannot trace the module, or not for all lengths, or the result is not valid ONNX.
     """
     flat = flatten(arguments)
     example = {name: _ready_input(tensor, dtype) for name, tensor in flat.tensors.items()}
     results: list[Arguments] = []
     with _quiet(), torch.no_grad(), _tensors_only(module, flat.structure, example, results):
         with exportable(module, example) as baked:
-            program = _traced(module, tuple(example.values()))
+            program = _traced(module, tuple(example.values()), _open_shapes(list(example), axes))
+            _check_open(axes, baked)
         outputs = list(results[-1].tensors)
         onnx_program = _translated(program, tuple(example.values()), list(example), outputs)
         _fold(onnx_program.model)
@@ -101,7 +138,9 @@ def export_module(
     if problem := check_onnx(path):
         raise StageError("export", f"the exported ONNX is invalid ({problem}).", "Report the model.")
     data = path.with_name(f"{path.name}.data")
-    return DenseOnnx(path, data if data.exists() else None, results[-1].structure, tuple(baked))
+    return DenseOnnx(
+        path, data if data.exists() else None, results[-1].structure, tuple(baked), _lengths(axes)
+    )
 
 
 def _ready_input(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -137,10 +176,59 @@ def _tensors_only(
         del module.forward
 
 
-def _traced(module: torch.nn.Module, tensors: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
+def _open_shapes(names: Sequence[str], axes: Sequence[Axis]) -> tuple[dict[int, Any] | None, ...] | None:
+    """Per input, its open axes as the exporter takes them."""
+    if not axes:
+        return None
+    roots = {
+        axis.symbol: Dim(axis.symbol, min=axis.smallest - axis.offset, max=axis.largest - axis.offset)
+        for axis in axes
+    }
+    return tuple(
+        {
+            a.axis: roots[a.symbol] + a.offset if a.offset else roots[a.symbol]
+            for a in axes
+            if a.tensor == name
+        }
+        or None
+        for name in names
+    )
+
+
+def _check_open(axes: Sequence[Axis], baked: Sequence[Baked]) -> None:
+    """A value of a tensor that is fixed to the example's fixes its length."""
+    for axis in axes:
+        for one in baked:
+            if axis.tensor in one.arguments:
+                raise StageError(
+                    "export",
+                    f"{one.where} decides on '{axis.tensor}', whose length varies.",
+                    "Report the model.",
+                )
+
+
+def _lengths(axes: Sequence[Axis]) -> tuple[Length, ...]:
+    return tuple(
+        Length(tensor=axis.tensor, axis=axis.axis, smallest=axis.smallest, largest=axis.largest)
+        for axis in axes
+    )
+
+
+def _traced(
+    module: torch.nn.Module,
+    tensors: tuple[torch.Tensor, ...],
+    open_shapes: tuple[dict[int, Any] | None, ...] | None,
+) -> torch.export.ExportedProgram:
     """Never by ``torch.onnx.export`` itself: it falls back to strict tracing, which renames every scope."""
     try:
-        return torch.export.export(module, tensors, strict=False)
+        return torch.export.export(
+            module,
+            tensors,
+            dynamic_shapes=open_shapes,
+            strict=False,
+            # Of decisions on lengths, those that hold for some of them alone are seen and refused.
+            prefer_deferred_runtime_asserts_over_guards=False,
+        )
     except LynxError:
         raise
     except Exception as error:

@@ -193,12 +193,11 @@ def _rows(tensor: gs.Tensor, x: gs.Variable) -> int | None:
     """
     if tensor.shape is None or x.shape is None or tensor.dtype != x.dtype:
         return None
-    if not all(isinstance(extent, int) for extent in (*tensor.shape, *x.shape)):
-        return None
     if not 0 < len(tensor.shape) <= len(x.shape) or tensor.shape[-1] != x.shape[-1]:
         return None
+    if not all(isinstance(extent, int) for extent in tensor.shape):  # those of x may be open
+        return None
     leading = (1,) * (len(x.shape) - len(tensor.shape)) + tuple(tensor.shape[:-1])
-    outer = int(
-        np.argmin([*np.equal(leading, x.shape[:-1]), False])
-    )  # how many dimensions are the tokens' own
+    unequal = (i for i, extent in enumerate(leading) if extent != x.shape[i])
+    outer = next(unequal, len(leading))  # how many dimensions are the tokens' own
     return int(np.prod(leading)) if all(extent == 1 for extent in leading[outer:]) else None

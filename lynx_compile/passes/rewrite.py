@@ -62,6 +62,7 @@ import onnx_graphsurgeon as gs
 import torch
 from onnx.external_data_helper import uses_external_data
 
+from lynx_compile.engine.manifest import Length
 from lynx_compile.errors import StageError
 from lynx_compile.files.atomic import save_bytes
 from lynx_compile.files.onnx_check import check_onnx
@@ -106,7 +107,7 @@ def _by_producer(norm: str, gelu: str, gated: str) -> dict[Producer, str]:
     return {"layer norm": norm, "rms norm": norm, "gelu": gelu, "gated": gated}
 
 
-REWRITE = StageVersion("rewrite", 2, ("torch", "numpy", "onnx", "onnx-graphsurgeon"))
+REWRITE = StageVersion("rewrite", 3, ("torch", "numpy", "onnx", "onnx-graphsurgeon"))
 OPS = {
     Form("activation"): OP,
     Form("weight"): WEIGHT_OP,
@@ -177,7 +178,7 @@ class LynxOnnx:
     """The rewritten file. All large tensors are in ``weights_path``, a safetensors file beside it.
 
     ``external_inputs``: names of graph inputs, also keys of ``weights_path``, that a runtime binds; () when the
-    weights are constants of the graph.
+    weights are constants of the graph. ``lengths``: of the inputs' axes that have no fixed one.
     """
 
     path: Path
@@ -185,6 +186,7 @@ class LynxOnnx:
     external_inputs: tuple[str, ...]
     sparse: tuple[SparseNode, ...]
     dense: tuple[DenseLinear, ...]
+    lengths: tuple[Length, ...] = ()
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -274,6 +276,7 @@ def rewrite(
         external_inputs,
         tuple(nodes),
         left,
+        dense.lengths,
     )
 
 

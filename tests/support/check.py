@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from lynx_compile import recipe
 from lynx_compile.engine.arguments import flatten
 from lynx_compile.engine.module import EngineModule
 from lynx_compile.models.calls import recorded_call
-from lynx_compile.models.capture import capture
+from lynx_compile.models.capture import call_pipeline, capture
 from lynx_compile.models.checkpoint import open_checkpoint
-from lynx_compile.models.dit import in_engine_dtypes
+from lynx_compile.models.dit import compiled_arguments, in_engine_dtypes
 from lynx_compile.models.recording import Recording
 from lynx_compile.models.structure import find_structure
 from lynx_compile.passes.build import build
-from lynx_compile.passes.export import DenseOnnx, export_module
+from lynx_compile.passes.export import DenseOnnx, export_lengths, export_module
 from lynx_compile.passes.rewrite import LynxOnnx, rewrite
 from lynx_compile.passes.select import SparsityPlan
 from lynx_compile.tools.support import configurations, pipelines
@@ -236,20 +236,32 @@ def _put_engine(patch: pytest.MonkeyPatch, pipe: Any, recording: Recording, name
     component, groups = recording.component(name), recording.groups(name)
     if len(groups) > 1:
         raise ValueError(f"{name} is called in {len(groups)} ways, and an engine serves one")
-    arguments = recording.arguments(groups[0].calls[0])
-    given = arguments | ({"return_dict": True} if "return_dict" in arguments else {})
-    dense = export_module(pipe.components[name], given, folder / "dense.onnx")
+    arguments, axes = compiled_arguments(recording, groups[0])
+    dense = export_lengths(pipe.components[name], arguments, axes, folder / "dense.onnx")
     assert dense.output is not None
-    stage = set_stage(patch, LynxOnnx(dense.path, dense.path, (), (), ()), FakeCuda())
+    stage = set_stage(patch, LynxOnnx(dense.path, dense.path, (), (), (), dense.lengths), FakeCuda())
     call = recorded_call(component, groups[0], arguments, dense.output, dense.baked)
     stage.change(call=call.model_dump(), source={"config": component.config})
     setattr(pipe, name, lynx_compile.load(stage.path))
 
 
-def _latents(prepared: pipelines.Prepared, prompt: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(5)
-    arguments = prepared.call | {"output_type": "latent", "return_dict": False, "generator": generator}
-    return torch.as_tensor(prepared.pipe(**prepared.inputs[prompt] | arguments)[0])
+def _latents(prepared: pipelines.Prepared, prompt: int) -> list[torch.Tensor]:
+    """All tensors that the pipeline returns, not decoded where it lets them be."""
+    arguments = prepared.call | prepared.inputs[prompt]
+    return list(_arrays(call_pipeline(prepared.pipe, arguments, seed=5)))
+
+
+def _arrays(value: Any) -> Iterator[torch.Tensor]:
+    """Every array in what a pipeline returns; a modular one returns its whole state."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        yield torch.as_tensor(value)
+    elif is_dataclass(value):
+        yield from _arrays([getattr(value, entry.name) for entry in fields(value)])
+    elif isinstance(value, Mapping):
+        yield from _arrays(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _arrays(item)
 
 
 def _eager(module: torch.nn.Module, inputs: Mapping[str, Any]) -> list[np.ndarray]:

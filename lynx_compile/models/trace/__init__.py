@@ -21,6 +21,7 @@ from lynx_compile.models.trace.complex_pairs import ComplexPairs, complex_buffer
 from lynx_compile.models.trace.data_alias import DataAlias
 from lynx_compile.models.trace.einsum import Einsum
 from lynx_compile.models.trace.flex_attention import dense_flex_attention
+from lynx_compile.models.trace.lengths import lengths_as_sizes
 from lynx_compile.models.trace.live_masks import LiveMasks
 from lynx_compile.models.trace.masked_rows import MaskedRows
 from lynx_compile.models.trace.onnx_branches import no_onnx_branches
@@ -73,6 +74,7 @@ def exportable(module: torch.nn.Module, example: Mapping[str, torch.Tensor]) -> 
         stack.enter_context(complex_buffers_as_constants(module))
         stack.enter_context(dense_flex_attention())
         stack.enter_context(no_onnx_branches())
+        stack.enter_context(lengths_as_sizes(module))
         families.prepare(module)
         module.forward = forward
         yield baked

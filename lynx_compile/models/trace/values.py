@@ -189,6 +189,8 @@ class Values(TorchFunctionMode):
         for tensor in tree_leaves(values):
             if isinstance(tensor, slice):
                 tensor = None
+            if isinstance(tensor, torch.SymInt):
+                return None  # a size that is not the example's alone
             if not isinstance(tensor, torch.Tensor) or _is_constant(tensor):
                 continue
             if tensor not in self._known:

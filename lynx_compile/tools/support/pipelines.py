@@ -567,7 +567,7 @@ PIPELINES = {
     "MotifVideo": _video(
         "MotifVideoPipeline",
         "MotifVideo",
-        _masked(),
+        _masked(dtype=torch.bool),
         parts={"guider": diffusers.ClassifierFreeGuidance, "vae": vaes.wan},
     ),
     "LTX2": _video(
