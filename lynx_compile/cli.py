@@ -39,7 +39,8 @@ from lynx_compile.files.outputs import Outputs
 
 if TYPE_CHECKING:
     from lynx_compile.engine.manifest import Stage
-    from lynx_compile.tools.bench import Bench
+    from lynx_compile.tools.bench import Bench, Shape
+    from lynx_compile.tools.bench_fp8 import Fp8Bench
     from lynx_compile.tools.comparison import Comparison
     from lynx_compile.tools.inspection import Inspection
 
@@ -159,28 +160,42 @@ def bench_(
     folder: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the JSON and the picture.")
     ] = Path(),
-    rank: Annotated[int, typer.Option(help="Rank of the low-rank branch: 0, 16, ... 128.")] = 64,
+    fp8: Annotated[
+        bool | None,
+        typer.Option(
+            "--fp8/--no-fp8", help="All forms, FP8 too, or 16 bits alone; FP8 too where the GPU runs it."
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Rank of the low-rank branch, 0, 16, ... 128; 16 bits alone.", show_default="64"),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the median is shown.")] = 30,
     plugin: Annotated[Path | None, typer.Option(help="Another build of liblynx_plugin.so.")] = None,
     blocks: Annotated[
         bool, typer.Option("--blocks", help="Measure FLUX.1-dev's blocks instead of single linears.")
     ] = False,
 ) -> None:
-    """Measure the sparse linears of FLUX.1-dev, Qwen-Image and Z-Image against cuBLAS on this GPU."""
-    if rank not in range(0, 129, 16):
+    """Measure the sparse linears of real models against cuBLAS on this GPU."""
+    if rank is not None and rank not in range(0, 129, 16):
         raise InputError(f"--rank is {rank}.", "Give a multiple of 16 from 0 to 128.")
     with _interruptible("nothing was written."):
+        from lynx_compile.engine import trt
+        from lynx_compile.passes.select import FP8_GPUS
         from lynx_compile.tools import bench
         from lynx_compile.torch_ops import bindings as kernels
 
         if blocks:
             _bench_blocks(folder, rounds, plugin or kernels.LIBRARY)
             return
+        if fp8 or (fp8 is None and rank is None and trt.gpu() in FP8_GPUS):
+            _bench_fp8(folder, rounds, plugin or kernels.LIBRARY)
+            return
         measured = bench.bench(
-            rank=rank,
+            rank=64 if rank is None else rank,
             rounds=rounds,
             library=plugin or kernels.LIBRARY,
-            progress=lambda shape: err.print(f"[dim]{escape(f'{shape.model}: {shape.linear}')}"),
+            progress=_show_shape,
         )
     if not measured.measured:
         out.print("There is no GPU here, so nothing was measured: what follows is a roofline prediction.")
@@ -191,6 +206,58 @@ def bench_(
     out.print(f"geometric means over the models' linears: {means}")
     for path in bench.save(measured, folder):
         out.print(f"wrote {escape(str(path))}")
+
+
+def _show_shape(shape: Shape) -> None:
+    err.print(f"[dim]{escape(f'{shape.model}: {shape.linear}')}")
+
+
+def _bench_fp8(folder: Path, rounds: int, library: Path) -> None:
+    from lynx_compile.tools import bench_fp8
+
+    measured = bench_fp8.bench_fp8(rounds=rounds, library=library, progress=_show_shape)
+    Console(highlight=False, width=max(out.width, 190)).print(_fp8_table(measured))
+    for name, value in measured.summary.items():
+        out.print(f"{name:<45} {value:.3f}")
+    out.print(f"wrote {escape(str(bench_fp8.save(measured, folder)))}")
+
+
+FP8_COLUMNS = {
+    "torch FP8": "torch_fp8",
+    "cuSPARSELt": "cusparselt_bf16",
+    "and FP8": "cusparselt_fp8",
+    "2:4 weights": "bf16_weight",
+    "2:4 activ.": "bf16_activation",
+    **{
+        f"{form}: {part}": f"fp8_{name}.{part.lower()}"
+        for form, name in (("dense FP8", "dense"), ("FP8 2:4 w.", "weight"), ("FP8 2:4 a.", "activation"))
+        for part in ("GEMM", "all", "fused")
+    },
+}
+
+
+def _fp8_table(measured: Fp8Bench) -> Table:
+    """Times as fast as cuBLAS bf16 (fused: as the producer's kernel and cuBLAS), in turns; behind a stroke, steady."""
+    table = Table(
+        title=f"{measured.device}; times as fast as cuBLAS bf16, in turns / steady", title_justify="left"
+    )
+    for heading in ("model", "linear", "M x K -> N"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("cuBLAS us", *FP8_COLUMNS):
+        table.add_column(heading, justify="right")
+    for r in measured.results:
+        s = r.shape
+        ratios = [
+            f"{r.ratios[name]:.2f}" + (f" / {r.steady[name]:.2f}" if name in r.steady else "")
+            if name in r.ratios
+            else "-"
+            for name in FP8_COLUMNS.values()
+        ]
+        table.add_row(
+            s.model, s.linear, f"{s.tokens} x {s.channels} -> {s.out_channels}",
+            f"{r.microseconds['cublas_bf16']:.0f}", *ratios,
+        )  # fmt: skip
+    return table
 
 
 def _bench_blocks(folder: Path, rounds: int, library: Path) -> None:

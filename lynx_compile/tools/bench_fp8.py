@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m lynx_compile.tools.bench_fp8``: FP8 linears against cuBLAS, torch and cuSPARSELt, on this Hopper GPU.
+"""``lynx-compile bench`` where the GPU runs the FP8 kernels: every form of a linear beside cuBLAS, torch, cuSPARSELt.
 
 Beside each other, for the linears of real models: cuBLAS in bf16; torch's row-wise FP8; cuSPARSELt in bf16 and FP8, the
-fastest of all its algorithms; this project's 2:4 weights in bf16; and its FP8 linears with 2:4 weights, dense, and with
-2:4 activations, each as the GEMM alone and with the rounding pass, and where a model makes x by a norm, GELU or a gate
-right before, with that fused into the pass (against that kernel and cuBLAS). Everything else is as in ``bench``.
+fastest of all its algorithms; this project's 2:4 weights and activations (rank 0) in bf16; and its FP8 linears with 2:4
+weights, dense, and with 2:4 activations, each as the GEMM alone and with the rounding pass, and where a model makes x
+by a norm, GELU or a gate right before, with that fused into the pass (against that kernel and cuBLAS). Everything else
+is as in ``bench``. What ``save`` writes is a cost table for every form.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import datetime
 import json
@@ -21,10 +21,12 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from lynx_compile.errors import StageError
+from lynx_compile.engine import trt
+from lynx_compile.errors import InputError, StageError
 from lynx_compile.files.atomic import save_text
 from lynx_compile.ops.fp8 import Rounded, round_rows
-from lynx_compile.ops.sparse_linear import Gelu, Norm, keep_mask
+from lynx_compile.ops.sparse_linear import Gelu, Norm, expand_low_rank, keep_mask
+from lynx_compile.passes.select import FP8_GPUS
 from lynx_compile.tools.bench import (
     BUFFER_BYTES,
     SHAPES,
@@ -35,7 +37,7 @@ from lynx_compile.tools.bench import (
     take_long_turns,
     take_turns,
 )
-from lynx_compile.torch_ops.bindings import LIBRARY, load_library
+from lynx_compile.torch_ops.bindings import LIBRARY, SparseLinear, load_library
 from lynx_compile.torch_ops.fp8_bindings import OPERANDS, Fp8Linear, HalfGated, Operand, load_fp8_library
 
 CHECKED_ROWS = 64
@@ -48,6 +50,7 @@ NAMES: dict[Operand, str] = {
     "dense": "fp8_dense",
     "sparse activation": "fp8_activation",
 }
+IN_16_BITS = ("bf16_weight", "bf16_activation")
 
 FP8_SHAPES = (
     *(shape for shape in SHAPES if shape.model != "square"),
@@ -84,6 +87,10 @@ class Fp8Bench:
     torch: str
     date: str
     results: tuple[Fp8Result, ...]
+    architecture: str | None = None
+
+    def has(self, name: str) -> bool:
+        return any(name in result.ratios for result in self.results)
 
     def mean(self, name: str, *, steady: bool = False) -> float:
         """Geometric mean of a work's ratios over the linears that have it."""
@@ -93,7 +100,7 @@ class Fp8Bench:
     @property
     def summary(self) -> dict[str, float]:
         """Flat keys to geometric means: of the GEMM alone, and with the pass over x, fused where it can be."""
-        means = {"linears.bf16_weight.all": self.mean("bf16_weight")}
+        means = {f"linears.{name}.all": self.mean(name) for name in IN_16_BITS if self.has(name)}
         for name in NAMES.values():
             means[f"linears.{name}.gemm"] = self.mean(f"{name}.gemm")
             means[f"linears.{name}.unfused"] = self.mean(f"{name}.all")
@@ -101,7 +108,7 @@ class Fp8Bench:
             means[f"linears.{name}.all"] = statistics.geometric_mean(included)
             means[f"linears.{name}.gemm.steady"] = self.mean(f"{name}.gemm", steady=True)
         for name in ("torch_fp8", "cusparselt_bf16", "cusparselt_fp8"):
-            if any(name in r.ratios for r in self.results):
+            if self.has(name):
                 means[f"linears.{name}"] = self.mean(name)
                 means[f"linears.{name}.steady"] = self.mean(name, steady=True)
         same = [r for r in self.results if "cusparselt_fp8" in r.ratios]
@@ -116,21 +123,27 @@ def bench_fp8(
     *,
     rounds: int = 20,
     library: Path = LIBRARY,
-    progress: Callable[[Fp8Result], None] = lambda result: None,
+    progress: Callable[[Shape], None] = lambda shape: None,
 ) -> Fp8Bench:
     """Measure every shape in bf16 on the current GPU.
 
     Raises:
-        InputError: the plugin library cannot be used. StageError: a result is wrong; nothing is timed then.
+        InputError: the GPU does not run the FP8 kernels, or the plugin library cannot be used.
+        StageError: a result is wrong; nothing is timed then.
     """
+    if (gpu := trt.gpu()) not in FP8_GPUS:
+        raise InputError(
+            f"The FP8 kernels run on {', '.join(FP8_GPUS)}, and here is {gpu or 'no GPU'}.",
+            "Leave out --fp8.",
+        )
     kernels, fp8 = load_library(library), load_fp8_library(library)
     results = []
     for shape in shapes:
+        progress(shape)
         results.append(_Problem(shape, kernels, fp8).measure(rounds))
-        progress(results[-1])
         torch.cuda.empty_cache()
     today = datetime.date.today().isoformat()
-    return Fp8Bench(torch.cuda.get_device_name(), torch.__version__, today, tuple(results))
+    return Fp8Bench(torch.cuda.get_device_name(), torch.__version__, today, tuple(results), gpu)
 
 
 class _Problem:
@@ -152,6 +165,11 @@ class _Problem:
         self.weight = [normal(n, k, deviation=k**-0.5) for _ in range(copies)]
         self.y = [torch.empty(m, n, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
         self.sparse = [sparse_weight_of(kernels, weight, self.bias, m) for weight in self.weight]
+        no_down = torch.zeros(1, k, device="cuda", dtype=torch.bfloat16)
+        self.pruned = [
+            SparseLinear(kernels, expand_low_rank(weight, weight[:, :0]), no_down, self.bias, rows=m)
+            for weight in self.weight
+        ]
         self.rounded_x = [round_rows(x) for x in self.x]
         self.rounded: dict[Operand, list[Rounded]] = {
             "dense": [round_rows(weight) for weight in self.weight],
@@ -201,6 +219,7 @@ class _Problem:
             "cublas_bf16": lambda i: self._dense(i, self.x[i]),
             "torch_fp8": self._torch,
             "bf16_weight": lambda i: self.sparse[i](self.x[i]),
+            "bf16_activation": lambda i: self.pruned[i](self.x[i]),
         }
         if self.shape.producer:
             works["producer + cublas_bf16"] = lambda i: self._dense(i, self._produce(self._source(i)))
@@ -308,7 +327,7 @@ class _Problem:
             StageError: it exceeds what rounding explains.
         """
         rows = torch.linspace(0, self.shape.tokens - 1, CHECKED_ROWS, device="cuda").long()
-        errors = {}
+        errors = self._check_16_bits(rows)
         for operand, name in NAMES.items():
             op, prune = self.ops[operand][0], operand == "sparse activation"
             wanted = self._definition(self.x[0][rows], self.rounded[operand][0], prune)
@@ -322,6 +341,19 @@ class _Problem:
                 )
                 error = _error(self.fused[operand][0](source)[rows], wanted)
                 self._judge(f"{name}, fused", error, FUSED_TOLERANCE)
+        return errors
+
+    def _check_16_bits(self, rows: torch.Tensor) -> dict[str, float]:
+        x, weight, bias = self.x[0], self.weight[0].double(), self.bias.double()
+        read = x[rows].double()
+        wanted = {
+            "bf16_weight": functional.linear(read, weight * keep_mask(self.weight[0]), bias),
+            "bf16_activation": functional.linear(read * keep_mask(x[rows]), weight, bias),
+        }
+        found = {"bf16_weight": self.sparse[0](x), "bf16_activation": self.pruned[0](x)}
+        errors = {name: _error(found[name][rows], due) for name, due in wanted.items()}
+        for name, error in errors.items():
+            self._judge(name, error, TOLERANCE)
         return errors
 
     def _judge(self, what: str, error: float, tolerance: float) -> None:
@@ -338,7 +370,7 @@ class _Problem:
         return product + self.bias.double()
 
 
-STEADY = ("cublas_bf16", "torch_fp8", "bf16_weight", "cusparselt_bf16", "cusparselt_fp8")
+STEADY = ("cublas_bf16", "torch_fp8", *IN_16_BITS, "cusparselt_bf16", "cusparselt_fp8")
 
 
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -356,34 +388,3 @@ def save(bench: Fp8Bench, folder: Path) -> Path:
         summary, json.dumps(old | rounded | {"device": bench.device, "date": bench.date}, indent=1) + "\n"
     )
     return path
-
-
-def line(result: Fp8Result) -> str:
-    """One result for people."""
-    ratios = "  ".join(f"{name} {ratio:.2f}" for name, ratio in result.ratios.items())
-    shape = result.shape
-    return (
-        f"{shape.model}, {shape.linear}: {shape.tokens} x {shape.channels} -> {shape.out_channels}: {ratios}"
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="FP8 linears against cuBLAS, torch and cuSPARSELt, on this GPU."
-    )
-    parser.add_argument("folder", type=Path, help="where the results go")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--library", type=Path, default=LIBRARY)
-    arguments = parser.parse_args()
-    measured = bench_fp8(
-        rounds=arguments.rounds,
-        library=arguments.library,
-        progress=lambda result: print(line(result), flush=True),
-    )
-    for name, value in measured.summary.items():
-        print(f"{name:<45} {value:.3f}")
-    print(f"wrote {save(measured, arguments.folder)}")
-
-
-if __name__ == "__main__":
-    main()

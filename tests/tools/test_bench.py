@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import io
 import itertools
 import json
 import subprocess
@@ -14,14 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from lynx_compile import cli
+from lynx_compile.engine import trt
 from lynx_compile.errors import InputError
 from lynx_compile.passes import speed_table as costs
-from lynx_compile.tools import bench
+from lynx_compile.tools import bench, bench_fp8
 from lynx_compile.torch_ops import bindings as kernels
 from tests.plugins.native import compile_cpp
 
+BENCH = Path(__file__).parents[2] / "engines" / "bench"
 SMALL = bench.Shape("FLUX.1-dev", "to_out", 4096, 3072, 3072)
 
 
@@ -61,6 +65,84 @@ def test_the_better_operand_counts_and_dense_where_neither_pays() -> None:
     assert one.best == one.weight_ratio.median > one.ratio.median
     slow = bench.Ratio(0.8, 0.7, 0.9)
     assert dataclasses.replace(one, ratio=slow, weight_ratio=slow).best == 1
+
+
+def stored_fp8() -> bench_fp8.Fp8Bench:
+    values = json.loads((BENCH / "nvidia-h100-80gb-hbm3-fp8.json").read_text())
+    results = [bench_fp8.Fp8Result(**r | {"shape": bench.Shape(**r["shape"])}) for r in values["results"]]
+    return bench_fp8.Fp8Bench(values["device"], values["torch"], values["date"], tuple(results))
+
+
+def test_the_summary_is_of_the_stored_results() -> None:
+    """What stands in the README comes from the file of the same run, by the code that is here."""
+    summary = json.loads((BENCH / "summary.json").read_text())
+    measured = stored_fp8().summary
+    assert {name: round(value, 3) for name, value in measured.items()} == {
+        name: summary[name] for name in measured
+    }
+    assert measured.keys() >= {
+        "linears.bf16_weight.all", "linears.fp8_dense.gemm", "linears.fp8_weight.gemm", "linears.fp8_weight.all",
+        "linears.fp8_activation.all", "linears.torch_fp8", "linears.cusparselt_fp8",
+    }  # fmt: skip
+
+
+def test_fp8_stands_beside_the_others_in_one_table() -> None:
+    measured = stored_fp8()
+    first = measured.results[0]
+    with_activations = dataclasses.replace(first, ratios=first.ratios | {"bf16_activation": 1.331})
+    measured = dataclasses.replace(measured, results=(with_activations, *measured.results[1:]))
+    console = Console(width=300, file=io.StringIO())
+    console.print(cli._fp8_table(measured))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    row = next(line for line in shown.splitlines() if "FLUX.1-dev" in line and "to_q,k,v" in line)
+    cells = [cell.strip() for cell in row.split("│")[1:-1]]
+    ratios, steady = first.ratios, first.steady
+    assert cells[:4] == ["FLUX.1-dev", "double: to_q,k,v", "4096 x 3072 -> 9216", "356"]
+    assert cells[4] == f"{ratios['torch_fp8']:.2f} / {steady['torch_fp8']:.2f}"
+    assert cells[8] == "1.33"
+    assert cells[12] == f"{ratios['fp8_weight.gemm']:.2f} / {steady['fp8_weight.gemm']:.2f}"
+    assert cells[13:15] == [f"{ratios['fp8_weight.all']:.2f}", f"{ratios['fp8_weight.fused']:.2f}"]
+    assert len([line for line in shown.splitlines() if "->" in line]) == 1 + len(measured.results)
+
+
+def test_fp8_is_measured_only_where_it_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lynx-compile", "bench", "--fp8", "-o", str(tmp_path)])
+    monkeypatch.setattr(trt, "gpu", lambda: "sm89")
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert "The FP8 kernels run on sm90, and here is sm89. Leave out --fp8." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_hopper_measures_all_forms_unless_a_rank_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One command: what it writes is the cost table of every form."""
+    ran: list[str] = []
+    monkeypatch.setattr(trt, "gpu", lambda: "sm90")
+    monkeypatch.setattr(bench_fp8, "bench_fp8", lambda **_: ran.append("all") or stored_fp8())
+    monkeypatch.setattr(
+        bench,
+        "bench",
+        lambda **k: (
+            ran.append(f"rank {k['rank']}")
+            or bench.Bench("g", "2", "bf16", False, (bench._predict(SMALL, 0),))
+        ),
+    )
+    for options in ([], ["--rank", "0"], ["--no-fp8"]):
+        monkeypatch.setattr(sys, "argv", ["lynx-compile", "bench", "-o", str(tmp_path), *options])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert not caught.value.code
+    assert ran == ["all", "rank 0", "rank 64"]
+    assert "linears.fp8_weight.gemm" in capsys.readouterr().out
+    table = costs.CostTable.load(tmp_path / "nvidia-h100-80gb-hbm3-fp8.json")
+    assert table.gain(4096, 3072, 9216, costs.Form("weight", fp8=True), 0)
+    assert json.loads((tmp_path / "summary.json").read_text())["linears.fp8_weight.gemm"] == 2.568
 
 
 @pytest.mark.parametrize("rank", ["8", "144", "-16"])
