@@ -187,6 +187,8 @@ def fitted(
 ) -> dict[str, torch.Tensor]:
     """What the engine takes: its inputs in its dtypes, on ``device``, padded where the manifest says so.
 
+    Complex numbers are pairs, in a last dimension of 2.
+
     Raises:
         InputError: a length is beyond the engine's, or a number would lose its fraction.
     """
@@ -194,6 +196,8 @@ def fitted(
     out = {}
     for tensor in inputs:
         value = given[tensor.name].detach().to(device)
+        if value.is_complex():
+            value = torch.view_as_real(value)
         for pad in call.padding:
             if pad.tensor == tensor.name:
                 value = _padded(value, pad, tensor)

@@ -157,14 +157,18 @@ def in_engine_dtypes(
 ) -> dict[str, Any]:
     """Arguments of a float32 pipeline as the engine takes them: ``dtype``, but float32 where the module takes that.
 
-    A pipeline that was recorded in half precision has decided that itself. Elsewhere each floating input is tried in
-    float32 without weights: what a linear of ``dtype`` reads cannot be, times and positions can.
+    A pipeline that was recorded in half precision has decided that itself, but for float64, which no engine takes:
+    float32 too. Elsewhere each floating input is tried in float32 without weights: what a linear of ``dtype`` reads
+    cannot be, times and positions can.
 
     Raises:
         InputError: the module does not run in ``dtype``.
     """
     flat = flatten(arguments)
-    halves = {n: t.to(dtype) if _is_half(t) else t for n, t in flat.tensors.items()}
+    halves = {
+        n: t.to(dtype) if _is_half(t) else t.float() if t.dtype == torch.float64 else t
+        for n, t in flat.tensors.items()
+    }
     if any(_is_half(t) for t in flat.tensors.values()):
         return dict(unflatten(flat.structure, halves))
     floats = [name for name, t in flat.tensors.items() if t.is_floating_point()]

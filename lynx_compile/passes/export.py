@@ -114,7 +114,8 @@ def export_module(
         module: on the CPU, in the dtype that the graph is to have.
         arguments: of ``forward``, by name, nested as the caller gives them. Tensors become graph inputs, named by
             their path (``x.0``); everything else is constant.
-        dtype: of the inputs in half precision; what they have by default.
+        dtype: of the inputs in half precision; what they have by default. float64 becomes float32, always,
+            and complex numbers pairs of real ones.
         axes: of the tensors, those whose lengths stay open.
 
     Raises:
@@ -123,8 +124,9 @@ def export_module(
     """
     flat = flatten(arguments)
     example = {name: _ready_input(tensor, dtype) for name, tensor in flat.tensors.items()}
+    are_complex = {name: tensor.is_complex() for name, tensor in flat.tensors.items()}
     results: list[Arguments] = []
-    with _quiet(), torch.no_grad(), _tensors_only(module, flat.structure, example, results):
+    with _quiet(), torch.no_grad(), _tensors_only(module, flat.structure, are_complex, results):
         with exportable(module, example) as baked:
             program = _traced(module, tuple(example.values()), _open_shapes(list(example), axes))
             _check_open(axes, baked)
@@ -144,16 +146,21 @@ def export_module(
 
 
 def _ready_input(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """On the CPU, in memory of its own; what is in half precision becomes ``dtype``."""
+    """On the CPU, in memory of its own; half precision as ``dtype``.
+
+    No engine takes float64, which becomes float32, nor complex numbers: those are pairs, in a last dimension of 2.
+    """
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     halves = (torch.bfloat16, torch.float16)
-    return tensor.detach().to("cpu", dtype if tensor.dtype in halves else None).contiguous().clone()
+    wanted = torch.float32 if tensor.dtype == torch.float64 else dtype if tensor.dtype in halves else None
+    return tensor.detach().to("cpu", wanted).contiguous().clone()
 
 
 @contextmanager
 def _tensors_only(
-    module: torch.nn.Module, structure: Structure, names: Mapping[str, Any], results: list[Arguments]
+    module: torch.nn.Module, structure: Structure, are_complex: Mapping[str, bool], results: list[Arguments]
 ) -> Iterator[None]:
-    """While this is open, ``forward`` takes tensors only and returns a tuple of tensors; ``results`` has the rest.
+    """While this is open, ``forward`` takes real tensors only and returns a tuple of tensors; ``results`` has the rest.
 
     diffusers' own takes other arguments too, with which the exporter loses the inputs' names. The module is not
     wrapped in another, so that the module paths stay.
@@ -161,13 +168,17 @@ def _tensors_only(
     original = module.forward
 
     def forward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        result = original(**unflatten(structure, dict(zip(names, tensors, strict=True))))
+        given = {
+            name: torch.view_as_complex(tensor) if is_complex else tensor
+            for (name, is_complex), tensor in zip(are_complex.items(), tensors, strict=True)
+        }
+        result = original(**unflatten(structure, given))
         results.append(flatten(result, "output"))
         return tuple(results[-1].tensors.values())
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(f"input_{i}", kind) for i in range(len(names))]
+        [inspect.Parameter(f"input_{i}", kind) for i in range(len(are_complex))]
     )
     module.forward = forward
     try:

@@ -22,6 +22,7 @@ from lynx_compile.engine.manifest import Fixed, Padding
 from lynx_compile.engine.module import EngineModule, digest_of
 from lynx_compile.errors import InputError
 from lynx_compile.models.calls import call_of
+from lynx_compile.passes.export import export_module
 from lynx_compile.passes.rewrite import LynxOnnx
 from tests.engine.conftest import Stage, set_stage
 from tests.engine.fakes import FakeCuda
@@ -307,6 +308,31 @@ def test_numbers_of_other_widths(nested: Pair) -> None:
     found = engine(**given | {"x": halves}).sample
     assert {tensor.dtype for tensor in found} == {torch.bfloat16}, "what the pipeline computes in"
     torch.testing.assert_close(found[0].float(), expected.sample[0], rtol=0.02, atol=0.02)
+
+
+class Rotated(torch.nn.Module):
+    def forward(self, x: torch.Tensor, rotary: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        z = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(z * rotary).flatten(-2) * scale
+
+
+def test_complex_numbers_are_pairs_and_float64_is_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, path = Rotated().eval(), tmp_path / "dense.onnx"
+    rotary, scale = torch.randn(5, 2, dtype=torch.complex64), torch.rand(1, dtype=torch.float64)
+    given = {"x": torch.randn(1, 5, 4), "rotary": rotary, "scale": scale}
+    dense = export_module(module, given, path)
+    assert dense.output is not None
+    s = set_stage(monkeypatch, LynxOnnx(path, path, (), (), ()), FakeCuda())
+    call = call_of(f"{__name__}:Rotated", Rotated.forward, given, dense.output)
+    s.change(call=call.model_dump(), source={"config": {}})
+    engine = lynx_compile.load(s.path)
+    assert {t.name: (t.dtype, t.shape) for t in engine.engine.inputs} == {
+        "x": ("fp32", (1, 5, 4)), "rotary": ("fp32", (5, 2, 2)), "scale": ("fp32", (1,)),
+    }  # fmt: skip
+    other = given | {"rotary": torch.randn(5, 2, dtype=torch.complex64)}
+    torch.testing.assert_close(engine(**other), module(**other).float())
 
 
 def test_expanded_inputs_are_copied(nested: Pair) -> None:

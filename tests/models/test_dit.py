@@ -48,3 +48,15 @@ def test_inputs_stay_in_float32_where_the_module_casts_them(tmp_path: Path) -> N
         "second": torch.bfloat16,  # what each may be alone, both may not
     }
     assert checkpoint.load(torch.bfloat16)(**found).dtype == torch.bfloat16
+
+
+def test_an_engine_has_no_float64(tmp_path: Path) -> None:
+    save_file(Mixed().state_dict(), tmp_path / "weights.safetensors")
+    checkpoint = open_module(f"{__name__}:Mixed", {}, tmp_path / "weights.safetensors")
+    row = torch.randn(1, 8, dtype=torch.float64)
+    half = torch.randn(1, 4, 8, dtype=torch.float16)
+    arguments = {"x": half, "time": row.half(), "angles": row, "first": row, "second": row.half()}
+    found = in_engine_dtypes(checkpoint, arguments, torch.bfloat16)
+    assert [tensor.dtype for tensor in found.values()] == [
+        torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.bfloat16,
+    ]  # fmt: skip

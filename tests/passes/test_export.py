@@ -81,6 +81,14 @@ def test_half_precision_becomes_float32(tmp_path: Path) -> None:
     assert error(dense, module, _arguments()) < 1e-6
 
 
+def test_float64_becomes_float32(tmp_path: Path) -> None:
+    module = Nested()
+    dense = export_module(module, _arguments(torch.float64), tmp_path / "dense.onnx")
+    types = {i.type.tensor_type.elem_type for i in onnx.load(dense.path).graph.input}
+    assert types == {onnx.TensorProto.FLOAT}
+    assert error(dense, module, _arguments()) < 1e-6
+
+
 def test_a_failure_is_told_and_never_retried_strictly(tmp_path: Path) -> None:
     class Graphless(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

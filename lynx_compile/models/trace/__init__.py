@@ -18,21 +18,30 @@ from lynx_compile.models.trace.attributes import attributes_kept
 from lynx_compile.models.trace.bool_fill import BoolFill
 from lynx_compile.models.trace.broadcast_copy import BroadcastCopy
 from lynx_compile.models.trace.complex_pairs import ComplexPairs, complex_buffers_as_constants
+from lynx_compile.models.trace.conv_transpose import ConvTranspose
 from lynx_compile.models.trace.data_alias import DataAlias
 from lynx_compile.models.trace.einsum import Einsum
 from lynx_compile.models.trace.flex_attention import dense_flex_attention
 from lynx_compile.models.trace.lengths import lengths_as_sizes
 from lynx_compile.models.trace.live_masks import LiveMasks
+from lynx_compile.models.trace.many_dimensions import ManyDimensions
 from lynx_compile.models.trace.masked_rows import MaskedRows
+from lynx_compile.models.trace.narrow_integers import NarrowIntegers
+from lynx_compile.models.trace.no_keys import NoKeys
 from lynx_compile.models.trace.onnx_branches import no_onnx_branches
+from lynx_compile.models.trace.scatter_add import ScatterAdd
 from lynx_compile.models.trace.sorts import Sorts
 from lynx_compile.models.trace.squeeze import CheckedSqueeze
+from lynx_compile.models.trace.stacks import Stacks
 from lynx_compile.models.trace.values import Baked, Values
 
 __all__ = ["Baked", "exportable"]
 
-# The last sees a call first. After them come the two that follow the calls as the module wrote them.
-RULES = (CheckedSqueeze, Einsum, BoolFill, Sorts, BroadcastCopy, DataAlias, MaskedRows, ComplexPairs)
+# The last sees a call first. After them come those that follow the calls as the module wrote them.
+RULES = (
+    CheckedSqueeze, ManyDimensions, Stacks, NarrowIntegers, Einsum, ConvTranspose, BoolFill, Sorts, BroadcastCopy,
+    DataAlias, MaskedRows, NoKeys, ComplexPairs,
+)  # fmt: skip
 
 
 @contextmanager
@@ -66,6 +75,7 @@ def exportable(module: torch.nn.Module, example: Mapping[str, torch.Tensor]) -> 
                 stack.enter_context(rule())
             stack.enter_context(values)
             stack.enter_context(LiveMasks(values))
+            stack.enter_context(ScatterAdd(values))
             return original(*arguments)
 
     forward.__signature__ = original.__signature__  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ einsum("bnij,bhnkj->bhnki", a, b)  ->  matmul of [b n, i, j] and [b n, j, h k], 
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,16 +28,32 @@ class Einsum(TorchFunctionMode):
             equation, *operands = args
             if len(operands) == 1 and isinstance(operands[0], list | tuple):
                 operands = list(operands[0])
-            if _is_simple(equation, operands):
-                return _einsum(equation.replace(" ", ""), operands)
+            equation = _named(equation, operands)
+            if equation is not None and _is_simple(equation, operands):
+                return _einsum(equation, operands)
         return function(*args, **(kwargs or {}))
 
 
-def _is_simple(equation: Any, operands: Sequence[torch.Tensor]) -> bool:
-    """One or two tensors, an explicit result, no ellipsis, no diagonal, no broadcast dimension."""
-    if not isinstance(equation, str) or "->" not in equation or "." in equation or len(operands) > 2:
-        return False
+def _named(equation: Any, operands: Sequence[torch.Tensor]) -> str | None:
+    """An equation without spaces, and with letters of their own for an ellipsis; None of one that names no result."""
+    if not isinstance(equation, str) or "->" not in equation:
+        return None
     inputs, output = equation.replace(" ", "").split("->")
+    unused = [letter for letter in string.ascii_letters if letter not in equation]
+    parts, longest = [], 0
+    for letters, operand in zip(inputs.split(","), operands, strict=True):
+        ranks = operand.dim() - len(letters.replace("...", ""))
+        longest = max(longest, ranks if "..." in letters else 0)
+        # Dimensions of an ellipsis are counted from the last.
+        parts.append(letters.replace("...", "".join(unused[:ranks][::-1])))
+    return ",".join(parts) + "->" + output.replace("...", "".join(unused[:longest][::-1]))
+
+
+def _is_simple(equation: str, operands: Sequence[torch.Tensor]) -> bool:
+    """One or two tensors, no diagonal, no broadcast dimension."""
+    if len(operands) > 2:
+        return False
+    inputs, output = equation.split("->")
     sizes: dict[str, int] = {}
     for letters, operand in zip(inputs.split(","), operands, strict=True):
         for letter, size in zip(letters, operand.shape, strict=True):
@@ -48,6 +65,9 @@ def _is_simple(equation: Any, operands: Sequence[torch.Tensor]) -> bool:
 def _einsum(equation: str, operands: Sequence[torch.Tensor]) -> torch.Tensor:
     inputs, output = equation.split("->")
     letters = inputs.split(",")
+    if len(operands) == 2:  # torch multiplies tensors of two dtypes, where it sums nothing
+        dtype = torch.promote_types(operands[0].dtype, operands[1].dtype)
+        operands = [operand.to(dtype) for operand in operands]
     shared = set(letters[0]) & set(letters[-1]) if len(operands) == 2 else set()
     summed = [
         _summed(x, names, "".join(n for n in names if n in output or n in shared))

@@ -89,6 +89,14 @@ class Values(TorchFunctionMode):
         if not value.is_meta:
             self._known[traced] = _Known(value, frozenset({_WEIGHTS}))
 
+    def decide(self, traced: torch.Tensor) -> torch.Tensor | None:
+        """The value of a tensor that a rule decides on, on record; None where weights have a part in it."""
+        names = self._names(traced)
+        if names is None or _WEIGHTS in names:
+            return None
+        value: torch.Tensor = self._decide(torch.clone, (traced,), {}, names, False)
+        return value
+
     @contextmanager
     def held_back(self) -> Iterator[list[Baked]]:
         """What is baked while this is open goes into the list given, instead."""
