@@ -175,6 +175,10 @@ def bench_(
     blocks: Annotated[
         bool, typer.Option("--blocks", help="Measure FLUX.1-dev's blocks instead of single linears.")
     ] = False,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure a step of a whole model: flux1_dev, qwen_image, z_image or flux2_klein."),
+    ] = None,
 ) -> None:
     """Measure the sparse linears of real models against cuBLAS on this GPU."""
     if rank is not None and rank not in range(0, 129, 16):
@@ -185,6 +189,9 @@ def bench_(
         from lynx_compile.tools import bench
         from lynx_compile.torch_ops import bindings as kernels
 
+        if model:
+            _bench_models(folder, min(rounds, 10), model, plugin)
+            return
         if blocks:
             _bench_blocks(folder, rounds, plugin or kernels.LIBRARY)
             return
@@ -271,6 +278,23 @@ def _bench_blocks(folder: Path, rounds: int, library: Path) -> None:
             f"{r.steady_ratio:.2f}x steady, error {r.error:.1e}"
         )
     out.print(f"wrote {escape(str(bench_blocks.save(measured, folder)))}")
+
+
+def _bench_models(folder: Path, rounds: int, names: Sequence[str], library: Path | None) -> None:
+    from lynx_compile.tools import bench_model
+    from lynx_compile.tools.full_size import find
+    from lynx_compile.torch_ops import operators
+
+    if library is not None:
+        operators.use_library(library)
+    for model in [find(name) for name in names]:
+        result = bench_model.bench_model(
+            model, rounds=rounds, log=lambda text: err.print(f"[dim]{escape(text)}")
+        )
+        for form, each in result.forms.items():
+            out.print(escape(bench_model.line(model.name, form, each)))
+        for path in bench_model.save(result, folder):
+            out.print(f"wrote {escape(str(path))}")
 
 
 def _bench_table(measured: Bench) -> Table:

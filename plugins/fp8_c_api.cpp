@@ -60,3 +60,20 @@ LYNX_EXPORT int lynx_fp8_gemm(const LynxFp8Linear* call, cudaStream_t stream) {
   const lynx::Fp8LinearParams params = params_of(*call);
   return lynx::launch_rounded_gemm(params, lynx::rounded_operand(params), call->tile, false, stream);
 }
+
+// Bytes of workspace of the GEMM alone, for lynx_fp8_product.
+LYNX_EXPORT int64_t lynx_fp8_product_bytes(const LynxFp8Linear* call) {
+  return lynx::fp8_gemm_workspace_bytes(lynx::Fp8Operand(call->operand), call->rows, call->out_channels);
+}
+
+// The GEMM alone, on what somebody else rounded: values e4m3 [M, K'] and scale float [M]; x is not read. Not
+// for 2:4 activations, whose metadata only our pass writes.
+LYNX_EXPORT int lynx_fp8_product(const LynxFp8Linear* call, void* values, float* scale, cudaStream_t stream) {
+  const lynx::Fp8LinearParams params = params_of(*call);
+  if (params.operand == lynx::Fp8Operand::kSparseActivation) return cudaErrorInvalidValue;
+  if (const cudaError_t error = lynx::fp8_runs(params.dtype); error != cudaSuccess) return error;
+  lynx::RoundedOperand operand{};
+  operand.values = static_cast<uint8_t*>(values), operand.scale = scale;
+  operand.gemm = params.workspace, operand.gemm_bytes = size_t(lynx_fp8_product_bytes(call));
+  return lynx::launch_rounded_gemm(params, operand, call->tile, false, stream);
+}

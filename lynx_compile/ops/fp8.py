@@ -74,7 +74,7 @@ def fp8_linear(
     product = rounded.values.to(accumulate) @ weight.values.to(accumulate).T
     scaled = product * rounded.scale.to(accumulate)[:, None] * weight.scale.to(accumulate)
     y = activate(scaled + bias.to(accumulate), activation, activation_from)
-    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+    return y.to(x.dtype).reshape(*x.shape[:-1], len(bias))
 
 
 def round_rows(tensor: torch.Tensor, keep: torch.Tensor | None = None) -> Rounded:

@@ -23,16 +23,8 @@ from torch.nn import functional
 from lynx_compile.errors import InputError, StageError
 from lynx_compile.files.atomic import save_text
 from lynx_compile.ops.sparse_linear import keep_mask
-from lynx_compile.tools.bench import (
-    Ratio,
-    Timing,
-    captured,
-    file_name,
-    quantiles,
-    sparse_weight_of,
-    take_long_turns,
-    take_turns,
-)
+from lynx_compile.tools.bench import Ratio, Timing, sparse_weight_of
+from lynx_compile.tools.timing import captured, file_name, quantiles, take_long_turns, take_turns
 from lynx_compile.torch_ops.bindings import LIBRARY, load_library
 
 WIDTH, HEADS, HEAD_CHANNELS = 3072, 24, 128

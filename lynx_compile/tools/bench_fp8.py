@@ -27,16 +27,8 @@ from lynx_compile.files.atomic import save_text
 from lynx_compile.ops.fp8 import Rounded, round_rows
 from lynx_compile.ops.sparse_linear import Gelu, Norm, expand_low_rank, keep_mask
 from lynx_compile.passes.select import FP8_GPUS
-from lynx_compile.tools.bench import (
-    BUFFER_BYTES,
-    SHAPES,
-    Shape,
-    captured,
-    file_name,
-    sparse_weight_of,
-    take_long_turns,
-    take_turns,
-)
+from lynx_compile.tools.bench import BUFFER_BYTES, SHAPES, Shape, sparse_weight_of
+from lynx_compile.tools.timing import captured, file_name, take_long_turns, take_turns
 from lynx_compile.torch_ops.bindings import LIBRARY, SparseLinear, load_library
 from lynx_compile.torch_ops.fp8_bindings import OPERANDS, Fp8Linear, HalfGated, Operand, load_fp8_library
 

@@ -58,6 +58,9 @@ def declare(library: ctypes.CDLL) -> None:
     library.lynx_fp8_workspace_bytes.argtypes = [ctypes.POINTER(_Fp8Call)]
     library.lynx_fp8_tile_count.argtypes = [ctypes.c_int]
     library.lynx_fp8_runs.argtypes = [ctypes.c_int]
+    library.lynx_fp8_product_bytes.restype = ctypes.c_int64
+    library.lynx_fp8_product_bytes.argtypes = [ctypes.POINTER(_Fp8Call)]
+    library.lynx_fp8_product.argtypes = [ctypes.POINTER(_Fp8Call), *[ctypes.c_void_p] * 3]
     for name in ("lynx_fp8_linear", "lynx_fp8_round", "lynx_fp8_gemm"):
         getattr(library, name).argtypes = [ctypes.POINTER(_Fp8Call), ctypes.c_void_p]
 

@@ -21,7 +21,7 @@ from lynx_compile import cli
 from lynx_compile.engine import trt
 from lynx_compile.errors import InputError
 from lynx_compile.passes import speed_table as costs
-from lynx_compile.tools import bench, bench_fp8
+from lynx_compile.tools import bench, bench_fp8, timing
 from lynx_compile.torch_ops import bindings as kernels
 from tests.plugins.native import compile_cpp
 
@@ -203,7 +203,7 @@ def test_library_of_another_interface_is_refused(tmp_path: Path) -> None:
 def test_every_work_follows_every_other_equally_often(count: int) -> None:
     """In a fixed order, a work would always run in the state that its one neighbour leaves."""
     names = [str(i) for i in range(count)]
-    rounds = list(itertools.islice(bench.orders(names), 2 * count))
+    rounds = list(itertools.islice(timing.orders(names), 2 * count))
     assert all(sorted(order) == names for order in rounds)
     neighbours = Counter(pair for order in rounds for pair in itertools.pairwise(order))
     assert set(neighbours) == set(itertools.permutations(names, 2))
@@ -223,12 +223,12 @@ def test_rounds_are_timed_in_those_orders(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     ran: list[str] = []
     works = {name: (lambda name=name: ran.append(name)) for name in "abc"}
-    times = bench.take_turns(works, 4, 1)
+    times = timing.take_turns(works, 4, 1)
     assert all(len(of_one) == 4 for of_one in times.values())
     rounds = [
         ran[3 + 4 * i : 7 + 4 * i] for i in range(4)
     ]  # behind a first call of each; one untimed ahead of each
-    assert [order[1:] for order in rounds] == list(itertools.islice(bench.orders(list(works)), 4))
+    assert [order[1:] for order in rounds] == list(itertools.islice(timing.orders(list(works)), 4))
     assert [order[0] for order in rounds] == [order[-1] for order in rounds]
 
 

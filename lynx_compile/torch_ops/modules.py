@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linears whose weights are compiled: torch modules around ``operators``, for any number of tokens.
+
+Their tensors follow a module from device to device, and keep their dtypes whatever it is cast to: packed weights are
+bits, and what rounds them has been decided.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lynx_compile.ops.fp8 import STEP, round_rows
+from lynx_compile.ops.sparse_weight_linear import MetadataLayout
+from lynx_compile.torch_ops import operators
+from lynx_compile.torch_ops.fp8_bindings import Operand
+
+
+class _Packed(nn.Module):
+    """What all of them share: their sizes, and that a cast leaves them alone."""
+
+    def __init__(self, in_features: int, out_features: int, gelu_from: int | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.gelu_from = out_features if gelu_from is None else gelu_from
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y [..., N] for x [..., K]."""
+        sizes = [size for size in (self.gelu_from, self.out_features - self.gelu_from) if size]
+        parts = self.parts(x, sizes)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def parts(self, x: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """y's channels in parts of ``sizes``, at one of whose borders GELU begins."""
+        y = self.rows(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.out_features)
+        parts = list(y.split(list(sizes), -1))
+        if self.gelu_from < self.out_features and not self.gelu_in_kernel:
+            starts = itertools.accumulate(sizes, initial=0)
+            parts = [
+                functional.gelu(part, approximate="tanh") if start >= self.gelu_from else part
+                for part, start in zip(parts, starts, strict=False)
+            ]
+        return parts
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """y [M, N] for x [M, K], with GELU where ``gelu_in_kernel``."""
+        raise NotImplementedError
+
+    @property
+    def gelu_in_kernel(self) -> bool:
+        return True
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class SparseWeightLinear(_Packed):
+    """x against a 2:4 weight in 16 bits. The tensors are those of ``ops.sparse_weight_linear``."""
+
+    values: torch.Tensor
+    metadata: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(
+        self,
+        values: torch.Tensor,
+        metadata: torch.Tensor,
+        bias: torch.Tensor,
+        *,
+        metadata_layout: MetadataLayout,
+        gelu_from: int | None = None,
+    ) -> None:
+        super().__init__(2 * values.shape[1], len(bias), gelu_from)
+        self.metadata_layout = metadata_layout
+        self.register_buffer("values", values)
+        self.register_buffer("metadata", metadata)
+        self.register_buffer("bias", bias)
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = operators.sparse_weight(
+            x, self.values, self.metadata, self.bias, self.metadata_layout, self.gelu_from
+        )
+        return y
+
+
+class SparseActivationLinear(_Packed):
+    """Pruned x against a compensated weight in 16 bits. The tensors are those of ``ops.sparse_linear``."""
+
+    weight: torch.Tensor
+    lora_down: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        lora_down: torch.Tensor,
+        bias: torch.Tensor,
+        *,
+        rank: int,
+        norm_scale: bool,
+        gelu_from: int | None = None,
+    ) -> None:
+        super().__init__(lora_down.shape[1], len(bias), gelu_from)
+        self.rank, self.norm_scale = rank, norm_scale
+        self.register_buffer("weight", weight)
+        self.register_buffer("lora_down", lora_down)
+        self.register_buffer("bias", bias)
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = operators.sparse_activation(
+            x, self.weight, self.lora_down, self.bias, self.rank, self.norm_scale, self.gelu_from,
+            "none", None, None, None, False, 0.0,
+        )  # fmt: skip
+        return y
+
+
+class Fp8Linear(_Packed):
+    """x and weight in FP8. The tensors are those that the GEMM reads (``ops.fp8``): e4m3 values and float32 scales.
+
+    Under ``torch.compile`` the rounding of x is torch's own, which the compiler fuses with what makes x (a norm and its
+    modulation, GELU, a concatenation), and so is the GELU behind; elsewhere it is our pass and our epilogue.
+    ``fused_rounding``: no leaves both to our kernels there too.
+    """
+
+    weight: torch.Tensor
+    metadata: torch.Tensor | None
+    weight_scale: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        metadata: torch.Tensor | None,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor,
+        *,
+        in_features: int,
+        operand: Operand,
+        gelu_from: int | None = None,
+        fused_rounding: bool = True,
+    ) -> None:
+        super().__init__(in_features, len(bias), gelu_from)
+        self.operand = operand
+        self.fused_rounding = fused_rounding and operand != "sparse activation" and in_features % STEP == 0
+        self.register_buffer("weight", weight)
+        self.register_buffer("metadata", metadata)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("bias", bias)
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gelu_in_kernel:
+            y: torch.Tensor = operators.fp8_linear(
+                x, self.weight, self.metadata, self.weight_scale, self.bias, self.operand, self.gelu_from,
+                "none", None, None, False, 0.0,
+            )  # fmt: skip
+            return y
+        rounded = round_rows(x)
+        product: torch.Tensor = operators.fp8_product(
+            rounded.values,
+            rounded.scale,
+            self.weight,
+            self.metadata,
+            self.weight_scale,
+            self.bias,
+            self.out_features,
+        )
+        return product
+
+    @property
+    def gelu_in_kernel(self) -> bool:
+        return not (self.fused_rounding and torch.compiler.is_compiling())
