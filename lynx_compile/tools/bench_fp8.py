@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -380,3 +381,41 @@ def save(bench: Fp8Bench, folder: Path) -> Path:
         summary, json.dumps(old | rounded | {"device": bench.device, "date": bench.date}, indent=1) + "\n"
     )
     return path
+
+
+ROWS = {
+    "2:4 activations, bf16": "bf16_activation",
+    "2:4 weights, bf16": "bf16_weight",
+    "dense FP8": "fp8_dense",
+    "2:4 activations in FP8": "fp8_activation",
+    "2:4 weights in FP8": "fp8_weight",
+    "*(dense FP8 by torch, row-wise)*": "torch_fp8",
+    "*(2:4 weights in FP8 by cuSPARSELt)*": "cusparselt_fp8",
+}
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The README's table of what pays, from ``summary.json``; the fastest row of ours with everything included is bold.
+
+    The errors are those of ``calib.digits_flux.forms``.
+    """
+
+    def cell(key: str, unit: str, digits: int) -> str:
+        return f"{summary[key]:.{digits}f}{unit}" if key in summary else "–"
+
+    best = max(ROWS.values(), key=lambda name: summary.get(f"linears.{name}.all", 0.0))
+    lines = [
+        "| a linear as | GEMM alone | the same, steady | everything included | layer error | output error |",
+        "|---|---|---|---|---|---|",
+        "| dense, bf16 (cuBLAS) | 1.00x | 1.00x | 1.00x | 0 | 0 |",
+    ]
+    for words, name in ROWS.items():
+        gemm = f"linears.{name}.gemm" if f"linears.{name}.gemm" in summary else f"linears.{name}"
+        included = cell(f"linears.{name}.all", "x", 2)
+        bold = "**" if name == best else ""
+        cells = [
+            f"{bold}{words}{bold}", cell(gemm, "x", 2), cell(f"{gemm}.steady", "x", 2), f"{bold}{included}{bold}",
+            cell(f"errors.{name}.layer", "", 3), cell(f"errors.{name}.output", "", 3),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -86,6 +86,15 @@ def test_the_summary_is_of_the_stored_results() -> None:
     }  # fmt: skip
 
 
+def test_the_readme_shows_the_summary() -> None:
+    summary = json.loads((BENCH / "summary.json").read_text())
+    table = bench_fp8.markdown(summary)
+    assert table in (BENCH.parents[1] / "README.md").read_text()
+    assert f"**{summary['linears.fp8_weight.all']:.2f}x**" in table and table.count("**") == 4
+    slower = bench_fp8.markdown(summary | {"linears.fp8_dense.all": 9.0})
+    assert "| **dense FP8** |" in slower and "**9.00x**" in slower
+
+
 def test_fp8_stands_beside_the_others_in_one_table() -> None:
     measured = stored_fp8()
     first = measured.results[0]
