@@ -14,7 +14,11 @@ __version__ = "0.1.0"
 
 
 def load(
-    path: str | Path, *, device: int = 0, cuda_graph: bool = False, progress: Progress | None = None
+    path: str | Path,
+    *others: str | Path,
+    device: int = 0,
+    cuda_graph: bool = False,
+    progress: Progress | None = None,
 ) -> EngineModule:
     """Load an engine in the place of a diffusers transformer.
 
@@ -24,6 +28,8 @@ def load(
 
     Args:
         path: the engine, with its manifest beside it.
+        others: of the same transformer, where its pipeline calls it in several ways; each call runs in the first that
+            serves it.
         device: number of the GPU.
         cuda_graph: replay a CUDA graph, which saves launches.
         progress: called with what is loaded, bytes done and bytes in all.
@@ -35,4 +41,4 @@ def load(
     """
     from lynx_compile.engine.module import load as load_module  # torch and diffusers only where they are used
 
-    return load_module(path, device=device, cuda_graph=cuda_graph, progress=progress)
+    return load_module(path, *others, device=device, cuda_graph=cuda_graph, progress=progress)

@@ -26,7 +26,7 @@ from lynx_compile.models.dit import DiT, find_dit
 from lynx_compile.models.dtypes import DTYPES
 from lynx_compile.models.onnx_source import OnnxSource
 from lynx_compile.models.opened import Opened, open_model
-from lynx_compile.models.recording import Recording
+from lynx_compile.models.recording import Group, Recording
 from lynx_compile.passes.adopt import adopt
 from lynx_compile.passes.build import BUILD, BuiltEngine, build
 from lynx_compile.passes.calibrate import CALIBRATE, Statistics, calibrate, measurements
@@ -61,8 +61,9 @@ def compile(
     """Compile ``recipe`` into the engine ``output``, with its manifest, ONNX, weights and log beside it.
 
     A pipeline of several denoisers becomes as many engines: ``-o wan.engine`` writes wan.transformer.engine and
-    wan.transformer_2.engine. A stage whose inputs are unchanged since the last run is taken from the cache. Nothing
-    beside ``output`` is touched before every stage has succeeded, but for the log.
+    wan.transformer_2.engine. So does one that calls its transformer in several ways, which need a graph each:
+    ltx.0.engine, ltx.1.engine ... A stage whose inputs are unchanged since the last run is taken from the cache.
+    Nothing beside ``output`` is touched before every stage has succeeded, but for the log.
 
     Args:
         cache: folder of what the stages leave; OUT.cache by default.
@@ -93,20 +94,26 @@ def compile(
         if fresh:
             shutil.rmtree(outputs.cache / "recording", ignore_errors=True)  # it would go on where it stopped
         recording = _recording(recipe, opened, outputs, stages)
-        compiled = _compile_engine
-        if len(recording.components) == 1:
-            return (
-                compiled(
-                    recipe, opened, recording, recording.components[0], outputs, stages, backend, plugin
-                ),
-            )
+        ways = recording.ways()
+        if len(ways) == 1:
+            return (_compile_engine(recipe, opened, recording, ways[0], outputs, stages, backend, plugin),)
+        for line in recording.describe():
+            log.info("%s", line)
         manifests = []
-        for component in recording.components:
-            part = outputs.part(component)
+        for way in ways:
+            part = outputs.part(_part_name(way, ways))
             with claimed(part, recipe.files, recipe.checkpoint):
                 own = Stages(part, fresh, display or silent)
-                manifests.append(compiled(recipe, opened, recording, component, part, own, backend, plugin))
+                manifests.append(_compile_engine(recipe, opened, recording, way, part, own, backend, plugin))
         return tuple(manifests)
+
+
+def _part_name(way: Group, ways: tuple[Group, ...]) -> str:
+    """The component where there are several, and the number of the way where it is called in several."""
+    components = {other.component for other in ways}
+    of_its_own = [other for other in ways if other.component == way.component]
+    names = [way.component] * (len(components) > 1) + [str(way.index)] * (len(of_its_own) > 1)
+    return ".".join(names)
 
 
 def _recording(recipe: Recipe, opened: Opened, outputs: Outputs, stages: Stages) -> Recording:
@@ -135,16 +142,16 @@ def _compile_engine(
     recipe: Recipe,
     opened: Opened,
     recording: Recording,
-    component: str,
+    calls: Group,
     outputs: Outputs,
     stages: Stages,
     backend: trt.Backend,
     plugin: trt.PluginLibrary,
 ) -> Manifest:
-    """One denoiser, from its recorded calls to its engine."""
-    dit = find_dit(opened.of(component), recording, component, DTYPES[recipe.model.dtype])
+    """One way in which one denoiser is called, from its recorded calls to its engine."""
+    dit = find_dit(opened.of(calls.component), recording, calls, DTYPES[recipe.model.dtype])
     plan = select(dit.groups, recipe.sparsity, _targets(recipe, backend))
-    recorded = recording.header.key, component, dit.calls.index, recipe.model.dtype
+    recorded = recording.header.key, calls.component, calls.index, recipe.model.dtype
     statistics = stages.run(
         CALIBRATE,
         Statistics,

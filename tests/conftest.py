@@ -109,10 +109,9 @@ def open_dit(recipe: Recipe) -> tuple[DiT, Recording]:
     calls = recipe.calibration.model_copy(update={"memory_gib": 1.0, "tokens_per_call": 1})
     name = hashlib.sha256(f"{recipe.model} {recipe.call} {calls}".encode()).hexdigest()[:16]
     recording = record(recipe, opened, rows, _scratch() / name, no_progress)
-    component = recording.components[0]
-    return find_dit(
-        opened.checkpoints[component], recording, component, DTYPES[recipe.model.dtype]
-    ), recording
+    calls = recording.ways()[0]
+    checkpoint = opened.checkpoints[calls.component]
+    return find_dit(checkpoint, recording, calls, DTYPES[recipe.model.dtype]), recording
 
 
 @cache

@@ -123,7 +123,7 @@ def check_parameters(known: Sequence[Parameter]) -> None:
         if parameter.default is not None and tensors_of(parameter.default):
             raise ValueError(f"the default of {parameter.name!r:.100} is a tensor")
     try:
-        _signature(known)
+        signature(known)
     except KeyError as error:
         raise ValueError(f"{error!s:.100} is no kind of parameter") from None
 
@@ -140,6 +140,20 @@ def parameters(forward: Callable[..., Any]) -> tuple[Parameter, ...]:
     return tuple(Parameter(p.name, p.kind.name, _default(p)) for p in found)
 
 
+def signature(known: Sequence[Parameter]) -> inspect.Signature:
+    """As ``inspect`` has it.
+
+    Raises:
+        KeyError: a kind is none of Python's.
+    """
+
+    def default(parameter: Parameter) -> Any:
+        return inspect.Parameter.empty if parameter.default is None else unflatten(parameter.default, {})
+
+    kinds = inspect._ParameterKind
+    return inspect.Signature([inspect.Parameter(p.name, kinds[p.kind], default=default(p)) for p in known])
+
+
 def bind(known: Sequence[Parameter], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Each parameter's value in a call, by name, with its default where the call left it out.
 
@@ -147,7 +161,7 @@ def bind(known: Sequence[Parameter], args: Sequence[Any], kwargs: Mapping[str, A
         InputError: the call does not fit the parameters.
     """
     try:
-        bound = _signature(known).bind(*args, **kwargs)
+        bound = signature(known).bind(*args, **kwargs)
     except TypeError as error:
         names = ", ".join(p.name for p in known)
         raise InputError(f"The call does not fit its module: {error}.", f"It takes {names}.") from None
@@ -301,14 +315,6 @@ def _default(parameter: inspect.Parameter) -> Structure | None:
     return (
         None if parameter.default is parameter.empty else flatten(parameter.default, parameter.name).structure
     )
-
-
-def _signature(known: Sequence[Parameter]) -> inspect.Signature:
-    def default(parameter: Parameter) -> Any:
-        return inspect.Parameter.empty if parameter.default is None else unflatten(parameter.default, {})
-
-    kinds = inspect._ParameterKind
-    return inspect.Signature([inspect.Parameter(p.name, kinds[p.kind], default=default(p)) for p in known])
 
 
 def _described(leaf: Any) -> str:

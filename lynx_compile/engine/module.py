@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lynx_compile.engine.arguments import bind, dtype_of, flatten
+from lynx_compile.engine.arguments import Arguments, bind, dtype_of, flatten, signature
 from lynx_compile.engine.calls import check_constants, result_of
 from lynx_compile.engine.manifest import Call, Padding, Tensor
 from lynx_compile.engine.model_class import ModelClass
@@ -36,52 +36,68 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def load(
-    path: str | Path, *, device: int = 0, cuda_graph: bool = False, progress: Progress | None = None
+    path: str | Path,
+    *others: str | Path,
+    device: int = 0,
+    cuda_graph: bool = False,
+    progress: Progress | None = None,
 ) -> EngineModule:
-    """Load an engine as a transformer of a pipeline; see ``lynx_compile.load``."""
-    engine = Engine.open(path, device=device, progress=progress)
+    """Load an engine, or several, as a transformer of a pipeline; see ``lynx_compile.load``."""
+    engines: list[Engine] = []
     try:
-        if engine.manifest.call is None:
-            raise InputError(
-                f"{path} was not compiled from a torch module, so that no pipeline can call it.",
-                "Run it with lynx_compile.engine.runtime.Engine.",
-            )
-        return EngineModule(engine, engine.manifest.call, cuda_graph)
+        for each in (path, *others):
+            engines.append(Engine.open(each, device=device, progress=progress))
+            if engines[-1].manifest.call is None:
+                raise InputError(
+                    f"{each} was not compiled from a torch module, so that no pipeline can call it.",
+                    "Run it with lynx_compile.engine.runtime.Engine.",
+                )
+            if _model(engines[-1]) != _model(engines[0]):
+                raise InputError(
+                    f"{each} is not of the model that {path} is of.",
+                    "Load the engines of one transformer together, and each transformer by itself.",
+                )
+        return EngineModule(engines, cuda_graph)
     except BaseException:
-        engine.close()
+        for engine in engines:
+            engine.close()
         raise
+
+
+def _model(engine: Engine) -> tuple[str, str]:
+    """Which weights, in which dtype."""
+    return engine.manifest.source.sha256, engine.manifest.dtype
 
 
 class EngineModule(torch.nn.Module):
     """The transformer, for a pipeline that only runs it: no parameters, adapters, caches or attention processors.
 
-    ``engine``: what runs. ``config``: of the model that was compiled.
+    ``engines``: what runs, each for one way in which the pipeline calls its transformer. ``engine``: the first.
+    ``config``: of the model that was compiled.
     """
 
-    def __init__(self, engine: Engine, call: Call, cuda_graph: bool = False) -> None:
+    def __init__(self, engines: Sequence[Engine], cuda_graph: bool = False) -> None:
         super().__init__()
-        self.engine = engine
-        self.config = Config(engine.manifest.source.config)
-        self._call = call
-        self._class = ModelClass(call.class_name, self.config, torch.device("meta"))
-        self._checked: dict[
-            str, tuple[weakref.ref[torch.Tensor], int]
-        ] = {}  # fixed tensors: object and version
-        self._context = engine.context(cuda_graph=cuda_graph)
+        self.engines = tuple(engines)
+        self.engine = self.engines[0]
+        self.config = Config(self.engine.manifest.source.config)
+        self._ways = [_Way(engine, cuda_graph) for engine in engines]
+        self._signature = signature(self._ways[0].call.parameters)
+        self._class = ModelClass(self._ways[0].call.class_name, self.config, torch.device("meta"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the engine's weights and activations."""
+        """Of the engines' weights and activations."""
         return DTYPES[self.engine.manifest.dtype]
 
     @property
     def device(self) -> torch.device:
-        """The GPU that the engine is on."""
+        """The GPU that the engines are on."""
         return torch.device("cuda", self.engine.device)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what runs is TensorRT's: there is nothing to trace
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the transformer's own ``forward`` returns.
+    @property
+    def forward(self) -> Callable[..., Any]:  # type: ignore[override]
+        """The transformer's own ``forward``, with its parameters: some pipelines read them.
 
         A call may differ from the compiled one in its tensors' contents, in lengths that can be padded, and in dtypes:
         results are then in the one that the pipeline computes in. On the GPU it runs in torch's current stream and does
@@ -91,16 +107,29 @@ class EngineModule(torch.nn.Module):
             InputError: a constant, a shape or None-ness is not that of the compiled call.
             EngineError: the run fails.
         """
-        bound = bind(self._call.parameters, args, kwargs)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._run(args, kwargs)
+
+        forward.__signature__ = self._signature  # type: ignore[attr-defined]
+        return forward
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what runs is TensorRT's: there is nothing to trace
+    def _run(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        bound = bind(self._ways[0].call.parameters, args, kwargs)
         return_dict = bound.pop("return_dict", None)
         given = flatten(bound)
-        check_constants(self._call, given)
-        tensors = {name: torch.as_tensor(tensor) for name, tensor in given.tensors.items()}
-        device = next((t.device for t in tensors.values() if t.device.type == "cuda"), torch.device("cpu"))
-        inputs = fitted(self._call, self.engine.inputs, tensors, device)
-        self._check_fixed(tensors, inputs)
-        outputs = self._run(inputs, device)
-        return result_of(self._call.result, _converted(outputs, self._call, tensors), return_dict)
+        refusals = []
+        for way in self._ways:
+            try:
+                return way.run(given, return_dict)
+            except InputError as refusal:  # before anything runs
+                refusals.append(refusal)
+        if len(refusals) == 1:
+            raise refusals[0]
+        names = [engine.manifest.engine.file for engine in self.engines]
+        causes = " ".join(f"{name}: {r.cause}" for name, r in zip(names, refusals, strict=True))
+        raise InputError(f"No engine serves this call. {causes}", refusals[0].remedy)
 
     @contextmanager
     def cache_context(self, name: str, **state: Any) -> Iterator[None]:
@@ -132,14 +161,48 @@ class EngineModule(torch.nn.Module):
         return self
 
     def close(self) -> None:
-        """Free the engine."""
-        self.engine.close()
+        """Free the engines."""
+        for engine in self.engines:
+            engine.close()
+
+    def __getattr__(self, name: str) -> Any:
+        """What else pipelines ask of a transformer; see ``ModelClass``."""
+        if name.startswith("_") or "_class" not in self.__dict__:
+            return super().__getattr__(name)
+        return self._class.attribute(name)
+
+
+class _Way:
+    """An engine, and how the pipeline calls the transformer that it was compiled for."""
+
+    def __init__(self, engine: Engine, cuda_graph: bool) -> None:
+        assert engine.manifest.call is not None, "load has checked it"
+        self.call = engine.manifest.call
+        self._engine = engine
+        self._checked: dict[
+            str, tuple[weakref.ref[torch.Tensor], int]
+        ] = {}  # fixed tensors: object and version
+        self._context = engine.context(cuda_graph=cuda_graph)
+
+    def run(self, given: Arguments, return_dict: bool | None) -> Any:
+        """The result of a call.
+
+        Raises:
+            InputError: the engine does not serve such a call. EngineError: the run fails.
+        """
+        check_constants(self.call, given)
+        tensors = {name: torch.as_tensor(tensor) for name, tensor in given.tensors.items()}
+        device = next((t.device for t in tensors.values() if t.device.type == "cuda"), torch.device("cpu"))
+        inputs = fitted(self.call, self._engine.inputs, tensors, device)
+        self._check_fixed(tensors, inputs)
+        outputs = self._run(inputs, device)
+        return result_of(self.call.result, _converted(outputs, self.call, tensors), return_dict)
 
     def _check_fixed(self, given: Tensors, inputs: Tensors) -> None:
         """Whether tensors whose content the graph fixes are the compiled call's. A pipeline gives the same objects in
         every step: each is read once.
         """
-        for fixed in self._call.fixed:
+        for fixed in self.call.fixed:
             whole = inputs.get(fixed.tensor, given.get(fixed.tensor))
             source = given.get(fixed.tensor, whole)
             if source is None or whole is None:
@@ -160,17 +223,11 @@ class EngineModule(torch.nn.Module):
         shapes = self._context.output_shapes({name: tuple(tensor.shape) for name, tensor in inputs.items()})
         outputs = {
             tensor.name: torch.empty(shapes[tensor.name], dtype=DTYPES[tensor.dtype], device=device)
-            for tensor in self.engine.outputs
+            for tensor in self._engine.outputs
         }
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
         self._context.run(inputs, outputs=outputs, stream=stream)
         return outputs
-
-    def __getattr__(self, name: str) -> Any:
-        """What else pipelines ask of a transformer; see ``ModelClass``."""
-        if name.startswith("_") or "_class" not in self.__dict__:
-            return super().__getattr__(name)
-        return self._class.attribute(name)
 
 
 class Config(dict[str, Any]):

@@ -81,14 +81,14 @@ class DiT:
 
 
 def find_dit(
-    checkpoint: Checkpoint | OnnxSource, recording: Recording, component: str, dtype: torch.dtype
+    checkpoint: Checkpoint | OnnxSource, recording: Recording, calls: Group, dtype: torch.dtype
 ) -> DiT:
-    """The transformer ``component`` as its pipeline calls it most.
+    """The transformer as its pipeline calls it in ``calls``.
 
     Raises:
         InputError: the module cannot be run without weights, or not in ``dtype``.
     """
-    calls = _main_group(recording, component)
+    component = calls.component
     arguments, axes = compiled_arguments(recording, calls)
     if isinstance(checkpoint, OnnxSource):
         arguments = dict(checkpoint.taken(arguments))
@@ -124,19 +124,6 @@ def compiled_arguments(recording: Recording, calls: Group) -> tuple[dict[str, An
     if any(p.name == "return_dict" for p in recording.component(calls.component).parameters):
         arguments["return_dict"] = True  # both forms of the result can be made from this one
     return _padded(arguments, calls.axes), bare
-
-
-def _main_group(recording: Recording, component: str) -> Group:
-    """The graph that most calls need. The others are not compiled, and the user is told so."""
-    groups = recording.groups(component)
-    main = max(groups, key=lambda group: group.calls_made)
-    if len(groups) > 1:
-        total = sum(group.calls_made for group in groups)
-        log.warning(
-            "'%s' is called in %d different ways; the engine serves %d of %d calls. %s",
-            component, len(groups), main.calls_made, total, " ".join(recording.describe()),
-        )  # fmt: skip
-    return main
 
 
 def _padded(arguments: Mapping[str, Any], axes: Sequence[Axis]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import strict_json
 
 VERSION = 1
+MOST_WAYS = 4  # in which one transformer may be called: each is an engine, with weights of its own
 T = TypeVar("T")
 
 
@@ -209,6 +210,25 @@ class Recording:
                 )
             )
         return tuple(groups)
+
+    def ways(self) -> tuple[Group, ...]:
+        """The groups of all components: an engine each.
+
+        Raises:
+            InputError: a component is called in so many ways that an engine for each is no answer.
+        """
+        found: list[Group] = []
+        for name in self.components:
+            groups = self.groups(name)
+            if len(groups) > MOST_WAYS:
+                raise InputError(
+                    f"'{name}' is called in {len(groups)} ways, each of which needs an engine of its own. "
+                    f"{' '.join(_described(groups)[:6])}",
+                    "Record calls that differ in tensors alone: one size, one kind of guidance, encoded prompts of "
+                    "one length.",
+                )
+            found += groups
+        return tuple(found)
 
     def example(self, component: str, group: int = 0) -> dict[str, Any]:
         """Arguments of the first recorded call of a group: what an export runs with."""

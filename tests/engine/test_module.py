@@ -324,9 +324,9 @@ def test_in_torchs_stream(flux: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
     monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: torch.zeros(*shape, dtype=dtype))
     monkeypatch.setattr(
-        transformer._context, "run", lambda inputs, outputs, stream: seen.update(stream=stream)
+        transformer._ways[0]._context, "run", lambda inputs, outputs, stream: seen.update(stream=stream)
     )
-    transformer._run(inputs(), torch.device("cuda", 0))
+    transformer._ways[0]._run(inputs(), torch.device("cuda", 0))
     assert seen == {"stream": 77}
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from lynx_compile.engine import module as module_file
 from lynx_compile.engine.arguments import bind, flatten, parameters, unflatten
 from lynx_compile.engine.manifest import Fixed, Padding
 from lynx_compile.engine.module import EngineModule, digest_of
-from lynx_compile.errors import InputError
+from lynx_compile.errors import EngineError, InputError
 from lynx_compile.models.calls import call_of
 from lynx_compile.passes.export import export_module
 from lynx_compile.passes.rewrite import LynxOnnx
@@ -85,8 +86,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     made: dict[str, tuple[Path, dict[str, Any]]] = {}
 
     def export(module: torch.nn.Module, given: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
-        types = {name: (t.dtype, t.shape) for name, t in flatten(given).tensors.items()}
-        key = f"{type(module).__qualname__} {types}"
+        flat = flatten(given)
+        types = {name: (t.dtype, t.shape) for name, t in flat.tensors.items()}
+        key = f"{type(module).__qualname__} {types} {flat.constants}"
         if key not in made:
             path = folder / f"{len(made)}.onnx"
             made[key] = path, to_onnx(module.eval(), given, path)
@@ -367,8 +369,8 @@ def test_a_nested_result(engine_of: Compile) -> None:
 def test_a_result_whose_class_is_gone(nested: Pair) -> None:
     engine, *_ = nested
     for name in ("diffusers.models.modeling_outputs:Gone", "subprocess:Popen", "diffusers.gone:Output"):
-        result = engine._call.result | {"dataclass": name}
-        engine._call = engine._call.model_copy(update={"result": result})
+        result = engine._ways[0].call.result | {"dataclass": name}
+        engine._ways[0].call = engine._ways[0].call.model_copy(update={"result": result})
         with pytest.raises(InputError, match=f"The result's class {name} is not imported"):
             engine(**arguments())
         assert isinstance(engine(**arguments(), return_dict=False)[0], list)
@@ -376,8 +378,8 @@ def test_a_result_whose_class_is_gone(nested: Pair) -> None:
 
 def test_a_tuple_where_a_dataclass_is_asked_for(nested: Pair) -> None:
     engine, *_ = nested
-    result = {"tuple": [node for _, node in engine._call.result["fields"]]}
-    engine._call = engine._call.model_copy(update={"result": result})
+    result = {"tuple": [node for _, node in engine._ways[0].call.result["fields"]]}
+    engine._ways[0].call = engine._ways[0].call.model_copy(update={"result": result})
     with pytest.raises(InputError, match="returns no dataclass. Call it with return_dict=False"):
         engine(**arguments())
     assert isinstance(engine(**arguments(), return_dict=False), tuple)
@@ -456,3 +458,45 @@ def test_configuration(engine_of: Compile) -> None:
     assert dict(**config) == {"in_channels": 4, "patch_size": [1, 2, 2]}
     with engine.cache_context("cond", step_index=0):
         assert not engine.is_cache_enabled
+
+
+def test_several_ways(engine_of: Compile, tmp_path: Path) -> None:
+    """Each call runs in the first engine that serves it; one that none serves names all the reasons."""
+
+    class Guided(torch.nn.Module):
+        def forward(self, x: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+            return x * (scale or 1.0)
+
+    (one, _), (other, _) = (
+        engine_of(Guided(), {"x": torch.ones(2), "scale": scale}) for scale in (None, 3.0)
+    )
+    both = EngineModule((one.engine, other.engine))
+    assert both(torch.ones(2)).tolist() == [1, 1]
+    assert both(torch.ones(2), scale=3.0).tolist() == [3, 3]
+    with pytest.raises(
+        InputError, match=r"No engine serves this call. .*'scale' = None, and .* 'scale' = 3.0, and"
+    ):
+        both(torch.ones(2), scale=2.0)
+    both.close()
+    for closed in (one, other):
+        with pytest.raises(EngineError, match="closed"):
+            closed(torch.ones(2), scale=3.0 if closed is other else None)
+
+
+def test_engines_of_two_models_are_not_loaded_together(engine_of: Compile, tmp_path: Path) -> None:
+    _, stage = engine_of(Nested().eval(), arguments())
+    assert len(lynx_compile.load(stage.path, stage.path).engines) == 2
+    copy = tmp_path / "copy"
+    shutil.copytree(stage.path.parent, copy, ignore=shutil.ignore_patterns("copy"))
+    values = json.loads((copy / stage.manifest.name).read_text())
+    values["source"]["sha256"] = "ef" * 32
+    (copy / stage.manifest.name).write_text(json.dumps(values))
+    with pytest.raises(InputError, match="copy.* is not of the model that"):
+        lynx_compile.load(stage.path, copy / stage.path.name)
+
+
+def test_its_forward_has_the_transformers_parameters(nested: Pair) -> None:
+    engine, module, _ = nested
+    known = inspect.signature(module.forward).parameters
+    assert [*inspect.signature(engine.forward).parameters] == [*known]
+    assert inspect.signature(engine.forward).parameters["rotary"].default == known["rotary"].default

@@ -362,10 +362,18 @@ def test_arguments_of_a_modular_pipeline_are_checked(tmp_path: Path) -> None:
         capture(prepared.pipe, prepared.inputs, tmp_path, call=prepared.call | {"num_steps": 2})
 
 
-def test_constants_that_follow_the_prompt_are_graphs_of_their_own(tmp_path: Path) -> None:
+def test_constants_that_follow_the_prompt_are_graphs_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = record(pipelines.prepare("Cosmos3"), tmp_path)
     assert len(found.groups("transformer")) == 3  # of both prompts and the empty one
     assert any("'und_len' is 44, not 50" in line for line in found.describe())
+    assert len(found.ways()) == 3
+    monkeypatch.setattr(recording, "MOST_WAYS", 2)
+    with pytest.raises(
+        InputError, match=r"called in 3 ways, each of which needs an engine .*'und_len' is 44, not 50"
+    ):
+        found.ways()
 
 
 def test_prompts_that_do_not_fit_each_other(tmp_path: Path) -> None:

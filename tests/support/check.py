@@ -14,15 +14,15 @@ import onnxruntime
 import pytest
 import torch
 
-import lynx_compile
 from lynx_compile import recipe
 from lynx_compile.engine.arguments import flatten
 from lynx_compile.engine.module import EngineModule
+from lynx_compile.engine.runtime import Engine
 from lynx_compile.models.calls import recorded_call
 from lynx_compile.models.capture import call_pipeline, capture
 from lynx_compile.models.checkpoint import open_checkpoint
 from lynx_compile.models.dit import compiled_arguments, in_engine_dtypes
-from lynx_compile.models.recording import Recording
+from lynx_compile.models.recording import Group, Recording
 from lynx_compile.models.structure import find_structure
 from lynx_compile.passes.build import build
 from lynx_compile.passes.export import DenseOnnx, export_lengths, export_module
@@ -222,27 +222,31 @@ def _dropin(name: str, class_name: str, recording: Recording, folder: Path) -> b
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EngineModule, "device", torch.device("cpu"))
         patch.setattr(EngineModule, "dtype", torch.float32)
-        wanted = [
-            c for c in recording.components if recording.component(c).class_name.endswith(f":{class_name}")
-        ]
-        for component in wanted:
-            _put_engine(patch, prepared.pipe, recording, component, folder / component)
+        ways: dict[str, list[Engine]] = {}
+        for way in recording.ways():
+            if recording.component(way.component).class_name.endswith(f":{class_name}"):
+                place = folder / way.component / str(way.index)
+                made = _engine_of(patch, prepared.pipe, recording, way, place)
+                ways.setdefault(way.component, []).append(made)
+        for component, engines in ways.items():
+            setattr(prepared.pipe, component, EngineModule(engines))
         for prompt, output in enumerate(expected):
             torch.testing.assert_close(_latents(prepared, prompt), output, rtol=1e-3, atol=1e-3)
-    return bool(wanted)
+    return bool(ways)
 
 
-def _put_engine(patch: pytest.MonkeyPatch, pipe: Any, recording: Recording, name: str, folder: Path) -> None:
-    component, groups = recording.component(name), recording.groups(name)
-    if len(groups) > 1:
-        raise ValueError(f"{name} is called in {len(groups)} ways, and an engine serves one")
-    arguments, axes = compiled_arguments(recording, groups[0])
-    dense = export_lengths(pipe.components[name], arguments, axes, folder / "dense.onnx")
+def _engine_of(
+    patch: pytest.MonkeyPatch, pipe: Any, recording: Recording, calls: Group, folder: Path
+) -> Engine:
+    """A fake engine for one way in which a component is called."""
+    component = recording.component(calls.component)
+    arguments, axes = compiled_arguments(recording, calls)
+    dense = export_lengths(pipe.components[component.name], arguments, axes, folder / "dense.onnx")
     assert dense.output is not None
     stage = set_stage(patch, LynxOnnx(dense.path, dense.path, (), (), (), dense.lengths), FakeCuda())
-    call = recorded_call(component, groups[0], arguments, dense.output, dense.baked)
+    call = recorded_call(component, calls, arguments, dense.output, dense.baked)
     stage.change(call=call.model_dump(), source={"config": component.config})
-    setattr(pipe, name, lynx_compile.load(stage.path))
+    return Engine.open(stage.path)
 
 
 def _latents(prepared: pipelines.Prepared, prompt: int) -> list[torch.Tensor]:
