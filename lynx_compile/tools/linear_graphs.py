@@ -4,13 +4,14 @@
     dense:  the dense graph                             ── y of every linear
     lynx:   the dense graph ── x ── LynxSparse...Linear ── y of every linear
 
-Rewriting has kept the names of the tensors x, so that the Lynx nodes fit into the dense graph. y is the linear's own
-result: an activation that a node holds is off here. Of a convolution it has the channels last.
+Rewriting has kept the names of the tensors x, so that the Lynx nodes fit into the dense graph; where x is two linears'
+results side by side, which are apart in the dense graph, they are put together. y is the linear's own result: an
+activation that a node holds is off here. Of a convolution it has the channels last.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ def linear_graphs(
         raise InputError(
             f"{lynx.name}: its Lynx nodes are not the manifest's layers.", "Compile the engine again."
         )
+    results = _results(dense_model, manifest, nodes)
     parts = []
     for number, layers in enumerate(_groups(manifest, memory_gib)):
         part = Part(
@@ -55,8 +57,8 @@ def linear_graphs(
             lynx=folder / f"linears-{number}-lynx.onnx",
             linears={_output(layer, linear): linear for layer in layers for linear in layer.linears},
         )
-        _save(_with_outputs(dense_model, layers, nodes), part.linears, part.dense)
-        _save(_with_nodes(dense_model, lynx_model, layers, nodes), part.linears, part.lynx)
+        _save(_with_outputs(dense_model, layers, results), part.linears, part.dense)
+        _save(_with_nodes(dense_model, lynx_model, layers, nodes, results), part.linears, part.lynx)
         parts.append(part)
     return tuple(parts)
 
@@ -85,10 +87,18 @@ def _last(layer: SparseLinears, nodes: Mapping[str, onnx.NodeProto]) -> onnx.Nod
     return nodes.get(f"{layer.layer}.Split", nodes[layer.layer])
 
 
-def _with_outputs(
-    dense: onnx.ModelProto, layers: list[SparseLinears], nodes: Mapping[str, onnx.NodeProto]
-) -> onnx.ModelProto:
-    model = _copy(dense)
+@dataclass(frozen=True)
+class _Result:
+    """Of a linear in the dense graph: its product, and ``y``, the name of what it makes of that."""
+
+    product: onnx.NodeProto
+    y: str
+
+
+def _results(
+    dense: onnx.ModelProto, manifest: Manifest, nodes: Mapping[str, onnx.NodeProto]
+) -> dict[str, list[_Result]]:
+    """Of every layer's linears, by the layer's name."""
     products: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in dense.graph.node:
@@ -97,11 +107,39 @@ def _with_outputs(
                 products[entry.value].append(node)
         for name in node.input:
             readers[name].append(node)
+    found: dict[str, list[_Result]] = {}
+    calls: Counter[tuple[str, ...]] = Counter()
+    for layer in manifest.sparse:
+        ends = list(_last(layer, nodes).output)
+        if _is_read_whole(layer, nodes):  # the names of its linears' results are gone: the calls are in order
+            of_call = [products[linear][calls[layer.linears]] for linear in layer.linears]
+            found[layer.layer] = [_Result(product, _own_result(product, "", readers)) for product in of_call]
+        else:
+            made = [
+                _product_of(products[linear], end, readers)
+                for linear, end in zip(layer.linears, ends, strict=True)
+            ]
+            found[layer.layer] = [
+                _Result(product, _own_result(product, end, readers))
+                for product, end in zip(made, ends, strict=True)
+            ]
+        calls[layer.linears] += 1
+    return found
+
+
+def _is_read_whole(layer: SparseLinears, nodes: Mapping[str, onnx.NodeProto]) -> bool:
+    """Whether a node reads two linears' results as halves of one tensor, so that nothing splits it."""
+    return len(layer.linears) > len(_last(layer, nodes).output)
+
+
+def _with_outputs(
+    dense: onnx.ModelProto, layers: list[SparseLinears], results: Mapping[str, list[_Result]]
+) -> onnx.ModelProto:
+    model = _copy(dense)
     pixels = {weight.name: len(weight.dims) - 2 for weight in dense.graph.initializer}
     for layer in layers:
-        for linear, end in zip(layer.linears, _last(layer, nodes).output, strict=True):
-            product = _product_of(products[linear], end, readers)
-            y = _own_result(product, end, readers)
+        for linear, result in zip(layer.linears, results[layer.layer], strict=True):
+            product, y = result.product, result.y
             if product.op_type == "Conv":  # its layer has the channels last
                 perm = [0, *range(2, 2 + pixels[product.input[1]]), 1]
                 node = onnx.helper.make_node("Transpose", [y], [_output(layer, linear)], perm=perm)
@@ -139,15 +177,28 @@ def _with_nodes(
     lynx: onnx.ModelProto,
     layers: list[SparseLinears],
     nodes: Mapping[str, onnx.NodeProto],
+    results: Mapping[str, list[_Result]],
 ) -> onnx.ModelProto:
     model = _copy(dense)
+    wholes = {nodes[name].output[0]: [result.y for result in own] for name, own in results.items()}
     constants = {tensor.name: tensor for tensor in lynx.graph.initializer}
     made = {name for node in dense.graph.node for name in node.output}
     transposes = {node.output[0]: node for node in lynx.graph.node if node.op_type == "Transpose"}
     used: dict[str, onnx.TensorProto] = {}
     for layer in layers:
         node, last = nodes[layer.layer], _last(layer, nodes)
-        names = {y: _output(layer, linear) for y, linear in zip(last.output, layer.linears, strict=True)}
+        outputs = [_output(layer, linear) for linear in layer.linears]
+        if _is_read_whole(layer, nodes):
+            whole = f"{layer.layer}:whole"
+            model.graph.node.append(onnx.helper.make_node("Split", [whole], outputs, axis=-1, num_outputs=2))
+            names = {last.output[0]: whole}
+        else:
+            names = dict(zip(last.output, outputs, strict=True))
+        if node.input[0] in wholes and node.input[0] not in made:
+            model.graph.node.append(
+                onnx.helper.make_node("Concat", wholes[node.input[0]], [node.input[0]], axis=-1)
+            )
+            made.add(node.input[0])
         if node.input[0] in transposes and node.input[0] not in made:
             model.graph.node.append(transposes[node.input[0]])
             made.add(node.input[0])

@@ -55,7 +55,8 @@ cudaError_t fp8_runs(DType dtype) {
   cudaError_t error = current_attribute(cudaDevAttrComputeCapabilityMajor, &device, &major);
   if (error == cudaSuccess) error = current_attribute(cudaDevAttrComputeCapabilityMinor, &device, &minor);
   if (error != cudaSuccess) return error;
-  return holds_fp8(dtype) && major == 9 && minor == 0 ? cudaSuccess : cudaErrorNotSupported;  // wgmma runs nowhere else
+  return holds_fp8(dtype) && major == 9 && minor == 0 ? cudaSuccess
+                                                      : cudaErrorNotSupported;  // wgmma runs nowhere else
 }
 
 int64_t fp8_gemm_workspace_bytes(Fp8Operand operand, int64_t tokens, int64_t channels) {

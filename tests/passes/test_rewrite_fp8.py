@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,6 +27,7 @@ from lynx_compile.passes import rewrite as rewrite_module
 from lynx_compile.passes.export import DenseOnnx, export_module
 from lynx_compile.passes.rewrite import LynxOnnx, rewrite
 from lynx_compile.recipe import NodeOperand
+from lynx_compile.tools.linear_graphs import linear_graphs
 
 from .exact import fp8_plan, fp8_weights
 
@@ -244,3 +247,18 @@ def test_silu_and_gate_are_taken_in_as_halves(order: str, op: str, tmp_path: Pat
     left = {node.op_type for node in onnx.load(lynx.path, load_external_data=False).graph.node}
     assert ("Split" in left) == (op == FP8_OP)
     assert all(error < 0.06 for error in _errors(case, lynx))
+
+
+def test_compare_finds_the_results_of_halves_that_one_node_reads(block: Case) -> None:
+    """The graphs of ``compare``: every linear, on the dense model's own inputs."""
+    lynx = block.rewrite(lambda _: "none")
+    manifest: Any = SimpleNamespace(
+        sparse=[SimpleNamespace(layer=node.name, **vars(node)) for node in lynx.sparse]
+    )
+    (part,) = linear_graphs(block.dense.path, lynx.path, manifest, 8.0, block.folder)
+    assert sorted(part.linears.values()) == sorted(path for node in lynx.sparse for path in node.linears)
+    names = list(part.linears)
+    for y_dense, y in zip(
+        _run(part.dense, block.feed, names), _run(part.lynx, block.feed, names), strict=True
+    ):
+        assert y.shape == y_dense.shape and np.linalg.norm(y - y_dense) < 0.06 * np.linalg.norm(y_dense)

@@ -230,6 +230,8 @@ def test_library_exports_its_interfaces_alone_and_needs_no_cuda() -> None:
         "lynx_fp8_gemm",
         "lynx_fp8_holds",
         "lynx_fp8_linear",
+        "lynx_fp8_product",
+        "lynx_fp8_product_bytes",
         "lynx_fp8_round",
         "lynx_fp8_runs",
         "lynx_fp8_tile_count",
