@@ -170,3 +170,34 @@ def test_a_weight_that_the_dtype_cannot_hold_is_named_before_the_pipeline_runs(
     with pytest.raises(InputError, match="'proj_out.weight' in .* reaches 70000, more than float16 holds"):
         pipeline.compile(load_recipe(folder / "tiny.yaml"), tmp_path / "tiny.engine", display=display)
     assert shown["open"][0] == f"reading {weights.name}" and shown["capture"][-1] == "proj_out.weight"
+
+
+def test_fp8_for_gpus_that_do_not_run_it_is_refused_before_anything_runs(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = project / "run.yaml"
+    path.write_text((project / "tiny.yaml").read_text() + "sparsity: {precision: fp8}\n")
+    recipe = load_recipe(path)
+    with pytest.raises(InputError, match="precision is fp8, and this engine is for sm80, sm86, sm89, sm120"):
+        pipeline.compile(recipe, project / "out" / "tiny.engine")
+    assert "started" not in (project / "out" / "tiny.log").read_text()
+
+
+def test_on_hopper_the_whole_compiler_takes_fp8(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the build, with TensorRT's targets of one Hopper; FP8 nodes and their scales are in the file."""
+    monkeypatch.setattr(pipeline, "_targets", lambda recipe, backend: ("sm90",))
+    made: list[LynxOnnx] = []
+
+    def keep(lynx: LynxOnnx, *arguments: object, **options: object) -> None:
+        made.append(lynx)
+        raise StageError("build", "there is none here.", "Do without.")
+
+    monkeypatch.setattr(pipeline, "build", keep)
+    for more in (
+        "sparsity: {precision: fp8, operand: weight}\n",
+        "sparsity: {precision: fp16, operand: weight}\n",
+    ):
+        assert _stages_run(project, more)[-1] == "build"
+    first, second = made
+    assert {(node.operand, node.fp8) for node in first.sparse} == {("weight", True)}
+    assert {(node.operand, node.fp8) for node in second.sparse} == {("weight", False)}

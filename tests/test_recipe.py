@@ -333,6 +333,21 @@ def test_the_shipped_recipes_are_valid() -> None:
     assert (digits.model.dtype, digits.sparsity.operands) == ("fp16", ("activation",))
 
 
+def test_flux_on_hopper_is_2_of_4_weights_in_fp8_throughout() -> None:
+    """By the file of measured times that its recipe names."""
+    recipe = load_recipe(ENGINES / "flux.yaml")
+    plan = select(flux_groups(FLUX_DEV, side=64, text=512, batch=1), recipe.sparsity, ("sm90",))
+    assert {(group.operand, group.fp8) for group in plan.groups} == {("weight", True)}
+    reasons = {decision.linear.path: decision.reason for decision in plan.decisions}
+    source = "nvidia-h100-80gb-hbm3-fp8.json"
+    assert (
+        reasons["transformer_blocks.0.attn.to_q"] == f"2.29x as fast as dense (4096 x 3072 -> 9216, {source})"
+    )
+    assert all(1.6 < (group.gain or 0) < 2.5 for group in plan.groups)
+    before = select(flux_groups(FLUX_DEV, side=64, text=512, batch=1), recipe.sparsity, ("sm80",))
+    assert {(group.operand, group.fp8) for group in before.groups} == {("weight", False)}
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in ENGINES.glob("*.yaml")))
 def test_the_shipped_recipes_calibrate_on_enough_tokens(name: str) -> None:
     """As many tokens per channel as the solves need, for every linear, by arithmetic."""

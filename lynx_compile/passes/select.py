@@ -14,6 +14,16 @@ from lynx_compile.passes.speed_table import DENSE, ROOFLINE, UNKNOWN_SPEED, Cost
 from lynx_compile.recipe import NodeOperand, Sparsity
 
 FP8_GPUS = ("sm90",)  # that run our FP8 kernels
+# Gains that differ by less are alike: so much do runs of the bench differ for the same linear. Then the form with the
+# lower error counts (errors.*.layer of engines/bench/summary.json).
+ALIKE = 1.05
+BY_ERROR = (
+    Form("none", fp8=True),
+    Form("weight"),
+    Form("weight", fp8=True),
+    Form("activation"),
+    Form("activation", fp8=True),
+)
 FP8_CHANNELS = 32768  # kMaxFp8Channels of plugins/kernels/fp8_linear.h
 
 
@@ -189,7 +199,7 @@ class _Choice:
     def _by_speed(
         self, group: LinearGroup, glob: str, linears: list[Linear], made: dict[Linear, Decision]
     ) -> list[Decision]:
-        """The fastest form of ``linears``, or dense where that is slower and the recipe leaves it open.
+        """The fastest form of ``linears``, of some alike the most accurate; dense where that is slower and left open.
 
         Counted is the whole node: with the linears for which that form is already ``made``. An operand without an
         alternative gives way to what was measured alone, not to the roofline.
@@ -198,15 +208,13 @@ class _Choice:
             reason = f"its speed on {self.unknown} is unknown: give sparsity.costs, by 'lynx-compile bench' on that GPU"
             return [Decision(linear, "none", reason) for linear in linears]
         forms = self._forms(glob)
-        options = []
-        for form in forms:
-            if form != DENSE and _refusal(form, group.in_channels) is None:
-                joined = [linear for linear, decision in made.items() if decision.form == form]
-                options.append(self._option(group, form, [*linears, *joined]))
+        options = self._options(group, forms, linears, made)
         if not options:
             reason = f"operand none by the recipe, and FP8 is for {', '.join(FP8_GPUS)}"
             return [Decision(linear, "none", reason) for linear in linears]
-        best = max(options, key=lambda option: option.gain)
+        fastest = max(option.gain for option in options)
+        alike = [option for option in options if option.gain * ALIKE > fastest]
+        best = min(alike, key=lambda option: BY_ERROR.index(option.form))
         open_to_dense = DENSE in forms or (
             not glob and (best.measured or len({f.operand for f in forms}) > 1)
         )
@@ -214,6 +222,18 @@ class _Choice:
             return [Decision(linear, "none", f"would be {best.reason}") for linear in linears]
         reason = _said(best.form) if len(forms) == 1 and not best.measured else best.reason
         return [Decision(linear, best.form.operand, reason, best.form.fp8) for linear in linears]
+
+    def _options(
+        self, group: LinearGroup, forms: list[Form], linears: list[Linear], made: dict[Linear, Decision]
+    ) -> list[_Option]:
+        """What competes: of a precision in which some were measured, those alone."""
+        options = []
+        for form in forms:
+            if form != DENSE and _refusal(form, group.in_channels) is None:
+                joined = [linear for linear, decision in made.items() if decision.form == form]
+                options.append(self._option(group, form, [*linears, *joined]))
+        measured = {option.form.fp8 for option in options if option.measured}
+        return [option for option in options if option.measured or option.form.fp8 not in measured]
 
     def _option(self, group: LinearGroup, form: Form, node: list[Linear]) -> _Option:
         out_channels = sum(linear.out_channels for linear in node)

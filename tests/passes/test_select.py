@@ -10,7 +10,8 @@ import pytest
 
 from lynx_compile.errors import InputError
 from lynx_compile.models.structure import Linear, LinearGroup
-from lynx_compile.passes.select import FP8_CHANNELS, Decision, select
+from lynx_compile.passes.select import BY_ERROR, FP8_CHANNELS, Decision, select
+from lynx_compile.passes.speed_table import Form, roofline
 from lynx_compile.recipe import Sparsity
 from tests.conftest import tiny_groups, write_costs
 
@@ -297,6 +298,55 @@ def test_sizes_that_fp8_kernels_do_not_take() -> None:
     assert decisions[1].reason == "K = 32784 is more than the 32768 that FP8 kernels take"
     header = (Path(__file__).parents[2] / "plugins" / "kernels" / "fp8_linear.h").read_text()
     assert f"kMaxFp8Channels = {FP8_CHANNELS};" in header
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "dense", "words"),
+    [
+        (2.0, 2.09, 1.8, "2:4 weights in FP8"),
+        (2.0, 2.11, 1.8, "2:4 activations in FP8"),
+        (2.0, 2.0, 1.95, "dense FP8"),
+        (2.0, 2.0, 1.90, "2:4 weights in FP8"),
+    ],
+)
+def test_of_forms_alike_in_speed_the_most_accurate_counts(
+    tmp_path: Path, weight: float, activation: float, dense: float, words: str
+) -> None:
+    """Runs of the bench differ by as much; errors by a factor."""
+    ratios = {
+        "fp8_weight.all": weight,
+        "fp8_activation.all": activation,
+        "fp8_dense.all": dense,
+        "bf16_weight": 1.4,
+    }
+    path = tmp_path / "fp8.json"
+    shape = {"tokens": 128, "channels": 64, "out_channels": 192}
+    path.write_text(json.dumps({"results": [{"shape": shape, "ratios": ratios}]}))
+    groups = (LinearGroup("q", (Linear("q", 64, 192, True, None),), 128),)
+    assert select(groups, Sparsity(costs=str(path)), ("sm90",)).decisions[0].form.words == words
+
+
+def test_a_roofline_does_not_compete_with_what_was_measured_in_its_precision(tmp_path: Path) -> None:
+    """The roofline knows nothing of what makes few tokens slow, and would win over what was measured there."""
+    shape = {"tokens": 512, "channels": 3072, "out_channels": 9216}
+    (tmp_path / "all.json").write_text(
+        json.dumps({"results": [{"shape": shape, "ratios": {"bf16_weight": 1.1}}]})
+    )
+    groups = (LinearGroup("q", (Linear("q", 3072, 9216, True, None),), 512),)
+    sparsity = Sparsity(costs=str(tmp_path / "all.json"))
+    assert roofline(512, 3072, 9216, 64).gain(Form("activation")) > 1.1 * 1.05
+    assert select(groups, sparsity, ("sm80",)).decisions[0].form.words == "2:4 weights"
+    decision = select(groups, sparsity, ("sm90",)).decisions[0]
+    assert decision.fp8 and "roofline" in decision.reason, "in FP8 nothing was measured"
+
+
+def test_the_order_by_error_is_the_measured_one() -> None:
+    errors = json.loads((Path(__file__).parents[2] / "engines" / "bench" / "summary.json").read_text())
+    found = [
+        errors[f"errors.{'fp8' if form.fp8 else 'bf16'}_{form.operand}.layer".replace("none", "dense")]
+        for form in BY_ERROR
+    ]
+    assert found == sorted(found)
 
 
 def test_operand_none_needs_fp8_to_change_anything() -> None:
