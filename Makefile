@@ -11,6 +11,8 @@ LYNX_CUDA_ARCHITECTURES ?= 80;86;89;90a;120
 LYNX_ELEMENT_TYPES ?= bf16;fp16
 # Tile configurations of the FP8 GEMMs: all, or one of each operand.
 LYNX_FP8_TILES ?= all
+# GPUs whose FP8 GEMMs go by mma: of these, sm_89 and sm_120; PTX serves all after sm_89.
+LYNX_FP8_ARCHITECTURES ?= $(LYNX_CUDA_ARCHITECTURES)
 # Those of the types that get Hopper's own instructions; the others run there as on any GPU.
 LYNX_SM90_ELEMENT_TYPES ?= $(LYNX_ELEMENT_TYPES)
 # `make test` tests that library where it was built; else it compiles one for both kinds of GEMM and both types.
@@ -18,6 +20,7 @@ TEST_ARCHITECTURES ?= 80;90a
 TEST_TYPES ?= bf16;fp16
 TEST_SM90_TYPES ?= bf16
 TEST_FP8_TILES ?= one
+TEST_FP8_ARCHITECTURES ?= 89
 TEST_BUILD := $(if $(wildcard build/plugin/build.ninja),build/plugin,build/test)
 # `make demo` takes that one where it is there; else what its fp16 model needs: PTX, and the GPU of this machine.
 GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d . | sed s/^90$$/90a/)
@@ -74,19 +77,20 @@ $(VENV)/.ready: pyproject.toml requirements/toolchain.txt requirements/tensorrt1
 
 # Everything that is shipped: 8 minutes on two cores. The library goes to lynx_compile/lib, where the package looks for it.
 plugin: setup
-	$(call build_plugin,build/plugin,$(LYNX_CUDA_ARCHITECTURES),$(LYNX_ELEMENT_TYPES),$(LYNX_SM90_ELEMENT_TYPES),$(LYNX_FP8_TILES))
+	$(call build_plugin,build/plugin,$(LYNX_CUDA_ARCHITECTURES),$(LYNX_ELEMENT_TYPES),$(LYNX_SM90_ELEMENT_TYPES),$(LYNX_FP8_TILES),$(LYNX_FP8_ARCHITECTURES))
 
 plugin-test: setup
-	$(call build_plugin,$(TEST_BUILD),$(TEST_ARCHITECTURES),$(TEST_TYPES),$(TEST_SM90_TYPES),$(TEST_FP8_TILES))
+	$(call build_plugin,$(TEST_BUILD),$(TEST_ARCHITECTURES),$(TEST_TYPES),$(TEST_SM90_TYPES),$(TEST_FP8_TILES),$(TEST_FP8_ARCHITECTURES))
 
 plugin-demo: setup
-	$(call build_plugin,$(DEMO_BUILD),$(DEMO_ARCHITECTURES),fp16,fp16,one)
+	$(call build_plugin,$(DEMO_BUILD),$(DEMO_ARCHITECTURES),fp16,fp16,one,)
 
-# folder, architectures, types, of them for sm_90a, FP8 tiles: configured once, then Ninja decides what to compile again.
+# folder, architectures, types, of them for sm_90a, FP8 tiles, GPUs for FP8 by mma: configured once, then Ninja decides what to compile again.
 define build_plugin
 @test -f $(1)/build.ninja || $(CMAKE) -S plugins -B $(1) -G Ninja --log-level=WARNING \
   -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DLYNX_BUILD_TESTS=ON \
-  "-DLYNX_CUDA_ARCHITECTURES=$(2)" "-DLYNX_ELEMENT_TYPES=$(3)" "-DLYNX_SM90_ELEMENT_TYPES=$(4)" "-DLYNX_FP8_TILES=$(5)" -DLYNX_COPY_IN_TREE=OFF
+  "-DLYNX_CUDA_ARCHITECTURES=$(2)" "-DLYNX_ELEMENT_TYPES=$(3)" "-DLYNX_SM90_ELEMENT_TYPES=$(4)" "-DLYNX_FP8_TILES=$(5)" \
+  "-DLYNX_FP8_ARCHITECTURES=$(6)" -DLYNX_COPY_IN_TREE=OFF
 @$(CMAKE) --build $(1) -j $(JOBS) --target lynx_plugin rtx_alias
 @mkdir -p lynx_compile/lib/rtx_alias && cp -p $(1)/liblynx_plugin.so lynx_compile/lib/ && \
   cp -p $(1)/rtx_alias/libtensorrt_rtx.so lynx_compile/lib/rtx_alias/

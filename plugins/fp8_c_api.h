@@ -19,4 +19,5 @@ struct LynxFp8Linear {
   const void *x, *gain, *shift;
   const void *weight, *metadata, *weight_scale, *bias;
   void *y, *workspace;
+  int32_t set;  // instructions: 0 the fastest that the device gets, 1 mma, 2 wgmma
 };

@@ -126,12 +126,12 @@ template <bool kSparseWeight, Producer kProducer>
 bool Fp8Op<kSparseWeight, kProducer>::check_device(const Attributes&, DType dtype) {
   if (fp8_runs(dtype) != cudaErrorNotSupported) return true;
   return refuse(Fp8Op::kName, "this GPU does not run the plugin's FP8 kernels",
-                "Use one of compute capability 9.0 (H100, H200), or compile without FP8");
+                "Use one of compute capability 8.9, 9.0 or 12.x, or compile without FP8");
 }
 
 template <bool kSparseWeight, Producer kProducer>
 int Fp8Op<kSparseWeight, kProducer>::tactics(const Attributes& attributes, DType dtype) {
-  return fp8_runs(dtype) == cudaSuccess ? fp8_tactics(operand_of<kSparseWeight>(attributes)) : 0;
+  return fp8_tactics(dtype, operand_of<kSparseWeight>(attributes));
 }
 
 template <bool kSparseWeight, Producer kProducer>

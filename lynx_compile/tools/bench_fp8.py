@@ -31,7 +31,14 @@ from lynx_compile.passes.select import FP8_GPUS
 from lynx_compile.tools.bench import BUFFER_BYTES, SHAPES, Shape, sparse_weight_of
 from lynx_compile.tools.timing import captured, file_name, take_long_turns, take_turns
 from lynx_compile.torch_ops.bindings import LIBRARY, SparseLinear, load_library
-from lynx_compile.torch_ops.fp8_bindings import OPERANDS, Fp8Linear, HalfGated, Operand, load_fp8_library
+from lynx_compile.torch_ops.fp8_bindings import (
+    OPERANDS,
+    Fp8Linear,
+    HalfGated,
+    Operand,
+    load_fp8_library,
+    tile_count,
+)
 
 CHECKED_ROWS = 64
 # Relative error against float64 on the rounded operands: y's own rounding to bf16, and the tensor cores' sums. A fused
@@ -253,7 +260,7 @@ class _Problem:
         ops = self.ops[operand]
         graphs = {
             f"{tile}": self._captured(lambda i, tile=tile: ops[i].gemm(self.x[i], tile))  # type: ignore[misc]
-            for tile in range(self.fp8.lynx_fp8_tile_count(OPERANDS.index(operand)))
+            for tile in range(tile_count(self.fp8, torch.bfloat16, operand))
         }
         times = take_turns(graphs, 4, len(self.x))
         return int(min(graphs, key=lambda tile: statistics.median(times[tile])))
@@ -324,7 +331,7 @@ class _Problem:
         for operand, name in NAMES.items():
             op, prune = self.ops[operand][0], operand == "sparse activation"
             wanted = self._definition(self.x[0][rows], self.rounded[operand][0], prune)
-            tiles = range(-1, self.fp8.lynx_fp8_tile_count(OPERANDS.index(operand)))
+            tiles = range(-1, tile_count(self.fp8, torch.bfloat16, operand))
             errors[name] = max(_error(op(self.x[0], tile)[rows], wanted) for tile in tiles)
             self._judge(name, errors[name], TOLERANCE)
             if self.shape.producer:

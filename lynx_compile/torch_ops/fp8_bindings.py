@@ -16,6 +16,8 @@ from lynx_compile.torch_ops.bindings import ANY_TILE, DTYPES, LIBRARY, load_libr
 
 Operand = Literal["sparse weight", "dense", "sparse activation"]
 OPERANDS: tuple[Operand, ...] = ("sparse weight", "dense", "sparse activation")  # by their numbers
+Instructions = Literal["fastest", "mma", "wgmma"]
+INSTRUCTIONS: tuple[Instructions, ...] = ("fastest", "mma", "wgmma")  # likewise
 
 
 class HalfGated:
@@ -33,6 +35,7 @@ class _Fp8Call(ctypes.Structure):
         ("gain_rows", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in
           ("x", "gain", "shift", "weight", "metadata", "weight_scale", "bias", "y", "workspace")),
+        ("set", ctypes.c_int32),
     ]  # fmt: skip
 
 
@@ -56,13 +59,21 @@ def declare(library: ctypes.CDLL) -> None:
     """Of its FP8 functions; raises AttributeError where one is missing."""
     library.lynx_fp8_workspace_bytes.restype = ctypes.c_int64
     library.lynx_fp8_workspace_bytes.argtypes = [ctypes.POINTER(_Fp8Call)]
-    library.lynx_fp8_tile_count.argtypes = [ctypes.c_int]
+    library.lynx_fp8_tile_count.argtypes = [ctypes.c_int] * 3
     library.lynx_fp8_runs.argtypes = [ctypes.c_int]
     library.lynx_fp8_product_bytes.restype = ctypes.c_int64
     library.lynx_fp8_product_bytes.argtypes = [ctypes.POINTER(_Fp8Call)]
     library.lynx_fp8_product.argtypes = [ctypes.POINTER(_Fp8Call), *[ctypes.c_void_p] * 3]
     for name in ("lynx_fp8_linear", "lynx_fp8_round", "lynx_fp8_gemm"):
         getattr(library, name).argtypes = [ctypes.POINTER(_Fp8Call), ctypes.c_void_p]
+
+
+def tile_count(
+    library: ctypes.CDLL, dtype: torch.dtype, operand: Operand, instructions: Instructions = "fastest"
+) -> int:
+    """Number of tile configurations of a GEMM; 0 where this GPU or the library lacks its instructions."""
+    call = (DTYPES[dtype], OPERANDS.index(operand), INSTRUCTIONS.index(instructions))
+    return int(library.lynx_fp8_tile_count(*call))
 
 
 class Fp8Linear:
@@ -73,6 +84,7 @@ class Fp8Linear:
         keep: bool [N, K], what a 2:4 weight keeps; with operand "sparse weight" alone.
         gelu_from: first output channel that goes through GELU, a multiple of 64; none by default.
         producer: what x is made into before it is rounded.
+        instructions: whose GEMM to run, where not the fastest that the GPU gets.
 
     Raises:
         InputError: the kernels do not run here.
@@ -89,13 +101,14 @@ class Fp8Linear:
         keep: torch.Tensor | None = None,
         gelu_from: int | None = None,
         producer: Norm | Gelu | HalfGated | None = None,
+        instructions: Instructions = "fastest",
     ) -> None:
         out_channels, channels = weight.values.shape
         self._library, self._dtype, self._device = library, bias.dtype, bias.device
         self._call = _Fp8Call(
             fp16=DTYPES[bias.dtype], operand=OPERANDS.index(operand), rows=rows, channels=channels,
             out_channels=out_channels, gelu_from=out_channels if gelu_from is None else gelu_from, tile=ANY_TILE,
-            weight_scale=weight.scale.data_ptr(), bias=bias.data_ptr(),
+            weight_scale=weight.scale.data_ptr(), bias=bias.data_ptr(), set=INSTRUCTIONS.index(instructions),
         )  # fmt: skip
         values, metadata = (pack_dense(weight.values), None) if keep is None else pack(weight.values, keep)
         self._call.weight, self._call.metadata = (
@@ -164,5 +177,8 @@ class Fp8Linear:
         self._call.x, self._call.tile = x.data_ptr(), tile
         error = getattr(self._library, function)(self._call, torch.cuda.current_stream(x.device).cuda_stream)
         if error:
-            raise InputError(f"{function} failed with CUDA error {error}.", "Check that the GPU is sm_90.")
+            raise InputError(
+                f"{function} failed with CUDA error {error}.",
+                "Check that the GPU is sm_89 or newer, and the library built for it.",
+            )
         return self.y

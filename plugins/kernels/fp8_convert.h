@@ -16,8 +16,13 @@ __device__ __forceinline__ uint16_t e4m3_pair(float low, float high) {
   return pair;
 }
 
-// Lets a kernel that was launched to follow this one begin; it waits for our results itself.
-__device__ __forceinline__ void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
+// Lets a kernel that was launched to follow this one begin; it waits for our results itself. Before sm_90 it
+// begins when this one ends.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
 
 // The larger of each half of two words, as unsigned integers.
 __device__ __forceinline__ uint32_t max_of_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }

@@ -31,22 +31,31 @@ struct Fp8GemmCall {
   bool follows_pass;  // the kernel ahead on the stream is our rounding pass: begin before it ends
 };
 
+// The instructions that the current device gets for an element type: the fastest that it runs and this
+// library was built with. cudaErrorNotSupported where there are none.
+cudaError_t choose_fp8_set(DType dtype, Fp8Set* set);
+
+// cudaSuccess where the device runs `set`, and the library has it.
+cudaError_t check_fp8_set(Fp8Set set, DType dtype);
+
 // Bytes of workspace that every configuration can do with, for up to `tokens` and `channels`.
-int64_t fp8_gemm_workspace_bytes(Fp8Operand operand, int64_t tokens, int64_t channels);
+int64_t fp8_gemm_workspace_bytes(Fp8Set set, Fp8Operand operand, int64_t tokens, int64_t channels);
 
 using Fp8GemmLaunch = cudaError_t(const Fp8GemmCall&, int device, cudaStream_t);
 
-template <class Element, Fp8Operand kOperand, int kIndex>
+template <Fp8Set kSet, class Element, Fp8Operand kOperand, int kIndex>
 cudaError_t launch_fp8_gemm(const Fp8GemmCall& call, int device, cudaStream_t stream);
 
-// Number of tile configurations that this library was built with.
-int fp8_tactics(Fp8Operand operand);
+// Number of tile configurations that this library was built with: of a set, or of that which the current
+// device gets; 0 where it gets none.
+int fp8_tactics(Fp8Set set, Fp8Operand operand);
+int fp8_tactics(DType dtype, Fp8Operand operand);
 
 // The function of a configuration; null where this library was built without it.
-Fp8GemmLaunch* fp8_tile_launch(DType dtype, Fp8Operand operand, int tile);
+Fp8GemmLaunch* fp8_tile_launch(Fp8Set set, DType dtype, Fp8Operand operand, int tile);
 
 // Runs one; tile kAnyTile: the dispatcher's choice.
-cudaError_t launch_fp8_gemm(DType dtype, Fp8Operand operand, const Fp8GemmCall& call, int tile,
+cudaError_t launch_fp8_gemm(Fp8Set set, DType dtype, Fp8Operand operand, const Fp8GemmCall& call, int tile,
                             cudaStream_t stream);
 
 }  // namespace lynx

@@ -157,13 +157,15 @@ struct Fp8GemmSm90 {
   }
 };
 
-template <class Element, Fp8Operand kOperand, int kIndex>
+template <Fp8Set kSet, class Element, Fp8Operand kOperand, int kIndex>
 cudaError_t launch_fp8_gemm(const Fp8GemmCall& call, int device, cudaStream_t stream) {
+  static_assert(kSet == Fp8Set::kWgmma);
   return Fp8GemmSm90<CutlassElement<Element>, kOperand, kIndex>::launch(call, device, stream);
 }
 
 // Instantiates a tile of one operand and element type.
-#define LYNX_INSTANTIATE_FP8(Element, kOperand, kIndex) \
-  template cudaError_t launch_fp8_gemm<Element, kOperand, kIndex>(const Fp8GemmCall&, int, cudaStream_t)
+#define LYNX_INSTANTIATE_FP8(Element, kOperand, kIndex)                                                    \
+  template cudaError_t launch_fp8_gemm<Fp8Set::kWgmma, Element, kOperand, kIndex>(const Fp8GemmCall&, int, \
+                                                                                  cudaStream_t)
 
 }  // namespace lynx

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "fp8_linear.h"
 
+#include <algorithm>
+
 #include "fp8.h"
 #include "fp8_gemm.h"
 
@@ -13,6 +15,13 @@ struct Segments {
   int64_t values, metadata, scale, gemm, total;  // offsets in bytes, and the end
 };
 
+// The instructions of a call.
+cudaError_t choose_set(const Fp8LinearParams& p, Fp8Set* set) {
+  if (!p.set) return choose_fp8_set(p.dtype, set);
+  *set = *p.set;
+  return check_fp8_set(*set, p.dtype);
+}
+
 Segments segments(const Fp8LinearParams& p) {
   const bool pruned = p.operand == Fp8Operand::kSparseActivation;
   const int64_t padded = padded_rows(p.rows), width = fp8_width(p.channels);
@@ -21,7 +30,7 @@ Segments segments(const Fp8LinearParams& p) {
   at.metadata = round_up(pruned ? padded * width / 2 : p.rows * width, kSegment);
   at.scale = at.metadata + (pruned ? round_up(Fp8Metadata::bytes(padded, width), kSegment) : 0);
   at.gemm = at.scale + round_up(padded * int64_t(sizeof(float)), kSegment);
-  at.total = at.gemm + round_up(fp8_gemm_workspace_bytes(p.operand, p.rows, p.out_channels), kSegment);
+  at.total = at.gemm + round_up(int64_t(rounded_gemm_bytes(p)), kSegment);
   return at;
 }
 
@@ -50,6 +59,18 @@ cudaError_t check(const Fp8LinearParams& p) {
 
 }  // namespace
 
+size_t rounded_gemm_bytes(const Fp8LinearParams& params) {
+  Fp8Set chosen;
+  const bool known = choose_set(params, &chosen) == cudaSuccess;
+  int64_t most = 0;
+  for (const Fp8SetTraits& each : kFp8Sets) {
+    if (known && each.set != chosen) continue;
+    most =
+        std::max(most, fp8_gemm_workspace_bytes(each.set, params.operand, params.rows, params.out_channels));
+  }
+  return size_t(most);
+}
+
 size_t fp8_workspace_bytes(const Fp8LinearParams& params) { return size_t(segments(params).total); }
 
 RoundedOperand rounded_operand(const Fp8LinearParams& params) {
@@ -64,7 +85,7 @@ RoundedOperand rounded_operand(const Fp8LinearParams& params) {
   return operand;
 }
 
-#if !defined(LYNX_FP8_BF16) && !defined(LYNX_FP8_FP16)
+#if !defined(LYNX_FP8)  // a library without FP8 GEMMs has no rounding pass
 cudaError_t launch_fp8_round(const Fp8LinearParams&, const RoundedOperand&, cudaStream_t) {
   return cudaErrorNotSupported;
 }
@@ -72,7 +93,8 @@ cudaError_t launch_fp8_round(const Fp8LinearParams&, const RoundedOperand&, cuda
 
 cudaError_t launch_fp8_linear(const Fp8LinearParams& params, int tile, cudaStream_t stream) {
   if (const cudaError_t error = check(params); error != cudaSuccess) return error;
-  if (const cudaError_t error = fp8_runs(params.dtype); error != cudaSuccess) return error;
+  Fp8Set set;
+  if (const cudaError_t error = choose_set(params, &set); error != cudaSuccess) return error;
   const RoundedOperand x = rounded_operand(params);
   if (const cudaError_t error = launch_fp8_round(params, x, stream); error != cudaSuccess) return error;
   return launch_rounded_gemm(params, x, tile, true, stream);
@@ -80,6 +102,8 @@ cudaError_t launch_fp8_linear(const Fp8LinearParams& params, int tile, cudaStrea
 
 cudaError_t launch_rounded_gemm(const Fp8LinearParams& params, const RoundedOperand& x, int tile,
                                 bool follows_pass, cudaStream_t stream) {
+  Fp8Set set;
+  if (const cudaError_t error = choose_set(params, &set); error != cudaSuccess) return error;
   Fp8GemmCall call;
   call.tokens = int(params.rows), call.channels = params.out_channels;
   call.width = int(fp8_width(params.channels));
@@ -91,7 +115,7 @@ cudaError_t launch_rounded_gemm(const Fp8LinearParams& params, const RoundedOper
   call.gelu_from = params.gelu_from, call.y = params.y;
   call.workspace = x.gemm, call.workspace_bytes = x.gemm_bytes;
   call.follows_pass = follows_pass;
-  return launch_fp8_gemm(params.dtype, params.operand, call, tile, stream);
+  return launch_fp8_gemm(set, params.dtype, params.operand, call, tile, stream);
 }
 
 }  // namespace lynx

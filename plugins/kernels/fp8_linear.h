@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 
 #include "fp8_tiles.h"
 #include "sparse_linear.h"
@@ -38,6 +39,8 @@ struct Fp8LinearParams {
   const void* bias;           // T [N]
   void* y;                    // T [M, N]
   void* workspace;            // fp8_workspace_bytes, 256-byte aligned
+
+  std::optional<Fp8Set> set;  // whose GEMM to run; none: the fastest that the device gets
 };
 
 // x as the GEMM reads it, in the workspace.
@@ -49,8 +52,10 @@ struct RoundedOperand {
   size_t gemm_bytes;
 };
 
-// Bytes of workspace of a call, from its sizes; grows with rows.
+// Bytes of workspace of a call on the current device, or without one on any, from its sizes; grows with rows.
 size_t fp8_workspace_bytes(const Fp8LinearParams& params);
+// That of the GEMM alone: by what the device gets, or where that cannot be said, as much as any needs.
+size_t rounded_gemm_bytes(const Fp8LinearParams& params);
 RoundedOperand rounded_operand(const Fp8LinearParams& params);
 
 // Whether this library was built with FP8 kernels for the type, of any GPU.

@@ -63,18 +63,6 @@ constexpr Tiles tiles_in() {
 
 constexpr Tiles kTilesOf[] = {tiles_in<kTiles>(), tiles_in<kTilesSm90>()};  // by instruction set
 
-bool runs_on(const InstructionSetTraits& traits, int capability) {
-  return traits.first <= capability && capability <= traits.last;
-}
-
-cudaError_t compute_capability(int* capability) {
-  int device = 0, major = 0, minor = 0;
-  cudaError_t error = current_attribute(cudaDevAttrComputeCapabilityMajor, &device, &major);
-  if (error == cudaSuccess) error = current_attribute(cudaDevAttrComputeCapabilityMinor, &device, &minor);
-  *capability = 10 * major + minor;
-  return error;
-}
-
 }  // namespace
 
 bool holds(InstructionSet set, DType dtype) { return find(set, dtype) != nullptr; }

@@ -32,8 +32,34 @@ constexpr InstructionSetTraits kInstructionSets[] = {
     {InstructionSet::kWgmmaSp, "wgmma.sp", 90, 90, 90},
 };
 
+// The instructions of the FP8 GEMMs. All read the same operands: packed 2:4 weights serve either.
+enum class Fp8Set { kMma, kWgmma };
+
+struct Fp8SetTraits {
+  Fp8Set set;
+  const char* name;
+  int first, last;            // of the compute capabilities that run it
+  int slow_first, slow_last;  // those among them that do so by 16-bit products: they get it only if asked
+};
+// The slowest first. sm_90, 100 and 103 have no mma of e4m3 in their machine code.
+constexpr Fp8SetTraits kFp8Sets[] = {
+    {Fp8Set::kMma, "mma", 89, INT_MAX, 90, 119},
+    {Fp8Set::kWgmma, "wgmma", 90, 90, 0, 0},
+};
+
 constexpr const DTypeTraits& traits_of(DType dtype) { return kDTypes[int(dtype)]; }
 constexpr const InstructionSetTraits& traits_of(InstructionSet set) { return kInstructionSets[int(set)]; }
+constexpr const Fp8SetTraits& traits_of(Fp8Set set) { return kFp8Sets[int(set)]; }
+
+// Whether GPUs of a compute capability run an instruction set, and whether fast.
+template <class Traits>
+constexpr bool runs_on(const Traits& traits, int capability) {
+  return traits.first <= capability && capability <= traits.last;
+}
+constexpr bool suits(const Fp8SetTraits& traits, int capability) {
+  const bool slow = traits.slow_first <= capability && capability <= traits.slow_last;
+  return runs_on(traits, capability) && !slow;
+}
 
 // The instruction set that reads a metadata layout; null where none does.
 constexpr const InstructionSetTraits* reader_of(int metadata_layout) {
@@ -48,6 +74,9 @@ constexpr bool rows_are_in_order() {
     if (&traits_of(each.dtype) != &each) return false;
   }
   for (const InstructionSetTraits& each : kInstructionSets) {
+    if (&traits_of(each.set) != &each) return false;
+  }
+  for (const Fp8SetTraits& each : kFp8Sets) {
     if (&traits_of(each.set) != &each) return false;
   }
   return true;

@@ -6,6 +6,7 @@
 #include <cutlass/util/host_uncompress.h>
 
 #include <cstdio>
+#include <cute/atom/mma_traits_sm120_sparse.hpp>
 #include <cute/tensor.hpp>
 #include <cutlass/gemm/collective/builders/sm90_common.inl>
 #include <cutlass/gemm/collective/builders/sm90_sparse_config.inl>
@@ -131,9 +132,33 @@ void check_fp8(int64_t rows, int64_t width) {
   report(ok, "sm_90 metadata of e4m3", rows, width);
 }
 
+// The fragments of mma.sp.m16n8k64 of 8-bit types are those that fp8_mma.h describes: a lane's word of
+// metadata is that of 32 neighbouring channels of a row, as the file has it.
+void check_fragments() {
+  using Traits = cute::MMA_Traits<
+      cute::SM120::SPARSE::SM120_SPARSE_16x8x64_TN<cutlass::float_e4m3_t, cutlass::float_e4m3_t, float>>;
+  constexpr int kRows = 16, kColumns = 8;
+  bool metadata = true, a = true, b = true, d = true;
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 32; ++i) {  // channels
+      metadata &= int(typename Traits::ELayout{}(lane, i)) == g + 8 * (t % 2) + kRows * (32 * (t / 2) + i);
+      const int kept = i / 2, byte = 4 * t + kept % 4 + kept / 8 * 16, row = g + 8 * (kept / 4 % 2);
+      a &= int(typename Traits::ALayout{}(lane, i)) == row + kRows * (2 * byte + i % 2);
+    }
+    for (int i = 0; i < 16; ++i)
+      b &= int(typename Traits::BLayout{}(lane, i)) == g + kColumns * (i / 4 * 16 + 4 * t + i % 4);
+    for (int i = 0; i < 4; ++i)
+      d &= int(typename Traits::CLayout{}(lane, i)) == g + 8 * (i / 2) + kRows * (2 * t + i % 2);
+  }
+  report(metadata, "mma.sp of e4m3, metadata of a lane", kRows, 64);
+  report(a && b && d, "mma.sp of e4m3, fragments of A, B and D", kRows, 64);
+}
+
 }  // namespace
 
 int main() {
+  check_fragments();
   for (const int64_t rows : {64, 192, 320}) {
     for (const int64_t width : {64, 192, 448}) {
       const Pruned pruned = prune(rows, width);

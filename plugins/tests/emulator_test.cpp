@@ -156,6 +156,115 @@ void check_mma() {
   report(code == cudaSuccess && d == wanted, "mma.m16n8k16 is a matrix product");
 }
 
+// With fragments that memory holds as load_matrices and the kernels' way to metadata take them from there.
+template <bool kSparse>
+__global__ void e4m3_kernel(const uint8_t* a, const uint32_t* metadata, const uint8_t* b, float* d) {
+  constexpr int kK = kSparse ? 64 : 32, kRows = 16;  // a [16, 32], metadata [16, 2], b [8, K], d [16, 8]
+  struct Tiles {
+    alignas(16) uint8_t a[kRows * 32], b[8 * kK];
+  };
+  auto& shared = lynx::block_shared<Tiles>();
+  const int lane = int(threadIdx.x), g = lane / 4, t = lane % 4;
+  lynx::copy_async<16>(shared.a + lane * 16, a + lane * 16);
+  if (lane < 8 * kK / 16) lynx::copy_async<16>(shared.b + lane * 16, b + lane * 16);
+  lynx::commit_copies();
+  lynx::wait_for_copies<0>();
+  __syncthreads();
+  uint32_t fragment[4], of_b[4];
+  lynx::load_matrices(fragment, shared.a + lane % 16 * 32 + lane / 16 * 16);
+  lynx::load_matrices(of_b, shared.b + lane % 8 * kK + (kSparse ? lane / 8 : lane / 8 % 2) * 16);
+  float sum[4];
+  for (int i = 0; i < 4; ++i) sum[i] = d[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+  if constexpr (kSparse) {
+    lynx::multiply_sparse_e4m3(sum, fragment, of_b, metadata[(g + t % 2 * 8) * 2 + t / 2]);
+  } else {
+    lynx::multiply_e4m3(sum, fragment, of_b);
+  }
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
+}
+
+template <bool kSparse>
+void check_e4m3() {
+  constexpr size_t kK = kSparse ? 64 : 32;
+  std::mt19937 random(2);
+  const auto small = [&] { return reference::nearest_e4m3(float(int(random() % 17) - 8)); };
+  std::vector<uint8_t> a(16 * 32), b(8 * kK);
+  std::vector<uint32_t> metadata(16 * 2, 0);
+  std::vector<float> d(128), wanted(128);
+  std::vector<double> whole(16 * kK, 0.0);
+  for (uint8_t& each : a) each = small();
+  for (uint8_t& each : b) each = small();
+  for (float& each : d) each = float(int(random() % 9));
+  constexpr uint32_t kNibbles[] = {4, 8, 9, 12, 13, 14};
+  for (size_t row = 0; row < 16; ++row) {
+    for (size_t i = 0; i < 32; ++i) {
+      if (!kSparse) whole[row * kK + i] = reference::e4m3_value(a[row * 32 + i]);
+    }
+    for (size_t group = 0; kSparse && group < 16; ++group) {
+      const uint32_t nibble = kNibbles[random() % 6];
+      metadata[row * 2 + group / 8] |= nibble << (4 * (group % 8));
+      whole[row * kK + 4 * group + (nibble & 3)] = reference::e4m3_value(a[row * 32 + 2 * group]);
+      whole[row * kK + 4 * group + (nibble >> 2)] = reference::e4m3_value(a[row * 32 + 2 * group + 1]);
+    }
+  }
+  for (size_t i = 0; i < 16; ++i) {
+    for (size_t j = 0; j < 8; ++j) {
+      double sum = d[i * 8 + j];
+      for (size_t k = 0; k < kK; ++k) sum += whole[i * kK + k] * reference::e4m3_value(b[j * kK + k]);
+      wanted[i * 8 + j] = float(sum);
+    }
+  }
+  const cudaError_t code = lynx::launch_kernel(
+      e4m3_kernel<kSparse>, 1, 32, 0, nullptr, static_cast<const uint8_t*>(a.data()),
+      static_cast<const uint32_t*>(metadata.data()), static_cast<const uint8_t*>(b.data()), d.data());
+  report(code == cudaSuccess && d == wanted,
+         kSparse ? "mma.sp.m16n8k64 of e4m3 is a matrix product" : "mma.m16n8k32 of e4m3 is one");
+}
+
+// ---- Copies in the background ----
+
+enum class CopyFault { kNone, kNoWait, kOverwritten };
+
+// out = in, 32 words at a time, through two stages.
+__global__ void copy_kernel(const uint32_t* in, uint32_t* out, int count, CopyFault fault) {
+  using Stages = uint32_t[2][32 * 4];
+  auto& stages = lynx::block_shared<Stages>();
+  const int lane = int(threadIdx.x);
+  const auto begin = [&](int i) {
+    if (i < count) lynx::copy_async<16>(stages[i % 2] + lane * 4, in + (i * 32 + lane) * 4);
+    lynx::commit_copies();
+  };
+  begin(0);
+  for (int i = 0; i < count; ++i) {
+    begin(i + 1);
+    if (fault == CopyFault::kNoWait) {
+      lynx::wait_for_copies<2>();
+    } else {
+      lynx::wait_for_copies<1>();
+    }
+    __syncthreads();
+    for (int j = 0; j < 4; ++j) out[i * 128 + j * 32 + lane] = stages[i % 2][j * 32 + lane];
+    if (fault != CopyFault::kOverwritten) __syncthreads();
+  }
+}
+
+void check_copies() {
+  const auto right = [](Schedule schedule, CopyFault fault) {
+    emulation::schedule = schedule;
+    std::vector<uint32_t> in(4 * 128), out(4 * 128);
+    for (size_t i = 0; i < in.size(); ++i) in[i] = uint32_t(i + 1);
+    const cudaError_t code = lynx::launch_kernel(
+        copy_kernel, 1, 32, 0, nullptr, static_cast<const uint32_t*>(in.data()), out.data(), 4, fault);
+    return code == cudaSuccess && in == out;
+  };
+  const auto both = [&](CopyFault fault) {
+    return right(Schedule::kForward, fault) && right(Schedule::kReverse, fault);
+  };
+  report(both(CopyFault::kNone), "copies in the background arrive");
+  report(!both(CopyFault::kNoWait), "caught: a copy that was not waited for");
+  report(!both(CopyFault::kOverwritten), "caught: a copy onto what others still read");
+}
+
 // ---- Launches ----
 
 __global__ void dynamic_kernel(size_t at) { lynx::dynamic_shared<char>()[at] = 1; }
@@ -176,6 +285,12 @@ void check_launches() {
   report(!launch(1, 32, 49 * 1024, 0) && !launch(0, 32, 64, 0) && !launch(1, 1056, 64, 0) &&
              !launch(1, 33, 64, 0),
          "caught: launches that a GPU refuses");
+  report(cudaFuncSetAttribute(dynamic_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 99 * 1024) ==
+                 cudaSuccess &&
+             launch(1, 32, 99 * 1024, 99 * 1024 - 1) && !launch(1, 32, 99 * 1024 + 16, 0) &&
+             cudaFuncSetAttribute(dynamic_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 100 * 1024) !=
+                 cudaSuccess,
+         "as much shared memory as a kernel was allowed, and not more");
   report(lynx::launch_kernel(large_kernel, 1, 32, 0, nullptr) != cudaSuccess,
          "caught: too much shared memory");
 }
@@ -201,6 +316,9 @@ int main() {
   check_fault(Fault::kSharedBounds, "thread 31: undefined behaviour");
   check_fault(Fault::kSharedBehind, "bytes outside shared memory were written");
   check_mma();
+  check_e4m3<false>();
+  check_e4m3<true>();
+  check_copies();
   check_launches();
   check_byte_perm();
   std::printf("%d passed, %d failed\n", passed, failed);

@@ -385,11 +385,15 @@ void check_fp8_devices() {
     emulation::compute_capability = device;
     const std::string cause = "this GPU does not run the plugin's FP8 kernels";
     const std::string name = " on sm_" + std::to_string(device);
-    const bool due = device == 0 || device == 90;  // 0: there is none
+    const bool due = device == 0 || device == 89 || device == 90 || device == 120;  // 0: there is none
     bool taken = configure(*plugin, dynamic_descs(problem)) == 0;
     report(taken == due && (taken || was_said(cause)), "FP8 is built" + name);
     taken = runtime_of(*plugin)->onShapeChange(fixed.data(), 5, &fixed.back(), 1) == 0;
     report(taken == due && (taken || was_said(cause)), "FP8 is run" + name);
+    if (due && device != 0) {
+      const size_t bytes = workspace_of(*plugin, two_dynamic_axes(problem, 2, 9));
+      report_run(*plugin, problem, bytes, problem.title + name);
+    }
   }
   emulation::compute_capability = 90;
 }

@@ -75,6 +75,30 @@ FP8_TILES = {
     "activation": ("256x192", "256x144", "128x128"),
 }
 FP8_THREADS = 384
+FP8_OPERANDS = tuple(FP8_TILES)  # by their numbers in Fp8Operand
+
+
+@dataclass(frozen=True)
+class Fp8MmaTile:
+    """One configuration of fp8_tiles_sm89.h: its shape and stages."""
+
+    m: int
+    n: int
+    stages: int
+
+    def shared_bytes(self, operand: str) -> int:
+        """Values, dense operand and metadata of every stage of 64 channels."""
+        return self.stages * (self.m * (64 if operand == "dense" else 40) + self.n * 64)
+
+    @property
+    def title(self) -> str:
+        return f"{self.m}x{self.n}"
+
+
+# The FP8 GEMMs by mma, of every operand; a library has the first or all.
+FP8_MMA_TILES = (Fp8MmaTile(256, 128, 4), Fp8MmaTile(128, 128, 4), Fp8MmaTile(128, 64, 4))
+FP8_MMA_THREADS = 256
+FP8_MMA_ARCHITECTURES = ("89", "120")
 ROUND_THREADS = 256  # of the rounding pass at most
 MAKES = ("plain", "norm", "gelu", "gated")  # Make of fp8_round.cu
 ROUND_BLOCKS = (2, 3, 4, 6, 8)  # of 16 channels that a thread holds
@@ -115,7 +139,7 @@ class Kernel:
 class Role:
     """Which of our kernels a symbol is."""
 
-    family: str  # prune, finish, mma.sp, wgmma.sp, round, fp8
+    family: str  # prune, finish, mma.sp, wgmma.sp, round, fp8, fp8 mma
     element: str = ""
     layout: str = ""
     rank: int = 0
@@ -127,8 +151,8 @@ class Role:
     def title(self) -> str:
         if self.family == "prune":
             return f"prune {self.element} layout {self.layout} rank {self.rank} {self.variant}"
-        if self.family == "fp8":
-            return f"fp8 {self.element} {self.operand} {self.variant}"
+        if self.family in ("fp8", "fp8 mma"):
+            return f"{self.family} {self.element} {self.operand} {self.variant}"
         if self.family == "round":
             return f"round {self.element} {self.variant} {self.operand} {self.rank}"
         if self.family == "finish":
@@ -157,6 +181,7 @@ FP8_NAME = re.compile(
     r"MainloopSm90TmaGmmaWarpSpecialized(Sparse)?<\d+, .*?FP8FastAccum>, "
     r"cute::tuple<cute::C<(\d+)>, cute::C<(\d+)>, cute::C<128> ?>"
 )
+FP8_MMA_NAME = re.compile(r"fp8_mma_kernel<lynx::(Bf16|Fp16), \(lynx::Fp8Operand\)(\d), (\d)>")
 ROUND_NAME = re.compile(
     r"round_kernel<lynx::(Bf16|Fp16), \(lynx::\(anonymous namespace\)::Make\)(\d), (true|false), (\d)>"
 )
@@ -173,6 +198,10 @@ def role_of(name: str) -> Role | None:
         element, make, pruned, blocks = match.groups()
         operand = "pruned" if pruned == "true" else "dense"
         return Role("round", element.lower(), rank=int(blocks), variant=MAKES[int(make)], operand=operand)
+    if match := FP8_MMA_NAME.search(name):
+        element, number, tile = match.groups()
+        operand = FP8_OPERANDS[int(number)]
+        return Role("fp8 mma", element.lower(), variant=FP8_MMA_TILES[int(tile)].title, operand=operand)
     element = "bf16" if "bfloat16_t" in name else "fp16"
     operand = next((operand for operand, epilogue in EPILOGUES.items() if epilogue.search(name)), "")
     if match := FP8_NAME.search(name):
@@ -221,29 +250,45 @@ def _check_complete(kernels: list[Kernel]) -> list[str]:
 
 
 def _check_fp8_complete(kernels: list[Kernel]) -> Iterator[str]:
-    """Where there are Hopper's GEMMs of a type, there are those of FP8: the first of every operand, or all."""
-    roles = [role for kernel in kernels if (role := role_of(kernel.name))]
-    found = Counter(role.title for role in roles)
-    elements = {role.element for role in roles if role.family == "wgmma.sp"}
-    for element in sorted(elements):
-        due = {
-            Role("fp8", element, variant=tiles[0], operand=operand).title
-            for operand, tiles in FP8_TILES.items()
+    """Where there are GEMMs of a type, there are those of FP8: the first tile of every operand, or all."""
+    found = Counter((kernel.arch, role.title) for kernel in kernels if (role := role_of(kernel.name)))
+    for arch, family, element in sorted(_fp8_due(kernels)):
+        tiles = (
+            FP8_TILES if family == "fp8" else {key: [t.title for t in FP8_MMA_TILES] for key in FP8_OPERANDS}
+        )
+        first, whole = (
+            {
+                Role(family, element, variant=tile, operand=operand).title
+                for operand, titles in tiles.items()
+                for tile in titles[:most]
+            }
+            for most in (1, None)
+        )
+        has = {
+            title for of_arch, title in found if of_arch == arch and title.startswith(f"{family} {element} ")
         }
-        whole = {
-            Role("fp8", element, variant=tile, operand=operand).title
-            for operand, tiles in FP8_TILES.items()
-            for tile in tiles
-        }
-        has = {title for title in found if title.startswith(f"fp8 {element} ")}
-        if has not in (due, whole):
-            yield f"sm_90a: neither one nor all FP8 GEMMs of {element}: {', '.join(sorted(has)) or 'none'}"
-    for element, make, operand, blocks in itertools.product(
-        sorted(elements), MAKES, ("dense", "pruned"), ROUND_BLOCKS
-    ):
-        title = Role("round", element, rank=blocks, variant=make, operand=operand).title
-        if found[title] != 1:
-            yield f"sm_90a {title}: {found[title]} kernels where 1 is due"
+        if has not in (first, whole):
+            yield (
+                f"sm_{arch}: neither one nor all {family} GEMMs of {element}: {', '.join(sorted(has)) or 'none'}"
+            )
+        for make, operand, blocks in itertools.product(MAKES, ("dense", "pruned"), ROUND_BLOCKS):
+            title = Role("round", element, rank=blocks, variant=make, operand=operand).title
+            if found[arch, title] != 1:
+                yield f"sm_{arch} {title}: {found[arch, title]} kernels where 1 is due"
+
+
+def _fp8_due(kernels: list[Kernel]) -> set[tuple[str, str, str]]:
+    """Architecture, family and element type of the FP8 GEMMs that a library of these kernels should have."""
+    due = set()
+    for kernel in kernels:
+        role = role_of(kernel.name)
+        if role is None:
+            continue
+        if role.family in ("wgmma.sp", "fp8"):
+            due.add((kernel.arch, "fp8", role.element))
+        elif kernel.arch in FP8_MMA_ARCHITECTURES and role.family in ("mma.sp", "fp8 mma"):
+            due.add((kernel.arch, "fp8 mma", role.element))
+    return due
 
 
 def _roles_due(arch: str, gemms: set[tuple[str, str]]) -> Counter[str]:
@@ -272,6 +317,14 @@ def _check_instructions(kernel: Kernel, role: Role) -> Iterator[str]:
         if not kernel.count(rf"QGMMA{sparse}\.64x\d+x\d+\.F32\.E4M3\.E4M3"):
             yield "no QGMMA of e4m3 with float32 accumulation" + (" and 2:4" if sparse else "")
         if sparse and kernel.count(r"QGMMA(?!\.SP)"):
+            yield "dense tensor-core instructions beside the sparse ones"
+    if role.family == "fp8 mma":
+        shape = "16832" if role.operand == "dense" else r"SP\.16864"
+        if not kernel.count(rf"QMMA\.{shape}\.F32\.E4M3\.E4M3"):
+            yield "no QMMA of e4m3 with float32 accumulation" + (
+                "" if role.operand == "dense" else " and 2:4"
+            )
+        if role.operand != "dense" and kernel.count(r"QMMA(?!\.SP)"):
             yield "dense tensor-core instructions beside the sparse ones"
     if role.family == "mma.sp" and not kernel.count(r"HMMA\.SP\.16832\.F32" + suffix):
         yield f"no HMMA.SP of {role.element} with float32 accumulation"
@@ -310,6 +363,9 @@ def _launch(role: Role) -> tuple[int, int, int]:
         return ROUND_THREADS, 0, 2 if role.rank <= 4 else 1
     if role.family == "fp8":  # its stages are as many as fit
         return FP8_THREADS, 0, 1
+    if role.family == "fp8 mma":
+        tile = next(tile for tile in FP8_MMA_TILES if tile.title == role.variant)
+        return FP8_MMA_THREADS, tile.shared_bytes(role.operand), 1
     if role.tile is None:
         return FINISH_THREADS, 0, 1
     return role.tile.threads, role.tile.shared_bytes, 1
@@ -349,7 +405,7 @@ def parse_resources(lines: Iterable[str]) -> Iterator[Kernel]:
 
 
 INSTRUCTION = re.compile(
-    r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?((?:HMMA|HGMMA|QGMMA|LDL|STL|MOVM|BSSY|BSYNC)\b[.\w]*)"
+    r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?((?:HMMA|QMMA|HGMMA|QGMMA|LDL|STL|MOVM|BSSY|BSYNC)\b[.\w]*)"
 )
 
 

@@ -13,10 +13,19 @@ from lynx_compile.errors import InputError
 from lynx_compile.ops.fp8 import E4M3, Rounded, pack, round_rows
 from lynx_compile.ops.sparse_linear import Gated, Gelu, Norm, keep_mask, produce
 from lynx_compile.torch_ops.bindings import DTYPES, LIBRARY
-from lynx_compile.torch_ops.fp8_bindings import OPERANDS, Fp8Linear, HalfGated, Operand, load_fp8_library
+from lynx_compile.torch_ops.fp8_bindings import (
+    INSTRUCTIONS,
+    OPERANDS,
+    Fp8Linear,
+    HalfGated,
+    Instructions,
+    Operand,
+    load_fp8_library,
+    tile_count,
+)
 
 pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.skipif(not LIBRARY.exists(), reason="needs the plugin library: make plugin"),
 ]
 
@@ -29,7 +38,16 @@ def library() -> ctypes.CDLL:
 @pytest.fixture(params=list(DTYPES), ids=str)
 def dtype(request: pytest.FixtureRequest, library: ctypes.CDLL) -> torch.dtype:
     if not library.lynx_fp8_runs(DTYPES[request.param]):
-        pytest.skip("needs a GPU of compute capability 9.0 and a library with FP8 GEMMs of this type")
+        pytest.skip("needs a GPU from sm_89 on and a library with FP8 GEMMs of this type for it")
+    return request.param
+
+
+@pytest.fixture(params=INSTRUCTIONS[1:])
+def instructions(request: pytest.FixtureRequest, library: ctypes.CDLL, dtype: torch.dtype) -> Instructions:
+    if tile_count(library, dtype, "dense", request.param) == 0:
+        pytest.skip(
+            f"this GPU has no {request.param}, or the library: README.md of plugins/ says how to build it"
+        )
     return request.param
 
 
@@ -78,16 +96,22 @@ def _assert_rounded(op: Fp8Linear, z: torch.Tensor, operand: Operand) -> None:
     ],
 )
 def test_equals_the_definition(
-    library: ctypes.CDLL, dtype: torch.dtype, operand: Operand, rows: int, channels: int, out_channels: int
+    library: ctypes.CDLL,
+    dtype: torch.dtype,
+    instructions: Instructions,
+    operand: Operand,
+    rows: int,
+    channels: int,
+    out_channels: int,
 ) -> None:
     torch.manual_seed(rows)
     x = (torch.randn(rows, channels, device="cuda") * torch.logspace(-2, 2, rows, device="cuda")[:, None]).to(
         dtype
     )
-    op, weight = _op(library, operand, x, out_channels)
+    op, weight = _op(library, operand, x, out_channels, instructions=instructions)
     wanted = _exact(op, weight, x, operand)
     bound = 2.0**-7  # of bf16, and of what the tensor cores' short sums lose at 24576 channels
-    for tile in range(-1, library.lynx_fp8_tile_count(OPERANDS.index(operand))):
+    for tile in range(-1, tile_count(library, dtype, operand, instructions)):
         guarded = torch.full((rows * out_channels + 2048,), float("nan"), device="cuda", dtype=dtype)
         op.write_to(guarded[1024:-1024].view(rows, out_channels))
         y = op(x, tile).double()
@@ -109,20 +133,24 @@ def test_another_weight_is_noticed(library: ctypes.CDLL, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("operand", OPERANDS)
-def test_gelu_from_a_channel_on(library: ctypes.CDLL, dtype: torch.dtype, operand: Operand) -> None:
+def test_gelu_from_a_channel_on(
+    library: ctypes.CDLL, dtype: torch.dtype, instructions: Instructions, operand: Operand
+) -> None:
     x = torch.randn(200, 512, device="cuda").to(dtype)
-    op, weight = _op(library, operand, x, 576, gelu_from=320)
+    op, weight = _op(library, operand, x, 576, gelu_from=320, instructions=instructions)
     wanted = _exact(op, weight, x, operand)
     wanted[:, 320:] = functional.gelu(wanted[:, 320:], approximate="tanh")
-    for tile in range(library.lynx_fp8_tile_count(OPERANDS.index(operand))):
+    for tile in range(tile_count(library, dtype, operand, instructions)):
         assert (op(x, tile).double() - wanted).norm() < 2.0**-7 * wanted.norm()
 
 
 @pytest.mark.parametrize("operand", OPERANDS)
-def test_zeros_infinities_and_nans(library: ctypes.CDLL, dtype: torch.dtype, operand: Operand) -> None:
+def test_zeros_infinities_and_nans(
+    library: ctypes.CDLL, dtype: torch.dtype, instructions: Instructions, operand: Operand
+) -> None:
     x = torch.randn(70, 256, device="cuda").to(dtype)
     x[3], x[5, 7], x[9, 100], x[11] = 0.0, float("inf"), float("nan"), -0.0
-    op, weight = _op(library, operand, x, 72)
+    op, weight = _op(library, operand, x, 72, instructions=instructions)
     y = op(x)
     _assert_rounded(op, x, operand)
     assert torch.equal(y[3], op.bias) and torch.equal(y[11], op.bias)

@@ -65,15 +65,22 @@ def fp8_kernel(element: str, operand: str, tile: str) -> Kernel:
     return Kernel("90a", name, 168, 0, 1024, Counter({opcode: 8}))
 
 
-def round_kernel(element: str, make: int, pruned: bool, blocks: int) -> Kernel:
+def fp8_mma_kernel(arch: str, element: str, operand: str, tile: int) -> Kernel:
+    number = evidence.FP8_OPERANDS.index(operand)
+    name = f"fp8_mma_kernel<lynx::{ELEMENT_NAMES[element][0]}, (lynx::Fp8Operand){number}, {tile}>"
+    opcode = "QMMA.16832.F32.E4M3.E4M3" if operand == "dense" else "QMMA.SP.16864.F32.E4M3.E4M3"
+    return Kernel(arch, name, 218, 0, 0, Counter({opcode: 64}))
+
+
+def round_kernel(arch: str, element: str, make: int, pruned: bool, blocks: int) -> Kernel:
     make_of = f"(lynx::(anonymous namespace)::Make){make}"
     name = f"round_kernel<lynx::{ELEMENT_NAMES[element][0]}, {make_of}, {str(pruned).lower()}, {blocks}>"
-    return Kernel("90a", name, 80, 0, 1120)
+    return Kernel(arch, name, 80, 0, 1120)
 
 
 @pytest.fixture
 def kernels() -> list[Kernel]:
-    """A library for sm_80 and sm_90a in order."""
+    """A library for sm_80 and sm_90a, and in FP8 for sm_89, in order."""
     out = []
     for element in evidence.ELEMENTS:
         for arch, layout in (("80", "80"), ("90", "90")):
@@ -87,8 +94,10 @@ def kernels() -> list[Kernel]:
             out += [gemm_kernel("80", element, tile, operand) for tile in evidence.MMA_TILES]
             out += [gemm_kernel("90a", element, tile, operand) for tile in evidence.WGMMA_TILES]
         out += [fp8_kernel(element, operand, tiles[0]) for operand, tiles in evidence.FP8_TILES.items()]
+        out += [fp8_mma_kernel("89", element, operand, 0) for operand in evidence.FP8_OPERANDS]
         out += [
-            round_kernel(element, make, pruned, blocks)
+            round_kernel(arch, element, make, pruned, blocks)
+            for arch in ("89", "90a")
             for make in range(len(evidence.MAKES))
             for pruned in (False, True)
             for blocks in evidence.ROUND_BLOCKS
@@ -109,10 +118,26 @@ def test_one_fp8_tile_or_all(kernels: list[Kernel]) -> None:
     ]
     assert evidence.check([*kernels, *more]) == []
     assert any("neither one nor all" in each for each in evidence.check([*kernels, more[0]]))
+    more = [
+        fp8_mma_kernel("89", element, operand, tile)
+        for element in evidence.ELEMENTS
+        for operand in evidence.FP8_OPERANDS
+        for tile in (1, 2)
+    ]
+    assert evidence.check([*kernels, *more]) == []
+    assert any("sm_89: neither one nor all" in each for each in evidence.check([*kernels, more[0]]))
+
+
+def test_fp8_by_mma_goes_with_its_architectures(kernels: list[Kernel]) -> None:
+    of_ada = [replace(kernel, arch="89") for kernel in kernels if kernel.arch == "80"]
+    assert evidence.check([*kernels, *of_ada]) == []
+    no_fp8 = [kernel for kernel in kernels if "fp8_mma" not in kernel.name]
+    wrong = evidence.check([*no_fp8, *of_ada])
+    assert any("sm_89: neither one nor all fp8 mma GEMMs of fp16: none" in each for each in wrong)
 
 
 PRUNE = "prune bf16 layout 80 rank 64 plain"
-FP8 = "fp8 bf16 weight 256x192"
+FP8, FP8_MMA = "fp8 bf16 weight 256x192", "fp8 mma fp16 weight 256x128"
 MMA, WGMMA = "mma.sp fp16 128x128x64 weight", "wgmma.sp bf16 256x192x64 activation"
 
 
@@ -146,6 +171,14 @@ MMA, WGMMA = "mma.sp fp16 128x128x64 weight", "wgmma.sp bf16 256x192x64 activati
         (FP8, {"opcodes": Counter({"QGMMA.64x192x32.F32.E4M3.E4M3": 8})}, "no QGMMA of e4m3"),
         (FP8, {"opcodes": Counter({"QGMMA.SP.64x192x64.F32.E4M3.E4M3": 8, "LDL": 1})}, "local memory"),
         (FP8, {"registers": 176}, "1 thread blocks take 67584 registers"),
+        (FP8_MMA, {"opcodes": Counter({"QMMA.16832.F32.E4M3.E4M3": 64})}, "no QMMA of e4m3"),
+        (
+            FP8_MMA,
+            {"opcodes": Counter({"QMMA.SP.16864.F32.E4M3.E4M3": 64, "QMMA.16832.F32.E4M3.E4M3": 1})},
+            "dense tensor-core",
+        ),
+        (FP8_MMA, {"stack": 8}, "8 bytes of stack"),
+        (FP8_MMA, {"shared": 30 * 1024}, "bytes of an SM's 102400"),
         ("round bf16 norm dense 4", {"registers": 136}, "2 thread blocks take 69632 registers"),
         (WGMMA, {"opcodes": Counter({"HGMMA.64x192x16.F32.BF16": 4})}, "no HGMMA.SP of bf16"),
         (WGMMA, {"registers": 176}, "1 thread blocks take 67584 registers"),
@@ -264,6 +297,16 @@ def test_claims_are_those_of_the_sources(tmp_path: Path) -> None:
           for i, tile in enumerate(evidence.MMA_TILES)),
         *(f"kTilesSm90[{i}].{name} == {getattr(tile, name)}"
           for i, tile in enumerate(evidence.WGMMA_TILES) for name in ("m", "n", "k", "stages")),
+        *(f"kFp8{kind}MmaTiles[{i}].{name} == {getattr(tile, name)}"
+          for i, tile in enumerate(evidence.FP8_MMA_TILES)
+          for kind in ("Sparse", "Dense") for name in ("m", "n", "stages")),
+        *(f"fp8_mma_tiles(Fp8Operand({i}))[{j}].shared_bytes({str(operand != 'dense').lower()}) == "
+          f"{tile.shared_bytes(operand)}"
+          for i, operand in enumerate(evidence.FP8_OPERANDS) for j, tile in enumerate(evidence.FP8_MMA_TILES)),
+        *(f"fp8_mma_tiles(Fp8Operand({i}))[{j}].threads() == {evidence.FP8_MMA_THREADS}"
+          for i in range(3) for j in range(3)),
+        f"kFp8MmaTiles == {len(evidence.FP8_MMA_TILES)} && int(Fp8Operand::kDense) == 1 && "
+        "int(Fp8Operand::kSparseActivation) == 2",
         f"kTileConfigs == {len(evidence.MMA_TILES)} && kTileConfigsSm90 == {len(evidence.WGMMA_TILES)}",
     ]  # fmt: skip
     prune = [
@@ -281,7 +324,7 @@ def test_claims_are_those_of_the_sources(tmp_path: Path) -> None:
     asserts = "\n".join(f"static_assert({claim});" for claim in [*tiles, *prune])
     source = tmp_path / "claims.cpp"
     source.write_text(
-        '#include "device.h"\n#include "kernels/prune_tokens.cuh"\n'
+        '#include "device.h"\n#include "kernels/fp8_tiles_sm89.h"\n#include "kernels/prune_tokens.cuh"\n'
         f"namespace lynx {{\nnamespace {{\n{asserts}\n}}\n}}\n"
     )
     includes = [f"-I{PLUGINS}", f"-I{PLUGINS / 'tests' / 'emulation'}"]

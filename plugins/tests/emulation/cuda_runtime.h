@@ -49,11 +49,18 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream = nullptr;
 };
 
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  const bool good = emulation::run(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes,
-                                   [&] { kernel(Parameters(arguments)...); });
+  const bool good = emulation::run(
+      config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes,
+      [&] { kernel(Parameters(arguments)...); },
+      emulation::most_shared(reinterpret_cast<const void*>(kernel)));
   return good ? cudaSuccess : cudaErrorLaunchFailure;
 }
 

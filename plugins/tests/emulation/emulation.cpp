@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
 #include <vector>
@@ -50,13 +51,19 @@ namespace {
 
 constexpr size_t kWarp = 32;
 constexpr size_t kMostThreads = 1024;
-constexpr size_t kMostShared = 48 * 1024;    // what a kernel gets without asking
+constexpr size_t kMostToAsk = 99 * 1024;     // of shared memory, on all GPUs from sm_80 on
 constexpr size_t kStack = 128 * 1024;        // of a fibre
 constexpr size_t kPoisonedStack = 8 * 1024;  // its top, where the locals lie
 constexpr int kCanary = 0xa5;
 constexpr int kPoison = 0xff;  // NaNs in every format
 
 enum class State { kReady, kAtBarrier, kAtCollective, kDone };
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
 
 struct Fibre {
   ucontext_t context;  // of its start; later it is at `position`
@@ -66,6 +73,7 @@ struct Fibre {
   State state = State::kDone;
   Collective* perform = nullptr;
   void* arguments = nullptr;
+  std::deque<std::vector<Copy>> copies;  // in flight, by group; the last is not closed yet
 };
 
 struct SharedObject {
@@ -81,10 +89,12 @@ volatile sig_atomic_t in_fibre = 0;
 size_t current = 0;  // the running fibre
 struct Launch {
   unsigned grid, threads;
+  size_t most_shared;
   const std::function<void()>* thread;
 } launch;
 std::map<const void*, SharedObject> shared_objects;
 std::unique_ptr<Buffer> dynamic_memory;
+std::map<const void*, size_t> allowed_shared;  // by kernel
 
 size_t page() { return size_t(sysconf(_SC_PAGESIZE)); }
 
@@ -201,6 +211,7 @@ bool run_block() {
     makecontext(&fibre.context, start_fibre, 0);
     fibre.started = false;
     fibre.state = State::kReady;
+    fibre.copies.assign(1, {});
   }
   for (;;) {
     for (size_t i = 0; i < threads / kWarp; ++i) {
@@ -235,10 +246,16 @@ bool run_grid() {
 
 }  // namespace
 
-bool run(unsigned grid, unsigned threads, size_t dynamic_bytes, const std::function<void()>& thread) {
+size_t most_shared(const void* kernel) {
+  const auto found = allowed_shared.find(kernel);
+  return found == allowed_shared.end() ? kMostShared : found->second;
+}
+
+bool run(unsigned grid, unsigned threads, size_t dynamic_bytes, const std::function<void()>& thread,
+         size_t most_shared) {
   error.clear();
   if (grid == 0 || threads == 0 || threads > kMostThreads || threads % kWarp != 0 ||
-      dynamic_bytes > kMostShared) {
+      dynamic_bytes > most_shared) {
     error = "a launch of " + std::to_string(grid) + " blocks of " + std::to_string(threads) +
             " threads with " + std::to_string(dynamic_bytes) + " bytes of dynamic shared memory";
     return false;
@@ -247,7 +264,7 @@ bool run(unsigned grid, unsigned threads, size_t dynamic_bytes, const std::funct
   if (fibres.size() < threads) fibres.resize(threads);
   shared_objects.clear();
   dynamic_memory.reset(dynamic_bytes ? new Buffer("dynamic shared memory", dynamic_bytes) : nullptr);
-  launch = {grid, threads, &thread};
+  launch = {grid, threads, most_shared, &thread};
   if (!run_grid()) return false;
   for (const auto& [key, object] : shared_objects) {
     if (!object.memory->intact()) error = "bytes outside shared memory were written";
@@ -264,6 +281,26 @@ void collective(Collective* perform, void* arguments) {
   pause(State::kAtCollective);
 }
 
+void copy_async(void* to, const void* from, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0) {
+    give_up("a misaligned cp.async");
+  }
+  if (schedule == Schedule::kReverse) {
+    std::memcpy(to, from, bytes);
+  } else {
+    fibres[current].copies.back().push_back({to, from, bytes});
+  }
+}
+
+void commit_copies() { fibres[current].copies.emplace_back(); }
+
+void wait_for_copies(size_t pending) {
+  auto& groups = fibres[current].copies;
+  for (; groups.size() > pending + 1; groups.pop_front()) {
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+}
+
 void* block_shared(const void* key, size_t bytes) {
   SharedObject& object = shared_objects[key];
   if (!object.memory) {
@@ -271,7 +308,7 @@ void* block_shared(const void* key, size_t bytes) {
     object.memory->fill(kPoison);
     size_t all = dynamic_memory ? dynamic_memory->bytes() : 0;
     for (const auto& [other, each] : shared_objects) all += each.memory->bytes();
-    if (all > kMostShared) give_up("takes " + std::to_string(all) + " bytes of shared memory");
+    if (all > launch.most_shared) give_up("takes " + std::to_string(all) + " bytes of shared memory");
   }
   return object.memory->data();
 }
@@ -324,6 +361,12 @@ std::string Buffer::describe(const void* address) const {
 }
 
 }  // namespace emulation
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  if (value < 0 || size_t(value) > emulation::kMostToAsk) return cudaErrorInvalidValue;
+  emulation::allowed_shared[kernel] = size_t(value);
+  return cudaSuccess;
+}
 
 // For tests/plugins/test_emulation.py.
 extern "C" void lynx_emulate(int compute_capability, int reverse) {

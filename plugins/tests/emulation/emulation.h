@@ -30,8 +30,14 @@ extern std::function<bool(unsigned block)> runs_block;
 // What is wrong with the last launch; empty after a good one.
 extern std::string error;
 
+constexpr size_t kMostShared = 48 * 1024;  // what a kernel gets without asking
+
+// Bytes of shared memory that `kernel` may take: cudaFuncSetAttribute allows it more.
+size_t most_shared(const void* kernel);
+
 // Runs `thread` in every thread of `grid` blocks; false when something is wrong, and then the launch is over.
-bool run(unsigned grid, unsigned threads, size_t dynamic_bytes, const std::function<void()>& thread);
+bool run(unsigned grid, unsigned threads, size_t dynamic_bytes, const std::function<void()>& thread,
+         size_t most_shared = kMostShared);
 
 // ---- Called from device code ----
 
@@ -40,6 +46,13 @@ void barrier();
 // Waits for the 32 lanes of the warp, then has one of them perform the operation on everybody's arguments.
 using Collective = void(void* const (&lanes)[32]);
 void collective(Collective* perform, void* arguments);
+
+// cp.async: a copy belongs to the group that the thread's next commit closes. It is done as late as a wait
+// lets it, or under kReverse at once: a kernel that reads too early or overwrites what others still read
+// gives other bytes under one of the two.
+void copy_async(void* to, const void* from, size_t bytes);
+void commit_copies();
+void wait_for_copies(size_t pending);  // until no more groups than these are left
 
 // Shared memory of the thread block, filled with NaNs when the block starts. `key` names the object.
 void* block_shared(const void* key, size_t bytes);

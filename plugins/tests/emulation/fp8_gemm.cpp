@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// In place of CUTLASS's FP8 GEMMs: multiplies the operands, read as the tensor cores read them, in float64.
+// In place of CUTLASS's FP8 GEMMs for sm_90a: multiplies the operands, read as the tensor cores read them, in
+// float64.
 #include "kernels/fp8_gemm.h"
 
 #include "tests/reference.h"
@@ -48,13 +49,14 @@ cudaError_t multiply(const Fp8GemmCall& call, Fp8Operand operand, const referenc
 
 }  // namespace
 
-template <class Element, Fp8Operand kOperand, int kIndex>
+template <Fp8Set kSet, class Element, Fp8Operand kOperand, int kIndex>
 cudaError_t launch_fp8_gemm(const Fp8GemmCall& call, int, cudaStream_t) {
   return multiply(call, kOperand, std::is_same_v<Element, Bf16> ? reference::bf16() : reference::fp16());
 }
 
-#define LYNX_INSTANTIATE(element, operand, index) \
-  template cudaError_t launch_fp8_gemm<element, operand, index>(const Fp8GemmCall&, int, cudaStream_t);
+#define LYNX_INSTANTIATE(element, operand, index)                                                        \
+  template cudaError_t launch_fp8_gemm<Fp8Set::kWgmma, element, operand, index>(const Fp8GemmCall&, int, \
+                                                                                cudaStream_t);
 #define LYNX_INSTANTIATE_OPERANDS(element, index)             \
   LYNX_INSTANTIATE(element, Fp8Operand::kSparseWeight, index) \
   LYNX_INSTANTIATE(element, Fp8Operand::kDense, index)        \
