@@ -122,9 +122,8 @@ class Checkpoint:
         """
         module = _construct(_import_class(self.model_class), self.config, device, dtype)
         kept = _kept_in_float32(module)
-        for name, parameter in module.named_parameters():
-            wanted = _dtype_of(name, parameter.dtype, dtype, kept)
-            parameter.data = parameter.data.to(wanted)
+        for name, tensor in module.state_dict(keep_vars=True).items():  # what ``fill`` will find in the files
+            tensor.data = tensor.data.to(_dtype_of(name, tensor.dtype, dtype, kept))
         return module.eval().requires_grad_(False)
 
     def fill(self, module: torch.nn.Module, path: str = "", dtype: torch.dtype = torch.float32) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lynx_compile.engine.arguments import flatten, unflatten
+from lynx_compile.models import families
 from lynx_compile.models.checkpoint import Checkpoint
 from lynx_compile.models.onnx_source import OnnxSource
 from lynx_compile.models.recording import Axis, Call, Component, Group, Recording
@@ -160,6 +161,7 @@ def in_engine_dtypes(
         return dict(unflatten(flat.structure, halves))
     floats = [name for name, t in flat.tensors.items() if t.is_floating_point()]
     skeleton = checkpoint.build("meta", dtype)
+    families.prepare(skeleton)  # as it is traced
     everything = halves | {name: halves[name].to(dtype) for name in floats}
     expected = _result_dtypes(skeleton, flat.structure, everything)
     if expected is None:

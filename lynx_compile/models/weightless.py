@@ -16,6 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lynx_compile.models.trace.flex_attention import dense_flex_attention
+
 META = torch.device("meta")
 INDEXING = (
     torch.ops.aten.index.Tensor,
@@ -50,15 +52,16 @@ class Weightless(TorchDispatchMode):
             self._mark(self._of_tokens, tensor)
 
     def __enter__(self) -> Self:
-        self._autocast = ExitStack()
-        self._autocast.enter_context(patch.object(torch, "autocast", _Autocast))
-        self._autocast.enter_context(patch.object(torch.amp, "autocast", _Autocast))
+        self._patches = ExitStack()
+        self._patches.enter_context(patch.object(torch, "autocast", _Autocast))
+        self._patches.enter_context(patch.object(torch.amp, "autocast", _Autocast))
+        self._patches.enter_context(dense_flex_attention())  # its own refuses the meta device
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._autocast.close()
+        self._patches.close()
 
     def is_of_tokens(self, tensor: torch.Tensor) -> bool:
         return _address(tensor) in self._of_tokens

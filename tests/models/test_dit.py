@@ -13,10 +13,15 @@ from lynx_compile.models.dit import in_engine_dtypes
 
 
 class Mixed(torch.nn.Module):
-    """``time`` goes into a linear as it is; positions are cast on their way, alone or both together."""
+    """``time`` goes into a linear as it is; positions are cast on their way, alone or both together.
+
+    The buffer has the dtype of the weights, or the product behind it would be of two.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.register_buffer("shift", torch.ones(8))
+        self.out = torch.nn.Linear(8, 8)
         self.time_in = torch.nn.Linear(8, 8)
         self.x_in = torch.nn.Conv1d(8, 8, 1)
 
@@ -28,7 +33,7 @@ class Mixed(torch.nn.Module):
         first: torch.Tensor,
         second: torch.Tensor,
     ) -> torch.Tensor:
-        y = self.x_in(x.mT).mT + self.time_in(time) + angles.cos().to(x.dtype)
+        y = self.out(self.x_in(x.mT).mT + self.shift) + self.time_in(time) + angles.cos().to(x.dtype)
         both = first.dtype == second.dtype == torch.float32
         return y + (0 if both else first.to(x.dtype) + second.to(x.dtype)) * (y.float() if both else y)
 

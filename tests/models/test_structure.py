@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention as flex
 from diffusers import FluxTransformer2DModel
 
 from lynx_compile.errors import InputError
@@ -17,8 +18,8 @@ from lynx_compile.tools.support.configurations import TINY, classes, example
 from lynx_compile.tools.support.draws import drawn
 from tests.conftest import FLUX_DEV
 
-# Those that look at values which depend on weights: routing by counts, and flex_attention, which has no meta kernel.
-LOOKS_AT_WEIGHTS = {"HiDream", "AnyFlowFAR", "Kandinsky6SR"}
+# Those that look at values which depend on weights: routing by counts.
+LOOKS_AT_WEIGHTS = {"HiDream"}
 
 # {configuration: (linears in blocks, candidates, rows of the largest tensor)}
 KNOWN = {
@@ -167,3 +168,23 @@ def test_values_stay_real_until_they_meet_a_weight() -> None:
         assert run.is_of_tokens(y) and run.is_of_tokens(filled) and not run.is_of_tokens(mask * 2)
         with torch.autocast(y.device.type, dtype=torch.bfloat16):
             assert (y + 1).shape == y.shape
+
+
+class Flexible(torch.nn.Module):
+    """Attention under a mask that is code; its own function refuses tensors without values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(2)))])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = flex.create_block_mask(lambda b, h, q, k: q >= k, None, None, 8, 8, device=x.device)
+        y = self.blocks[0](x)[:, None]
+        return flex.flex_attention(y, y, y, block_mask=mask)
+
+
+def test_attention_under_a_mask_that_is_code() -> None:
+    with torch.device("meta"):
+        module = Flexible()
+    found = find_structure(module, {"x": torch.randn(1, 8, 16)})
+    assert [linear.path for linear in found.candidates] == ["blocks.0.0", "blocks.0.1"]

@@ -137,9 +137,13 @@ class _Dense:
 def _exported(row: Row, name: str, folder: Path) -> _Dense:
     """The configuration's float32 ONNX against eager, on other inputs and on another mask."""
     with pytest.MonkeyPatch.context() as patch:
-        # Models that round to bfloat16 whatever they are in: ONNX Runtime has none of it on a CPU.
-        patch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+        _keep_float32(patch)
         return _exported_in_float32(row, name, folder)
+
+
+def _keep_float32(patch: pytest.MonkeyPatch) -> None:
+    """For models that round to bfloat16 whatever they are in: ONNX Runtime has none of it on a CPU."""
+    patch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
 
 
 def _exported_in_float32(row: Row, name: str, folder: Path) -> _Dense:
@@ -218,8 +222,9 @@ def _engine(name: str, folder: Path) -> bool:
 def _dropin(name: str, class_name: str, recording: Recording, folder: Path) -> bool:
     """The pipeline's own output with fake engines, which run the exported ONNX, in the place of the class's models."""
     prepared = pipelines.prepare(name)
-    expected = [_latents(prepared, prompt) for prompt in range(2)]
     with pytest.MonkeyPatch.context() as patch:
+        _keep_float32(patch)
+        expected = [_latents(prepared, prompt) for prompt in range(2)]
         patch.setattr(EngineModule, "device", torch.device("cpu"))
         patch.setattr(EngineModule, "dtype", torch.float32)
         ways: dict[str, list[Engine]] = {}
