@@ -226,7 +226,9 @@ def _bench_fp8(folder: Path, rounds: int, library: Path) -> None:
     Console(highlight=False, width=max(out.width, 190)).print(_fp8_table(measured))
     for name, value in measured.summary.items():
         out.print(f"{name:<45} {value:.3f}")
-    out.print(f"wrote {escape(str(bench_fp8.save(measured, folder)))}")
+    path, summary = bench_fp8.save(measured, folder)
+    out.print(escape(bench_fp8.markdown(json.loads(summary.read_text()))))
+    out.print(f"wrote {escape(str(path))} and {escape(str(summary))}")
 
 
 FP8_COLUMNS = {

@@ -202,7 +202,7 @@ class Sparsity(Strict):
     """What becomes sparse and how its error is repaired (see ``compensate``).
 
     ``operand``: what is 2:4. ``activation`` prunes the input while the model runs, ``weight`` the weights, once, at
-    compile time; ``auto`` takes the faster of both, dense where neither is faster than that (speed alone decides;
+    compile time; ``auto`` takes the faster of both, dense where neither is faster than that (speed decides;
     it is ``activation`` alone where the recipe asks for what only that has: ``paper`` or ``none``, a rank, the
     scale); or a mapping of globs over module paths to one of these or ``none`` (dense), of which the first that
     matches a linear counts, ``auto`` where none does. Quote globs that begin with a *. ``none``: nothing is 2:4; in FP8

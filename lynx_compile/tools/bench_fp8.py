@@ -377,7 +377,7 @@ def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
-def save(bench: Fp8Bench, folder: Path) -> Path:
+def save(bench: Fp8Bench, folder: Path) -> tuple[Path, Path]:
     """Write ``DEVICE-fp8.json`` into ``folder`` and its means into ``summary.json`` beside it, over those of before."""
     path = folder / f"{file_name(bench.device)}-fp8.json"
     save_text(path, json.dumps(asdict(bench) | {"summary": bench.summary}, indent=1) + "\n")
@@ -387,7 +387,7 @@ def save(bench: Fp8Bench, folder: Path) -> Path:
     save_text(
         summary, json.dumps(old | rounded | {"device": bench.device, "date": bench.date}, indent=1) + "\n"
     )
-    return path
+    return path, summary
 
 
 ROWS = {

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch.nn import functional
 from lynx_compile.errors import InputError
 from lynx_compile.ops.fp8 import E4M3, Rounded, pack, round_rows
 from lynx_compile.ops.sparse_linear import Gated, Gelu, Norm, keep_mask, produce
+from lynx_compile.passes.speed_table import FP8_WORKS, CostTable
+from lynx_compile.tools import bench_fp8
+from lynx_compile.tools.bench import Shape
 from lynx_compile.torch_ops.bindings import DTYPES, LIBRARY
 from lynx_compile.torch_ops.fp8_bindings import (
     INSTRUCTIONS,
@@ -194,3 +198,16 @@ def test_wrong_arguments_are_refused(library: ctypes.CDLL, dtype: torch.dtype) -
         op(x)
     with pytest.raises(InputError, match="should be"):
         op(x[:, :128])
+
+
+def test_bench_measures_every_form(library: ctypes.CDLL, tmp_path: Path) -> None:
+    if not library.lynx_fp8_runs(DTYPES[torch.bfloat16]):
+        pytest.skip("needs a GPU of compute capability 9.0 and a library with FP8 GEMMs of bf16")
+    shape = Shape("FLUX.1-dev", "ff down", 512, 3072, 3072, "gelu")
+    measured = bench_fp8.bench_fp8([shape], rounds=3)
+    (result,) = measured.results
+    assert all(error < bench_fp8.TOLERANCE for error in result.errors.values()) and len(result.errors) == 5
+    table = CostTable.load(bench_fp8.save(measured, tmp_path)[0])
+    for form in FP8_WORKS:
+        assert table.gain(512, 3072, 3072, form, 0) == result.ratios[FP8_WORKS[form]]
+    assert table.architecture == "sm90"

@@ -148,10 +148,12 @@ def test_hopper_measures_all_forms_unless_a_rank_is_asked_for(
             cli.main()
         assert not caught.value.code
     assert ran == ["all", "rank 0", "rank 64"]
-    assert "linears.fp8_weight.gemm" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert "linears.fp8_weight.gemm" in shown and bench_fp8.markdown(summary) in shown
     table = costs.CostTable.load(tmp_path / "nvidia-h100-80gb-hbm3-fp8.json")
     assert table.gain(4096, 3072, 9216, costs.Form("weight", fp8=True), 0)
-    assert json.loads((tmp_path / "summary.json").read_text())["linears.fp8_weight.gemm"] == 2.568
+    assert summary["linears.fp8_weight.gemm"] == 2.568
 
 
 @pytest.mark.parametrize("rank", ["8", "144", "-16"])
