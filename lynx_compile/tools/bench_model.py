@@ -486,7 +486,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--attention", choices=list(ATTENTION), help="default: the faster one")
     parser.add_argument(
-        "--own-pass", action="store_true", help="round x and apply GELU in our kernels, not in the compiler's"
+        "--own-pass", action="store_true", help="round x in our pass, not in the compiler's kernels"
     )
     arguments = parser.parse_args()
     names = arguments.model or [model.name for model in MODELS]

@@ -7,12 +7,10 @@ bits, and what rounds them has been decided.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from lynx_compile.ops.fp8 import STEP, round_rows
 from lynx_compile.ops.sparse_weight_linear import MetadataLayout
@@ -30,29 +28,15 @@ class _Packed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., N] for x [..., K]."""
-        sizes = [size for size in (self.gelu_from, self.out_features - self.gelu_from) if size]
-        parts = self.parts(x, sizes)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return self.rows(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.out_features)
 
     def parts(self, x: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-        """y's channels in parts of ``sizes``, at one of whose borders GELU begins."""
-        y = self.rows(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.out_features)
-        parts = list(y.split(list(sizes), -1))
-        if self.gelu_from < self.out_features and not self.gelu_in_kernel:
-            starts = itertools.accumulate(sizes, initial=0)
-            parts = [
-                functional.gelu(part, approximate="tanh") if start >= self.gelu_from else part
-                for part, start in zip(parts, starts, strict=False)
-            ]
-        return parts
+        """y's channels in parts of ``sizes``."""
+        return list(self(x).split(list(sizes), -1))
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """y [M, N] for x [M, K], with GELU where ``gelu_in_kernel``."""
+        """y [M, N] for x [M, K]."""
         raise NotImplementedError
-
-    @property
-    def gelu_in_kernel(self) -> bool:
-        return True
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         for name, buffer in self._buffers.items():
@@ -129,8 +113,8 @@ class Fp8Linear(_Packed):
     """x and weight in FP8. The tensors are those that the GEMM reads (``ops.fp8``): e4m3 values and float32 scales.
 
     Under ``torch.compile`` the rounding of x is torch's own, which the compiler fuses with what makes x (a norm and its
-    modulation, GELU, a concatenation), and so is the GELU behind; elsewhere it is our pass and our epilogue.
-    ``fused_rounding``: no leaves both to our kernels there too.
+    modulation, a concatenation); elsewhere it is our pass. ``fused_rounding``: no leaves it to our pass there too.
+    A GELU behind is the kernel's in any case: a compiler would work it out twice, for the maximum and for the values.
     """
 
     weight: torch.Tensor
@@ -159,7 +143,7 @@ class Fp8Linear(_Packed):
         self.register_buffer("bias", bias)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        if self.gelu_in_kernel:
+        if not (self.fused_rounding and torch.compiler.is_compiling()):
             y: torch.Tensor = operators.fp8_linear(
                 x, self.weight, self.metadata, self.weight_scale, self.bias, self.operand, self.gelu_from,
                 "none", None, None, False, 0.0,
@@ -173,10 +157,6 @@ class Fp8Linear(_Packed):
             self.metadata,
             self.weight_scale,
             self.bias,
-            self.out_features,
+            self.gelu_from,
         )
         return product
-
-    @property
-    def gelu_in_kernel(self) -> bool:
-        return not (self.fused_rounding and torch.compiler.is_compiling())
