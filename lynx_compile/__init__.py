@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from lynx_compile.engine.module import EngineModule
     from lynx_compile.files.progress import Progress
 
@@ -42,3 +44,41 @@ def load(
     from lynx_compile.engine.module import load as load_module  # torch and diffusers only where they are used
 
     return load_module(path, *others, device=device, cuda_graph=cuda_graph, progress=progress)
+
+
+def apply(module: nn.Module, path: str | Path, *, restorable: bool = True) -> nn.Module:
+    """Put an engine's linears into the diffusers transformer that it was compiled from: torch alone, no TensorRT.
+
+        pipe = FluxPipeline.from_pretrained(..., torch_dtype=torch.bfloat16)
+        lynx_compile.apply(pipe.transformer, "flux.engine")
+        pipe.to("cuda")
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+
+    Linears that read one tensor become one product, a GELU behind them part of it. Any resolution and number of tokens
+    run. On a GPU the plugin library's kernels compute; on a CPU, slowly, their definitions.
+
+    Args:
+        module: on any device, in the engine's dtype, without LoRA layers.
+        path: the engine (which itself is not read), with its manifest and weights beside it.
+        restorable: keep the module's own linears, in host memory.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        InputError: a file is missing, damaged or of another model; or there are compiled linears or LoRA layers in it.
+    """
+    from lynx_compile.torch_ops.apply import apply as apply_to  # torch only where it is used
+
+    return apply_to(module, Path(path), restorable=restorable)
+
+
+def restore(module: nn.Module) -> nn.Module:
+    """Undo ``apply``: the module's own linears, to the bit, on the device where the compiled ones are.
+
+    Raises:
+        InputError: there is nothing to undo, or it was not kept.
+    """
+    from lynx_compile.torch_ops.apply import restore as restore_in
+
+    return restore_in(module)

@@ -163,6 +163,8 @@ class SparseLinears(Strict):
     ``operand``: which one is 2:4, if one is. ``fp8``: whether it multiplies in FP8. ``producer``: what the layer makes
     its input of, where it does. ``errors``: of each linear, relative, expected on the calibration inputs. ``tokens``:
     rows of the input. ``gain``: how many times as fast as dense by ``costs``; null where they do not tell.
+    ``sizes``: output channels of each linear. ``activation_from``: the first of them that goes through GELU; null where
+    none does. ``metadata_layout``: of a 2:4 weight in 16 bits.
     """
 
     layer: str
@@ -177,6 +179,9 @@ class SparseLinears(Strict):
     errors: tuple[float, ...]
     tokens: Count
     gain: Annotated[float, Field(gt=0)] | None
+    sizes: tuple[Count, ...] = ()
+    activation_from: Count | None = None
+    metadata_layout: Literal[80, 90] | None = None
 
     @property
     def form(self) -> str:

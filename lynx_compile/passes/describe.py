@@ -125,4 +125,7 @@ def _sparse(node: SparseNode) -> SparseLinears:
         errors=node.errors,
         tokens=node.tokens,
         gain=node.gain,
+        sizes=node.sizes,
+        activation_from=node.activation_from if node.activation else None,
+        metadata_layout=node.metadata_layout,
     )

@@ -107,7 +107,7 @@ def _by_producer(norm: str, gelu: str, gated: str) -> dict[Producer, str]:
     return {"layer norm": norm, "rms norm": norm, "gelu": gelu, "gated": gated}
 
 
-REWRITE = StageVersion("rewrite", 3, ("torch", "numpy", "onnx", "onnx-graphsurgeon"))
+REWRITE = StageVersion("rewrite", 4, ("torch", "numpy", "onnx", "onnx-graphsurgeon"))
 OPS = {
     Form("activation"): OP,
     Form("weight"): WEIGHT_OP,
@@ -145,6 +145,7 @@ class SparseNode:
     ``producer``: what the node makes its input of, where it does.
     ``errors``: of each linear, expected. ``tokens``: rows of its input.
     ``gain``: how many times as fast as dense, where the recipe's costs tell.
+    ``sizes``: output channels of each linear. ``metadata_layout``: of a 2:4 weight in 16 bits.
     """
 
     name: str
@@ -161,6 +162,8 @@ class SparseNode:
     producer: Producer | None = None
     tokens: int = 0
     gain: float | None = None
+    sizes: tuple[int, ...] = ()
+    metadata_layout: MetadataLayout | None = None
 
     @property
     def op(self) -> str:
@@ -246,7 +249,7 @@ def rewrite(
         owned: dict[tuple[str, ...], list[TensorSpec]] = {}  # linears called again read the same weights
         for readers in _readers_of_one_tensor(matches):
             found = _with_activation(readers, solved)
-            node = _describe(found, solved, groups[next(iter(readers))], names)
+            node = _describe(found, solved, groups[next(iter(readers))], names, metadata_layout)
             if node.linears not in owned:
                 if node.fp8:
                     rows, sparse = _rows(node, solved), node.operand == "weight"
@@ -306,7 +309,11 @@ def _with_activation(matches: Mapping[str, Match], solved: SparseLinearWeights) 
 
 
 def _describe(
-    matches: Mapping[str, Match], solved: SparseLinearWeights, group: SparseGroup, names: set[str]
+    matches: Mapping[str, Match],
+    solved: SparseLinearWeights,
+    group: SparseGroup,
+    names: set[str],
+    layout: MetadataLayout,
 ) -> SparseNode:
     """The node of ``matches``, under a name that is not among ``names`` yet."""
     channels = dict(zip(solved.linears, solved.out_channels, strict=True))
@@ -330,6 +337,8 @@ def _describe(
         activation_from=sum(channels[linear] for linear in plain) if activation else 0,
         tokens=_tokens(next(iter(matches.values()))) or group.tokens,
         gain=group.gain,
+        sizes=tuple(channels[linear] for linear in matches),
+        metadata_layout=layout if solved.operand == "weight" and not solved.fp8 else None,
     )
 
 

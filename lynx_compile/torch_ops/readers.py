@@ -17,14 +17,15 @@ from torch import nn
 class Merged(nn.Module):
     """``linear``: its output channels are those of several linears, ``sizes`` of each, in order.
 
-    Its ``parts(x, sizes)`` are theirs, activated where it takes an activation over.
+    Its ``parts(x, sizes)`` are theirs, activated where it takes an activation over. ``channels_first``: x's and y's
+    channels are on axis 1.
     """
 
     linear: Any
 
-    def __init__(self, linear: nn.Module, sizes: Sequence[int]) -> None:
+    def __init__(self, linear: nn.Module, sizes: Sequence[int], channels_first: bool = False) -> None:
         super().__init__()
-        self.linear, self.sizes = linear, list(sizes)
+        self.linear, self.sizes, self.channels_first = linear, list(sizes), channels_first
         self._held: dict[
             str, torch.Tensor
         ] = {}  # x, and by their numbers the parts that are still to be taken
@@ -35,8 +36,9 @@ class Merged(nn.Module):
         if held.get("x") is not x or str(index) not in held:
             held.clear()
             held["x"] = x
-            for number, part in enumerate(self.linear.parts(x, self.sizes)):
-                held[str(number)] = part
+            rows = x.movedim(1, -1) if self.channels_first else x
+            for number, part in enumerate(self.linear.parts(rows, self.sizes)):
+                held[str(number)] = part.movedim(-1, 1) if self.channels_first else part
         part = held.pop(str(index))
         if len(held) == 1:
             held.clear()
@@ -46,13 +48,13 @@ class Merged(nn.Module):
 class Reader(nn.Module):
     """Stands where one linear of a ``Merged`` was, or that linear and its activation."""
 
-    def __init__(self, merged: Merged, index: int, in_features: int) -> None:
+    def __init__(self, merged: Merged, index: int) -> None:
         super().__init__()
         self.merged, self.index = merged, index
-        self.in_features, self.out_features = in_features, merged.sizes[index]
+        self.out_features = merged.sizes[index]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.merged.take(x, self.index)
 
     def extra_repr(self) -> str:
-        return f"part {self.index}, in_features={self.in_features}, out_features={self.out_features}"
+        return f"part {self.index}, out_features={self.out_features}"

@@ -12,11 +12,15 @@ from lynx_compile.torch_ops.readers import Merged, Reader
 
 @dataclass(frozen=True)
 class Group:
-    """Linears that read one tensor: their paths, output channels, and the channel from which on GELU follows."""
+    """Linears that read one tensor: their paths, output channels, and the channel from which on GELU follows.
+
+    ``channels_first``: they are convolutions of kernel 1, whose channels are on axis 1.
+    """
 
     linears: tuple[str, ...]
     sizes: tuple[int, ...]
     gelu_from: int
+    channels_first: bool = False
 
 
 def merge(module: nn.Module, group: Group, linear: nn.Module) -> dict[str, nn.Module]:
@@ -25,10 +29,10 @@ def merge(module: nn.Module, group: Group, linear: nn.Module) -> dict[str, nn.Mo
     Returns:
         What was there, by its path.
     """
-    merged, before = Merged(linear, group.sizes), {}
+    merged, before = Merged(linear, group.sizes, group.channels_first), {}
     start = 0
     for index, (path, size) in enumerate(zip(group.linears, group.sizes, strict=True)):
-        reader = Reader(merged, index, linear_at(module, path).in_features)
+        reader = Reader(merged, index)
         activation = gelu_behind(module, path) if start >= group.gelu_from else None
         start += size
         if activation is None or not path.startswith(f"{activation}."):

@@ -173,7 +173,7 @@ class Attention(nn.Module):
 
     def __init__(self, merged: Merged) -> None:
         super().__init__()
-        self.q, self.k, self.v = (Reader(merged, i, CHANNELS) for i in range(3))
+        self.q, self.k, self.v = (Reader(merged, i) for i in range(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z = functional.layer_norm(x, (CHANNELS,))

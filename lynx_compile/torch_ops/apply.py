@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lynx_compile.apply`` and ``restore``: what was compiled, in the torch module that it was compiled from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from lynx_compile.engine.manifest import Manifest, SparseLinears
+from lynx_compile.errors import InputError
+from lynx_compile.files.digest import file_digest
+from lynx_compile.files.outputs import Outputs
+from lynx_compile.ops import fp8
+from lynx_compile.ops.fp8 import E4M3, ROW_STEP
+from lynx_compile.ops.sparse_linear import padded_width
+from lynx_compile.ops.sparse_weight_linear import STEP
+from lynx_compile.torch_ops.modules import Fp8Linear, SparseActivationLinear, SparseWeightLinear
+from lynx_compile.torch_ops.swap import Group, gelu_behind, merge, replace
+
+APPLIED = "_lynx_applied"  # attribute of a module
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LORA = ("load_lora_adapter", "add_adapter", "load_lora_weights")
+_AGAIN = "Compile the model again; stages that have not changed are not run."
+
+
+@dataclass
+class Applied:
+    """What ``restore`` puts back: modules by their paths, in the order in which they went, and hidden methods."""
+
+    engine: Path
+    before: list[tuple[str, nn.Module]]
+    refused: list[str]
+
+
+def apply(module: nn.Module, path: Path, *, restorable: bool = True) -> nn.Module:
+    """Put an engine's linears into the module; see ``lynx_compile.apply``."""
+    if hasattr(module, APPLIED):
+        raise InputError(
+            "There are compiled linears in this module already.", "Call lynx_compile.restore(module) first."
+        )
+    outputs = Outputs.find(path)
+    manifest = Manifest.read(outputs.manifest)
+    _check_module(module, manifest, outputs.manifest)
+    weights = _weights_file(manifest, outputs.manifest.parent)
+    applied = Applied(path, [], [])
+    done: set[str] = set()
+    try:
+        with safe_open(weights, framework="pt") as file:
+            for node in manifest.sparse:
+                if done.isdisjoint(node.linears):  # a linear that is called several times has several nodes
+                    _put(module, node, _Reader(file, weights, node), DTYPES[manifest.dtype], applied)
+                done |= set(node.linears)
+    except SafetensorError as error:
+        _put_back(module, applied)
+        raise InputError(f"{weights} is no safetensors file ({error!s:.200}).", _AGAIN) from None
+    except BaseException:
+        _put_back(module, applied)
+        raise
+    for name in LORA:
+        if hasattr(module, name):
+            setattr(module, name, _refuse)
+            applied.refused.append(name)
+    if not restorable:
+        applied.before = [(path, nn.Identity()) for path, _ in applied.before]
+    else:
+        for _, before in applied.before:
+            before.to("cpu")
+    object.__setattr__(module, APPLIED, applied)
+    return module
+
+
+def restore(module: nn.Module) -> nn.Module:
+    """Undo ``apply``; see ``lynx_compile.restore``."""
+    applied: Applied | None = module.__dict__.get(APPLIED)
+    if applied is None:
+        raise InputError("There are no compiled linears in this module.", "Call lynx_compile.apply first.")
+    if any(type(before) is nn.Identity for _, before in applied.before):
+        raise InputError(
+            "The module's own linears were not kept.", "Load it anew, or apply with restorable=True."
+        )
+    _put_back(module, applied)
+    for name in applied.refused:
+        delattr(module, name)
+    delattr(module, APPLIED)
+    return module
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise InputError(
+        "A LoRA cannot be loaded into compiled linears.",
+        "Call lynx_compile.restore first, or fuse the LoRA and compile the model with it.",
+    )
+
+
+def _check_module(module: nn.Module, manifest: Manifest, path: Path) -> None:
+    """That the module is the one that was compiled, as far as its class and linears tell."""
+    family = manifest.source.family
+    if type(module).__name__ not in (family, family.rpartition(":")[2]):
+        raise InputError(
+            f"{path} was compiled from {family}, and the module is {type(module).__name__}.",
+            "Load the transformer that the recipe names.",
+        )
+    if _has_adapters(module):
+        raise InputError(
+            "The module has LoRA layers, whose weights compiled linears would not see.",
+            "Fuse and unload them first (pipe.fuse_lora(), pipe.unload_lora_weights()), and compile that model.",
+        )
+    if any(getattr(each, "fused_projections", False) for each in module.modules()):
+        raise InputError(
+            "The module's projections are fused, so that it does not call the linears that were compiled.",
+            "Call module.unfuse_qkv_projections() first.",
+        )
+    for node in manifest.sparse:
+        if len(node.sizes) != len(node.linears):
+            raise InputError(f"{path} does not tell how its linears are laid out.", _AGAIN)
+        for linear, size in zip(node.linears, node.sizes, strict=True):
+            found = _at(module, linear)
+            shape = tuple(found.weight.shape[:2]) if isinstance(found, nn.Linear | nn.Conv2d) else None
+            if shape != (size, node.in_channels):
+                raise InputError(
+                    f"{path} has {linear} as a linear of {node.in_channels} -> {size} channels, and the module's is "
+                    f"{'none' if shape is None else f'{shape[1]} -> {shape[0]}'}.",
+                    "Load the transformer that the recipe names.",
+                )
+            if found is not None and found.weight.dtype != DTYPES[manifest.dtype]:
+                raise InputError(
+                    f"{path} computes in {manifest.dtype}, and the module's {linear} is in {found.weight.dtype}.",
+                    f"Load it with torch_dtype={DTYPES[manifest.dtype]}.",
+                )
+
+
+def _has_adapters(module: nn.Module) -> bool:
+    return any(hasattr(each, "lora_A") for each in module.modules())
+
+
+def _at(module: nn.Module, path: str) -> Any:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _weights_file(manifest: Manifest, folder: Path) -> Path:
+    """The file with the compiled weights, of which the manifest tells the digest.
+
+    Raises:
+        InputError: it is missing, or another one.
+    """
+    found = next((file for file in manifest.files if file.file.endswith(".safetensors")), None)
+    if found is None:
+        raise InputError("The manifest names no file of weights.", _AGAIN)
+    path = folder / found.file
+    if not path.is_file():
+        raise InputError(f"{path} does not exist.", "Keep it beside the manifest, or compile again.")
+    if path.stat().st_size != found.bytes or file_digest(path) != found.sha256:
+        raise InputError(f"{path} is not the file that the manifest was written with.", _AGAIN)
+    return path
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A node's tensors in the open weights file, each checked."""
+
+    file: Any
+    path: Path
+    node: SparseLinears
+
+    def __call__(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+        key = f"{self.node.layer}.{name}"
+        if key not in self.file.keys():  # noqa: SIM118  # it is no mapping
+            raise InputError(f"{self.path} holds no tensor '{key}'.", _AGAIN)
+        tensor: torch.Tensor = self.file.get_tensor(key)
+        if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+            raise InputError(
+                f"{self.path}: '{key}' is {tensor.dtype} {list(tensor.shape)}, and {dtype} {list(shape)} is due.",
+                _AGAIN,
+            )
+        return tensor
+
+
+def _put(module: nn.Module, node: SparseLinears, read: _Reader, dtype: torch.dtype, applied: Applied) -> None:
+    """One node in the place of its linears."""
+    gelu_from = _gelu_from(module, node)
+    linear = _KINDS[node.fp8, node.operand == "weight"](node, read, dtype, gelu_from)
+    first: Any = module.get_submodule(node.linears[0])
+    device = first.weight.device
+    channels_first = isinstance(first, nn.Conv2d)
+    group = Group(
+        node.linears, node.sizes, node.out_channels if gelu_from is None else gelu_from, channels_first
+    )
+    applied.before += merge(module, group, linear.to(device)).items()
+
+
+def _gelu_from(module: nn.Module, node: SparseLinears) -> int | None:
+    """The first output channel whose GELU the node takes over; None where a module is unknown that applies one."""
+    if node.activation_from is None:
+        return None
+    starts = [sum(node.sizes[:index]) for index in range(len(node.sizes))]
+    with_gelu = [
+        path for path, start in zip(node.linears, starts, strict=True) if start >= node.activation_from
+    ]
+    return node.activation_from if all(gelu_behind(module, path) for path in with_gelu) else None
+
+
+def _sparse_activation(
+    node: SparseLinears, read: _Reader, dtype: torch.dtype, gelu_from: int | None
+) -> nn.Module:
+    return SparseActivationLinear(
+        read("weight", dtype, (node.out_channels, padded_width(node.in_channels, node.rank))),
+        read("lora_down", dtype, (max(node.rank, 1), node.in_channels)),
+        read("bias", dtype, (node.out_channels,)),
+        rank=node.rank, norm_scale=node.norm_scale, gelu_from=gelu_from,
+    )  # fmt: skip
+
+
+def _sparse_weight(
+    node: SparseLinears, read: _Reader, dtype: torch.dtype, gelu_from: int | None
+) -> nn.Module:
+    padded = -(-node.out_channels // STEP) * STEP
+    if node.metadata_layout is None:
+        raise InputError(f"The manifest does not tell the layout of {node.layer}.", _AGAIN)
+    return SparseWeightLinear(
+        read("values", dtype, (padded, node.in_channels // 2)),
+        read("metadata", torch.int32, (node.in_channels // STEP, padded // STEP, 2 * STEP)),
+        read("bias", dtype, (node.out_channels,)),
+        metadata_layout=node.metadata_layout, gelu_from=gelu_from,
+    )  # fmt: skip
+
+
+def _fp8_linear(node: SparseLinears, read: _Reader, dtype: torch.dtype, gelu_from: int | None) -> nn.Module:
+    width = -(-node.in_channels // fp8.STEP) * fp8.STEP
+    return Fp8Linear(
+        read("weight", torch.int32, (node.out_channels, width // 4)).view(E4M3),
+        None,
+        read("weight_scale", torch.float32, (node.out_channels,)),
+        read("bias", dtype, (node.out_channels,)),
+        in_features=node.in_channels, operand="sparse activation" if node.operand == "activation" else "dense",
+        gelu_from=gelu_from,
+    )  # fmt: skip
+
+
+def _fp8_weight(node: SparseLinears, read: _Reader, dtype: torch.dtype, gelu_from: int | None) -> nn.Module:
+    width = -(-node.in_channels // fp8.STEP) * fp8.STEP
+    padded = -(-node.out_channels // ROW_STEP) * ROW_STEP
+    return Fp8Linear(
+        read("values", torch.int32, (padded, width // 8)).view(E4M3),
+        read("metadata", torch.int32, (width // fp8.STEP, padded, 4)),
+        read("weight_scale", torch.float32, (node.out_channels,)),
+        read("bias", dtype, (node.out_channels,)),
+        in_features=node.in_channels, operand="sparse weight", gelu_from=gelu_from,
+    )  # fmt: skip
+
+
+_Maker = Callable[[SparseLinears, _Reader, torch.dtype, int | None], nn.Module]
+_KINDS: dict[tuple[bool, bool], _Maker] = {  # by whether in FP8, and whether the weight is 2:4
+    (False, False): _sparse_activation,
+    (False, True): _sparse_weight,
+    (True, False): _fp8_linear,
+    (True, True): _fp8_weight,
+}
+
+
+def _put_back(module: nn.Module, applied: Applied) -> None:
+    """The module's own linears on the device where what stood for them is."""
+    for path, before in reversed(applied.before):
+        there = replace(module, path, before)
+        tensors = [*there.parameters(), *there.buffers()]
+        if tensors:
+            before.to(tensors[0].device)
