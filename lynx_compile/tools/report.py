@@ -52,6 +52,11 @@ class Linear:
     reason: str
 
     @property
+    def mark(self) -> str:
+        """Its letters in the picture: what is not 2:4 activations in 16 bits."""
+        return "w" * (self.operand == "weight") + "8" * self.form.endswith("FP8")
+
+    @property
     def story(self) -> str:
         """All about it in one line."""
         if self.error is None:

@@ -54,6 +54,20 @@ def test_the_table_names_all_that_is_inside(
     assert all(stage in shown for stage in STAGES)
 
 
+def test_fp8_layers_have_their_words(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = engine.with_suffix(".json")
+    values = json.loads(path.read_text())
+    for node, operand in zip(values["sparse"], ("weight", "activation", "none"), strict=False):
+        node |= {"operand": operand, "fp8": True}
+    path.write_text(json.dumps(values))
+    assert run(monkeypatch, str(engine)) == 0
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in ("2:4 weights in FP8", "2:4 activations in FP8", "dense FP8"))
+    assert Manifest.read(path).sparse[2].form == "dense FP8"
+
+
 def test_json_holds_the_manifest_and_what_was_found(
     compiled_tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,6 +152,28 @@ def test_an_extra_kind_of_layer_is_marked(manifest: Manifest) -> None:
     assert sum(tag == "text" and (a.get("class") or "").startswith("mark") for tag, a in elements.found) == 17
 
 
+def test_every_form_has_its_words_and_letters(manifest: Manifest) -> None:
+    forms = (("weight", True), ("activation", True), ("none", True), ("activation", False))
+    sparse = tuple(
+        node.model_copy(update={"operand": operand, "fp8": fp8, "gain": None})
+        for node, (operand, fp8) in zip(manifest.sparse, forms, strict=False)
+    )
+    page = report.render(manifest.model_copy(update={"sparse": sparse}), None, None)
+    elements = Elements(page)
+    words = ("2:4 weights in FP8", "2:4 activations in FP8", "dense FP8", "2:4 activations")
+    for node, form, mark in zip(sparse, words, ("w8", "8", "8", ""), strict=True):
+        for linear in node.linears:
+            assert re.search(
+                rf"{re.escape(linear)}: {form}, expected error .*, expected gain \d", elements.text
+            )
+            cell = page[page.index(f"<g><title>{linear}: {form}, ") :]
+            found = re.search(r'class="mark[^>]*>(\w+)</text>', cell[: cell.index("</g>")])
+            assert (found[1] if found else "") == mark
+    assert "in FP8" in elements.text and "w 2:4 weights" in elements.text
+    without = report.render(manifest.model_copy(update={"sparse": sparse[3:]}), None, None)
+    assert "in FP8" not in without
+
+
 def test_a_comparison_of_another_engine_is_left_out(compared: Path, tmp_path: Path) -> None:
     for path in compared.parent.glob("tiny.*"):
         if path.is_file():
