@@ -277,11 +277,11 @@ class Sparsity(Strict):
         """Whether the recipe asks for what only linears in the model's dtype have."""
         return self.method == "paper" or self.rank not in ("auto", 0) or bool(self.norm_scale)
 
-    def precisions(self, fp8_runs: bool) -> tuple[bool, ...]:
-        """Whether linears may multiply in FP8: no, yes, or either. ``fp8_runs``: whether the GPUs' kernels do."""
+    def precisions(self, fp8_pays: bool) -> tuple[bool, ...]:
+        """Whether linears may multiply in FP8: no, yes, or either. ``fp8_pays``: whether the GPUs were seen to."""
         if self.precision == "fp8":
             return (True,)
-        either = self.precision == "auto" and fp8_runs and not self._asks_for_16_bits
+        either = self.precision == "auto" and fp8_pays and not self._asks_for_16_bits
         return (False, True) if either else (False,)
 
     @property

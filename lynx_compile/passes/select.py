@@ -13,7 +13,8 @@ from lynx_compile.ops.sparse_weight_linear import STEP
 from lynx_compile.passes.speed_table import DENSE, ROOFLINE, UNKNOWN_SPEED, CostTable, Form, roofline
 from lynx_compile.recipe import NodeOperand, Sparsity
 
-FP8_GPUS = ("sm90",)  # that run our FP8 kernels
+FP8_GPUS = ("sm89", "sm90", "sm120")  # that run our FP8 kernels
+MEASURED_FP8_GPUS = ("sm90",)  # for which auto takes them unasked: elsewhere no one has timed them
 # Gains that differ by less are alike: so much do runs of the bench differ for the same linear. Then the form with the
 # lower error counts (errors.*.layer of engines/bench/summary.json).
 ALIKE = 1.05
@@ -141,13 +142,14 @@ class _Choice:
     @classmethod
     def of(cls, sparsity: Sparsity, gpus: tuple[str, ...]) -> _Choice:
         costs = CostTable.load(Path(sparsity.costs)) if sparsity.costs else None
-        fp8_runs = bool(gpus) and all(gpu in FP8_GPUS for gpu in gpus)
         alone = gpus[0] if len(gpus) == 1 else None
-        own = costs is not None and costs.architecture == alone
+        own = costs is not None and alone is not None and costs.architecture == alone
+        timed = FP8_GPUS if own else MEASURED_FP8_GPUS
+        fp8_pays = bool(gpus) and all(gpu in timed for gpu in gpus)
         return cls(
             sparsity,
             costs,
-            sparsity.precisions(fp8_runs),
+            sparsity.precisions(fp8_pays),
             alone if alone in UNKNOWN_SPEED and not own else None,
         )
 

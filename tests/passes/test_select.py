@@ -228,13 +228,24 @@ def test_on_hopper_the_fastest_of_all_forms_wins(fp8_costs: str) -> None:
 @pytest.mark.parametrize(
     "gpus", [(), ("sm80",), ("sm120",), ("sm90", "sm120"), ("sm80", "sm86", "sm89", "sm120")]
 )
-def test_auto_is_fp8_only_where_every_gpu_runs_it(fp8_costs: str, gpus: tuple[str, ...]) -> None:
+def test_auto_is_fp8_only_where_it_was_timed(fp8_costs: str, gpus: tuple[str, ...]) -> None:
     assert not any(group.fp8 for group in select(tiny_groups(), Sparsity(costs=fp8_costs), gpus).groups)
-    if gpus:
+    if {"sm80", "sm86"}.intersection(gpus):
         with pytest.raises(
-            InputError, match="precision is fp8, and this engine is for sm.*run on sm90 alone"
+            InputError, match="precision is fp8, and this engine is for sm80.*run on sm89, sm90, sm120 alone"
         ):
             select(tiny_groups(), Sparsity(precision="fp8"), gpus)
+    elif gpus:
+        forced = Sparsity(costs=fp8_costs, precision="fp8")
+        assert all(group.fp8 for group in select(tiny_groups(), forced, gpus).groups)
+
+
+@pytest.mark.parametrize(("gpu", "fp8"), [("sm89", True), ("sm120", True), ("sm86", False)])
+def test_auto_is_fp8_where_a_bench_on_that_gpu_timed_it(fp8_costs: str, gpu: str, fp8: bool) -> None:
+    file = Path(fp8_costs)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architecture": gpu}))
+    groups = select(tiny_groups(), Sparsity(costs=fp8_costs), (gpu,)).groups
+    assert any(group.fp8 for group in groups) == fp8
 
 
 @pytest.mark.parametrize("asked", [{"method": "paper"}, {"rank": 16}, {"norm_scale": True}])
@@ -351,7 +362,7 @@ def test_the_order_by_error_is_the_measured_one() -> None:
 
 def test_operand_none_needs_fp8_to_change_anything() -> None:
     with pytest.raises(
-        InputError, match="would become sparse .*operand none by the recipe, and FP8 is for sm90"
+        InputError, match="would become sparse .*operand none by the recipe, and FP8 is for sm89, sm90, sm120"
     ):
         select(tiny_groups(), Sparsity(operand="none"), ("sm80",))
     groups = (LinearGroup("wide", (Linear("wide", 3072, 3072, True, None),), 4096),)
