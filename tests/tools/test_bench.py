@@ -107,7 +107,12 @@ def test_fp8_stands_beside_the_others_in_one_table() -> None:
     row = next(line for line in shown.splitlines() if "FLUX.1-dev" in line and "to_q,k,v" in line)
     cells = [cell.strip() for cell in row.split("│")[1:-1]]
     ratios, steady = first.ratios, first.steady
-    assert cells[:4] == ["FLUX.1-dev", "double: to_q,k,v", "4096 x 3072 -> 9216", "356"]
+    assert cells[:4] == [
+        "FLUX.1-dev",
+        "double: to_q,k,v",
+        "4096 x 3072 -> 9216",
+        f"{first.microseconds['cublas_bf16']:.0f}",
+    ]
     assert cells[4] == f"{ratios['torch_fp8']:.2f} / {steady['torch_fp8']:.2f}"
     assert cells[8] == "1.33"
     assert cells[12] == f"{ratios['fp8_weight.gemm']:.2f} / {steady['fp8_weight.gemm']:.2f}"
@@ -153,7 +158,7 @@ def test_hopper_measures_all_forms_unless_a_rank_is_asked_for(
     assert "linears.fp8_weight.gemm" in shown and bench_fp8.markdown(summary) in shown
     table = costs.CostTable.load(tmp_path / "nvidia-h100-80gb-hbm3-fp8.json")
     assert table.gain(4096, 3072, 9216, costs.Form("weight", fp8=True), 0)
-    assert summary["linears.fp8_weight.gemm"] == 2.568
+    assert summary["linears.fp8_weight.gemm"] == round(stored_fp8().mean("fp8_weight.gemm"), 3)
 
 
 @pytest.mark.parametrize("rank", ["8", "144", "-16"])
