@@ -21,7 +21,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,10 @@ class FormResult:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """All forms of one model. ``together``: whether they took turns all together, or each with the dense one."""
+    """All forms of one model. ``together``: whether they took turns all together, or each with the dense one.
+
+    ``inductor``: options that the compiler was given, for all forms.
+    """
 
     model: str
     class_name: str
@@ -101,6 +104,7 @@ class ModelResult:
     torch: str
     diffusers: str
     date: str
+    inductor: dict[str, Any]
 
 
 def bench_model(
@@ -110,6 +114,7 @@ def bench_model(
     rounds: int = 10,
     attention: str | None = None,
     device: str = "cuda",
+    inductor: Mapping[str, Any] | None = None,
     log: Callable[[str], None] = lambda line: None,
     **options: bool,
 ) -> ModelResult:
@@ -117,6 +122,7 @@ def bench_model(
 
     Args:
         attention: "flash" or "cudnn"; the faster one by default.
+        inductor: options of the compiler, for all forms.
         options: of ``Fp8Linear``, for comparisons.
 
     Raises:
@@ -140,13 +146,16 @@ def bench_model(
     log(f"attention: {chosen}")
     together = _fits(dense, others)
     batches = [others] if together else _pairs(others)
+    settings = dict(inductor or {})
     maker, results = Forms(dense), dict[str, FormResult]()
     with torch.no_grad(), sdpa_kernel(ATTENTION[chosen]):
-        steps: dict[str, _Step] = {"bf16_dense": _Step("bf16_dense", dense, call, observed.calls, log)}
+        steps: dict[str, _Step] = {
+            "bf16_dense": _Step("bf16_dense", dense, call, observed.calls, settings, log)
+        }
         for batch in batches:
             for form in batch:
                 made = maker.make(form, **(options if form.startswith("fp8") else {}))
-                steps[form] = _Step(form, made, call, observed.calls, log)
+                steps[form] = _Step(form, made, call, observed.calls, settings, log)
                 del made
             maker.release()
             results |= _timed(steps, rounds, keep=results)
@@ -156,6 +165,7 @@ def bench_model(
     return ModelResult(
         model.name, model.class_name, parameters, chosen, together, results, torch.cuda.get_device_name(),
         torch.__version__, diffusers.__version__, datetime.date.today().isoformat(),
+        settings,
     )  # fmt: skip
 
 
@@ -168,6 +178,7 @@ class _Step:
         module: nn.Module,
         call: dict[str, Any],
         calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]],
+        inductor: dict[str, Any],
         log: Callable[[str], None],
     ) -> None:
         self.form, self.module = form, module
@@ -178,7 +189,7 @@ class _Step:
             f"{form}: ops checked in {time.perf_counter() - began:.0f} s, largest error {self.op_error or 0:.2e}"
         )
         began = time.perf_counter()
-        module.compile_repeated_blocks(fullgraph=True, dynamic=False)  # type: ignore[operator]
+        module.compile_repeated_blocks(fullgraph=True, dynamic=False, options=inductor or None)  # type: ignore[operator]
         self.block_error = _check_blocks(form, module, calls, eager)
         del eager
         self.output = _first(module(**call)).float()
@@ -488,12 +499,18 @@ def main() -> None:
     parser.add_argument(
         "--own-pass", action="store_true", help="round x in our pass, not in the compiler's kernels"
     )
+    parser.add_argument(
+        "--inductor", action="append", default=[], metavar="KEY=VALUE",
+        help="an option of the compiler for all forms, the value in JSON: triton.multi_kernel=1",
+    )  # fmt: skip
     arguments = parser.parse_args()
+    inductor = {key: json.loads(value) for key, value in (each.split("=", 1) for each in arguments.inductor)}
     names = arguments.model or [model.name for model in MODELS]
     options: dict[str, Any] = {"fused_rounding": False} if arguments.own_pass else {}
     for model in (model for model in MODELS if model.name in names):
         result = bench_model(
             model, forms=arguments.form or FORMS, rounds=arguments.rounds, attention=arguments.attention,
+            inductor=inductor,
             log=lambda text: print(text, flush=True), **options,
         )  # fmt: skip
         for form, each in result.forms.items():

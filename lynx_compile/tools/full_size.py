@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transformers that whole models are measured on: at full size, by their public ``config.json``, random weights.
 
-One call is a denoising step for a picture of 1024x1024 pixels and a batch of one.
+One call is a denoising step for a picture of 1024x1024 pixels and a batch of one. Qwen-Image turns its queries and keys
+in real numbers here, in every form alike: torch's compiler has no complex ones and would leave them to kernels of their
+own.
 """
 
 from __future__ import annotations
@@ -101,6 +103,7 @@ def build(model: FullSize, device: str) -> nn.Module:
     """The transformer in bf16 with random weights, made on ``device`` itself."""
     import diffusers  # seconds, and only here
 
+    _turn_in_real_numbers()
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -126,6 +129,22 @@ def step(model: FullSize, device: str) -> dict[str, Any]:
         return torch.randn(*size, generator=generator, device=device).bfloat16()
 
     return model.call(model.config, normal)
+
+
+def _turn_in_real_numbers() -> None:
+    """Have diffusers' Qwen-Image do so."""
+    from diffusers.models.transformers import transformer_qwenimage
+
+    transformer_qwenimage.apply_rotary_emb_qwen = turned  # type: ignore[assignment]
+
+
+def turned(x: torch.Tensor, freqs_cis: torch.Tensor, use_real: bool = True) -> torch.Tensor:
+    """x [B, tokens, heads, D], each pair of channels as a complex number times freqs_cis [tokens, D / 2]."""
+    assert not use_real, "it is called with complex frequencies"
+    cos, sin = torch.view_as_real(freqs_cis)[:, None].unbind(-1)
+    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), -1)
+    return pairs.flatten(3).type_as(x)
 
 
 def _timestep(normal: Callable[..., torch.Tensor]) -> torch.Tensor:

@@ -116,7 +116,7 @@ def test_results_lie_beside_those_of_before(tmp_path: Path) -> None:
         return FormResult(100 / ratio, 1, 2, ratio, ratio, 3, 4, 5, 1e-3, 1e-2, 0.1)
 
     def result(model: str, forms: dict[str, FormResult]) -> ModelResult:
-        return ModelResult(model, "C", 1, "flash", True, forms, "A GPU", "2", "0", "2026-01-01")
+        return ModelResult(model, "C", 1, "flash", True, forms, "A GPU", "2", "0", "2026-01-01", {})
 
     (tmp_path / "summary.json").write_text('{"linears.torch_fp8": 1.9}')
     bench_model.save(result("flux1_dev", {"bf16_dense": form(1), "fp8_weight": form(1.6)}), tmp_path)
@@ -129,6 +129,13 @@ def test_results_lie_beside_those_of_before(tmp_path: Path) -> None:
     table = (tmp_path / "a-gpu-model.md").read_text()
     assert "| flux1_dev | FP8, 2:4 weights | 62.5 | 1.60x |" in table
     assert (tmp_path / "a-gpu-model.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_real_numbers_turn_as_complex_ones() -> None:
+    x, freqs = torch.randn(2, 5, 3, 8).bfloat16(), torch.polar(torch.ones(5, 4), torch.randn(5, 4))
+    complex_x = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    wanted = torch.view_as_real(complex_x * freqs[:, None]).flatten(3)
+    assert torch.allclose(full_size.turned(x, freqs, use_real=False).float(), wanted, rtol=2**-7, atol=2**-7)
 
 
 def test_an_unknown_model_and_a_missing_gpu_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
