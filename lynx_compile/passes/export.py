@@ -32,7 +32,7 @@ from lynx_compile.models.structure import is_linear
 from lynx_compile.models.trace import Baked, exportable
 from lynx_compile.ops.functions import LINEAR_KEY, OPSET
 
-EXPORT = StageVersion("export", 3, ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir"))
+EXPORT = StageVersion("export", 4, ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir"))
 FOLDED_BYTES = (
     4096  # constants larger than this are weights; folding those would copy them and lose their names
 )

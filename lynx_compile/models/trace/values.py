@@ -4,7 +4,8 @@
 Beside every traced tensor that depends on the call's arguments and on constants alone, its concrete value is kept,
 and used where Python asks for one or where a shape follows from one. What depends on weights is never decided on.
 Everything else stays in the graph. What a decision makes constant is recorded, with the line that asks for it.
-Functions of weights alone that ONNX lacks (``torch.linalg``) become constants in the same way.
+Functions of weights alone that ONNX lacks (``torch.linalg``) become constants in the same way, and so do powers of
+constants alone.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ _TAKE_NUMBERS = words(
 )
 _FROM_SHAPE = words("zeros_like ones_like new_zeros new_ones new_tensor new_full full_like")
 _RANDOM = words("rand randn randint randperm rand_like randn_like normal bernoulli dropout empty")
+# Frequencies are made with these. Times of a million let a unit in their last place be another angle, so that they
+# have to be torch's own.
+_TABLES = words("exp exp2 log pow __pow__ __rpow__ float_power")
 _WEIGHTS = "weights"
 
 
@@ -127,6 +131,8 @@ class Values(TorchFunctionMode):
         sized = name in _SIZED_BY_VALUE or (name == "where" and len(args) + len(kwargs) == 1)
         if known is not None and (sized or name in _DECISIONS) and _WEIGHTS not in known:
             return self._decide(function, args, kwargs, known, sized)
+        if known is not None and not known and name in _TABLES:
+            return self._evaluate(function, args, kwargs)
         alone = known is not None and known <= {_WEIGHTS}
         if alone and (resolve_name(function) or "").startswith("torch.linalg."):
             return self._evaluate(function, args, kwargs)

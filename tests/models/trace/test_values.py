@@ -125,3 +125,17 @@ def test_functions_of_weights_alone_are_folded(tmp_path: Path) -> None:
     dense = exported(module, {"x": torch.randn(2, 5, 4)}, tmp_path)
     assert error(dense, module, {"x": torch.randn(2, 5, 4)}) < 1e-6
     assert not dense.baked
+
+
+def test_frequencies_are_those_of_torch(tmp_path: Path) -> None:
+    """A unit in the last place of one is an angle of 0.06 at a time of a million."""
+
+    class Times(torch.nn.Module):
+        def forward(self, times: torch.Tensor) -> torch.Tensor:
+            frequencies = torch.exp(-9.21 * torch.arange(64, dtype=torch.float32) / 64)
+            powers = 1.0 / 10000.0 ** (torch.arange(64) / 64)
+            angles = times[:, None] * torch.stack((frequencies, powers))[:, None]
+            return torch.cat((angles.sin(), angles.cos()), -1)
+
+    dense = exported(Times(), {"times": torch.tensor([3.0, 1e6])}, tmp_path)
+    assert error(dense, Times(), {"times": torch.tensor([9.9e5, 1e6])}) < 1e-6
