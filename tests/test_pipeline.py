@@ -178,7 +178,7 @@ def test_fp8_for_gpus_that_do_not_run_it_is_refused_before_anything_runs(
     path = project / "run.yaml"
     path.write_text((project / "tiny.yaml").read_text() + "sparsity: {precision: fp8}\n")
     recipe = load_recipe(path)
-    with pytest.raises(InputError, match="precision is fp8, and this engine is for sm80, sm86, sm89, sm120"):
+    with pytest.raises(InputError, match="precision is fp8, and this engine is for sm80, sm86: our"):
         pipeline.compile(recipe, project / "out" / "tiny.engine")
     assert "started" not in (project / "out" / "tiny.log").read_text()
 

@@ -124,11 +124,14 @@ def test_fp8_is_measured_only_where_it_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lynx-compile", "bench", "--fp8", "-o", str(tmp_path)])
-    monkeypatch.setattr(trt, "gpu", lambda: "sm89")
+    monkeypatch.setattr(trt, "gpu", lambda: "sm86")
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 2
-    assert "The FP8 kernels run on sm90, and here is sm89. Leave out --fp8." in capsys.readouterr().err
+    assert (
+        "The FP8 kernels run on sm89, sm90, sm120, and here is sm86. Leave out --fp8."
+        in capsys.readouterr().err
+    )
     assert not list(tmp_path.iterdir())
 
 
