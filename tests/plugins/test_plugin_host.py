@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def test_every_plugin_is_built_and_restored_as_tensorrt_does_it(host: Path) -> N
     built = {line.split(":")[0] for line in lines if line.endswith(": serializes to the same fields")}
     assert any(line.startswith("PASS LynxSparseLinear bf16") for line in built)
     assert any(line.startswith("PASS LynxSparseLinear fp16") for line in built)
+    assert any(line.startswith("PASS LynxNormFp8SparseWeightLinear bf16") for line in built)
 
 
 def test_enqueue_on_a_gpu(host: Path) -> None:
@@ -52,6 +54,10 @@ def test_enqueue_on_a_gpu(host: Path) -> None:
         pytest.skip("no CUDA device was found: nothing was enqueued")
     assert done.returncode == 0, done.stdout[-4000:]
     assert "two contexts on two streams" in done.stdout and "CUDA graph" in done.stdout
+    if ctypes.CDLL(str(LIBRARY)).lynx_fp8_runs(0):
+        assert (
+            "PASS LynxNormFp8SparseWeightLinear bf16 66 x 208 -> 72: tactic 1 against float64" in done.stdout
+        )
 
 
 @pytest.mark.parametrize("what", ["missing", "other"])
