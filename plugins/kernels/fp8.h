@@ -48,8 +48,9 @@ struct Fp8Scale {
 
 // Of a token's largest magnitude. A token with an infinity or a NaN is NaN throughout.
 LYNX_HOST_DEVICE Fp8Scale fp8_scale(float largest) {
+  // fault: finite
   if (!(largest < bits_float(0x7f800000u))) return {bits_float(0x7fc00000u), bits_float(0x7fc00000u)};
-  const float bounded = largest > kFp8Least ? largest : kFp8Least;
+  const float bounded = largest > kFp8Least ? largest : kFp8Least;  // fault: least scale
 #if defined(__CUDA_ARCH__)
   return {__fdiv_rn(bounded, kFp8Max), __fdiv_rn(kFp8Max, bounded)};
 #else
@@ -63,7 +64,7 @@ struct Fp8Metadata {
   // Index of the 16 bits of row m and 16 channels; `rows` is the padded number of rows.
   static LYNX_HOST_DEVICE int64_t halfword(int64_t m, int64_t block, int64_t rows) {
     constexpr int kBlocks = kFp8Step / kBlock;
-    return (block / kBlocks * rows + m) * kBlocks + block % kBlocks;
+    return (block / kBlocks * rows + m) * kBlocks + block % kBlocks;  // fault: place of metadata
   }
   static LYNX_HOST_DEVICE int64_t bytes(int64_t rows, int64_t width) { return rows * (width / kBlock) * 2; }
 };

@@ -69,7 +69,7 @@ __device__ __forceinline__ float block_sum(float sum, float* of_warps, int threa
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
   if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = sum;
-  __syncthreads();
+  __syncthreads();  // fault: barrier of a token's sum
   sum = 0.0f;
   for (int warp = 0; warp < threads / 32; ++warp) sum += of_warps[warp];
   return sum;
@@ -83,7 +83,8 @@ __device__ __forceinline__ uint32_t block_max(uint32_t largest, uint32_t* of_war
     largest = largest > other ? largest : other;
   }
   if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = largest;
-  __syncthreads();
+  __syncthreads();  // fault: barrier of the largest
+  // fault: largest of the warps
   for (int warp = 0; warp < threads / 32; ++warp)
     largest = largest > of_warps[warp] ? largest : of_warps[warp];
   return largest;
@@ -96,7 +97,7 @@ __device__ __forceinline__ void load_token(Block (&z)[kBlocks], const uint16_t* 
 #pragma unroll
   for (int v = 0; v < kBlocks; ++v) {
     const int channel = (v * args.threads + int(threadIdx.x)) * kBlock;
-    if (there && channel < args.channels) {
+    if (there && channel < args.channels) {  // fault: channels of x
       load_block(z[v], x + channel);
     } else {
 #pragma unroll
@@ -127,10 +128,11 @@ template <class Element, int kBlocks>
 __device__ __forceinline__ void apply_norm(Block (&z)[kBlocks], RoundExchange& shared, const RoundArgs& args,
                                            int64_t row) {
   const float count = float(args.channels);
+  // fault: mean
   const float mean = args.rms ? 0.0f : __fdiv_rn(token_sum<Element, 1>(z, 0.0f, shared.mean, args), count);
   const float variance = __fdiv_rn(token_sum<Element, 2>(z, mean, shared.variance, args), count);
   const float scale = __fdiv_rn(1.0f, __fsqrt_rn(variance + args.epsilon));
-  const int64_t gains = row / args.rows_per_gain * args.channels;
+  const int64_t gains = row / args.rows_per_gain * args.channels;  // fault: gain of a token
 #pragma unroll
   for (int v = 0; v < kBlocks; ++v) {
     const int channel = (v * args.threads + int(threadIdx.x)) * kBlock;
@@ -184,6 +186,7 @@ __device__ __forceinline__ uint32_t largest_magnitude(const Block (&z)[kBlocks],
 #pragma unroll
   for (int v = 0; v < kBlocks; ++v) {
 #pragma unroll
+    // fault: magnitudes
     for (int i = 0; i < kBlock / 2; ++i) halves = max_of_halves(halves, z[v][i] & 0x7fff7fffu);
   }
   const uint32_t low = halves & 0xffffu, high = halves >> 16;
@@ -195,7 +198,7 @@ template <class Element>
 __device__ __forceinline__ uint32_t round_four(uint32_t first, uint32_t second, float inverse) {
   const uint32_t low = e4m3_pair(low_of<Element>(first) * inverse, high_of<Element>(first) * inverse);
   const uint32_t high = e4m3_pair(low_of<Element>(second) * inverse, high_of<Element>(second) * inverse);
-  return low | high << 16;
+  return low | high << 16;  // fault: four values
 }
 
 template <class Element>
@@ -223,6 +226,7 @@ __global__ void __launch_bounds__(kMostThreads, blocks_per_sm(kBlocks)) round_ke
   auto& shared = block_shared<RoundExchange>();
   const int64_t row = blockIdx.x;
   const bool there = row < args.rows;
+  // fault: token of two halves
   const uint16_t* const x = args.x + row * args.channels * (kMake == Make::kGated ? 2 : 1);
   Block z[kBlocks];
   load_token(z, x, args, there);
@@ -231,16 +235,17 @@ __global__ void __launch_bounds__(kMostThreads, blocks_per_sm(kBlocks)) round_ke
   }
   if constexpr (kMake == Make::kGelu) apply_gelu<Element>(z);
   if constexpr (kMake == Make::kGated) {
-    if (there) apply_gate<Element>(z, x + args.channels, args);
+    if (there) apply_gate<Element>(z, x + args.channels, args);  // fault: half of the gate
   }
   const Fp8Scale scale = fp8_scale(Element::to_float(uint16_t(largest_magnitude(z, shared, args))));
-  if (threadIdx.x == 0) args.scale[row] = scale.scale;
+  if (threadIdx.x == 0) args.scale[row] = scale.scale;  // fault: scale of a token
 #pragma unroll
   for (int v = 0; v < kBlocks; ++v) {
     const int block = v * args.threads + int(threadIdx.x);
     if (block * kBlock >= args.width) continue;
     if constexpr (kPruned) {
       uint8_t* const to = args.values + row * (args.width / 2) + block * kKeptPerBlock;
+      // fault: metadata of a token
       args.metadata[Fp8Metadata::halfword(row, block, args.rows_padded)] =
           store_pruned<Element>(z[v], scale.inverse, to);
     } else {
@@ -252,6 +257,7 @@ __global__ void __launch_bounds__(kMostThreads, blocks_per_sm(kBlocks)) round_ke
 template <class Element, Make kMake, bool kPruned, int kBlocks>
 cudaError_t launch_blocks(const RoundArgs& args, cudaStream_t stream) {
   return launch_kernel(round_kernel<Element, kMake, kPruned, kBlocks>,
+                       // fault: rows that pad
                        unsigned(kPruned ? args.rows_padded : args.rows), unsigned(args.threads), 0, stream,
                        args);
 }

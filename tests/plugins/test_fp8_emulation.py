@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,17 @@ from .native import PLUGINS, compile_cpp
 pytestmark = pytest.mark.slow  # half a minute of g++
 OUT_CHANNELS = 72
 INVALID_VALUE, MISALIGNED, NOT_SUPPORTED = 1, 716, 801  # CUDA's
+EMULATED = "LYNX_EMULATED_FP8"  # in the environment: a library of ``emulated``, of other kernels
 GUARD = 4096  # bytes around the workspace that nothing may touch
 BUILT = ("MMA_BF16", "MMA_FP16", "WGMMA_BF16", "WGMMA_FP16")
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if given := os.environ.get(EMULATED):
+        library = ctypes.CDLL(given)
+        declare(library)
+        return library
     return emulated(
         tmp_path_factory.mktemp("emulation") / "emulated.so", *(f"-DLYNX_FP8_{it}" for it in BUILT)
     )
@@ -46,7 +52,7 @@ def emulated(output: Path, *options: str, kernels: Path = PLUGINS / "kernels") -
         *(kernels / f"{name}.cpp" for name in ("fp8_gemm", "fp8_linear")),
     ]
     command = ["-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-DLYNX_FP8", *options, *map(str, sources)]
-    includes = (f"-I{kernels.parent}", f"-I{tests / 'emulation'}")
+    includes = (f"-iquote{kernels.parent}", f"-I{tests / 'emulation'}")
     library = ctypes.CDLL(str(compile_cpp(PLUGINS / "fp8_c_api.cpp", output, *includes, *command)))
     declare(library)
     return library
