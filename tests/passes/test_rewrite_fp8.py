@@ -29,7 +29,7 @@ from lynx_compile.passes.rewrite import LynxOnnx, rewrite
 from lynx_compile.recipe import NodeOperand
 from lynx_compile.tools.linear_graphs import linear_graphs
 
-from .exact import fp8_plan, fp8_weights
+from .exact import SIZE, Layers, fp8_plan, fp8_weights
 
 BATCH, TOKENS, CHANNELS, HIDDEN = 2, 6, 80, 144
 OPERANDS: tuple[NodeOperand, ...] = ("none", "weight", "activation")
@@ -262,3 +262,24 @@ def test_compare_finds_the_results_of_halves_that_one_node_reads(block: Case) ->
         _run(part.dense, block.feed, names), _run(part.lynx, block.feed, names), strict=True
     ):
         assert y.shape == y_dense.shape and np.linalg.norm(y - y_dense) < 0.06 * np.linalg.norm(y_dense)
+
+
+@pytest.mark.parametrize("operand", OPERANDS)
+def test_repeated_calls_and_convolutions(operand: NodeOperand, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Layers().eval().requires_grad_(False)
+    inputs = {"step": torch.ones(1, dtype=torch.int64)}
+    inputs |= {"image": torch.randn(2, 8, SIZE), "text": torch.randn(2, 3, SIZE)}
+    dense = export_module(module, inputs, tmp_path / "dense.onnx")
+    feed = {name: value.numpy() for name, value in inputs.items()}
+    case = Case(module, find_structure(module, inputs).groups, dense, feed, tmp_path)
+    lynx = case.rewrite(lambda _: operand)
+    names = {node.name: node for node in lynx.sparse}
+    op = FP8_WEIGHT_OP if operand == "weight" else FP8_OP
+    assert {f"blocks.0.up.{op}", f"blocks.0.up.{op}.2", f"blocks.1.wide.{op}"} < names.keys()
+    model = onnx.load(lynx.path, load_external_data=False)
+    twice = [
+        node for node in model.graph.node if node.name.startswith("blocks.0.up.") and node.domain == DOMAIN
+    ]
+    assert len(twice) == 2 and list(twice[0].input)[1:] == list(twice[1].input)[1:]
+    assert all(0 < error < (0.1 if operand == "none" else 1) for error in _errors(case, lynx))
