@@ -77,6 +77,7 @@ _CHANGES = {
     "capture": "Lower calibration.batch or the sizes under 'call', give encoded prompts or a recording",
     "calibrate": "Lower calibration.memory_gib, calibration.batch or the sizes under 'call'",
     "compensate": "Lower calibration.memory_gib",
+    "tune": "Lower calibration.memory_gib or calibration.batch, or set 'tune: false' under 'compensation'",
     "rewrite": "Set 'weights: external' under 'engine'",
     "build": "Set 'weights: external' under 'engine', lower engine.workspace_gib, build for fewer of engine.gpus",
 }

@@ -37,6 +37,7 @@ from lynx_compile.passes.record import CAPTURE, named_components, record
 from lynx_compile.passes.rewrite import REWRITE, LynxOnnx, rewrite
 from lynx_compile.passes.select import require_fp8, select
 from lynx_compile.passes.speed_table import CostTable
+from lynx_compile.passes.tune import TUNE, Tuned, is_tuned, tune
 from lynx_compile.recipe import Recipe
 from lynx_compile.tools import report
 from lynx_compile.tools.compiled import Compiled
@@ -92,7 +93,7 @@ def compile(
             if recipe.calibration.recording is not None:
                 opened.check_values(DTYPES[recipe.model.dtype], progress)
         if fresh:
-            shutil.rmtree(outputs.cache / "recording", ignore_errors=True)  # it would go on where it stopped
+            _forget(outputs)
         recording = _recording(recipe, opened, outputs, stages)
         ways = recording.ways()
         if len(ways) == 1:
@@ -103,9 +104,17 @@ def compile(
         for way in ways:
             part = outputs.part(_part_name(way, ways))
             with claimed(part, recipe.files, recipe.checkpoint):
+                if fresh:
+                    _forget(part)
                 own = Stages(part, fresh, display or silent)
                 manifests.append(_compile_engine(recipe, opened, recording, way, part, own, backend, plugin))
         return tuple(manifests)
+
+
+def _forget(outputs: Outputs) -> None:
+    """What a stage would go on with where it stopped."""
+    for name in ("recording", "tuned"):
+        shutil.rmtree(outputs.cache / name, ignore_errors=True)
 
 
 def _part_name(way: Group, ways: tuple[Group, ...]) -> str:
@@ -168,6 +177,18 @@ def _compile_engine(
         tuple((decision.linear.path, decision.form) for decision in plan.decisions),
         reads=(CALIBRATE,),
     )  # fmt: skip
+    solved = COMPENSATE
+    if is_tuned(dit, plan, recipe):
+        solved, refit, blocks = TUNE, weights, outputs.cache / "tuned"
+        weights = stages.run(
+            TUNE,
+            Tuned,
+            lambda progress: tune(
+                dit, plan, refit, statistics, recording, recipe, blocks, stages.key(TUNE), progress
+            ),
+            stages.key(COMPENSATE), recipe.compensation, recipe.calibration.seed, recipe.calibration.memory_gib,
+            reads=(CALIBRATE, COMPENSATE),
+        ).weights  # fmt: skip
     dit.release()  # a large model and its copy in the exporter would not fit together
     dense = stages.run(EXPORT, DenseOnnx, lambda _: _dense(dit, outputs.dense), dit.digest, *recorded)
     dit.release()
@@ -180,8 +201,8 @@ def _compile_engine(
             dense, plan, weights, outputs.cache / "lynx" / outputs.onnx.name,
             external=external, metadata_layout=layout,
         ),
-        stages.key(COMPENSATE), stages.key(EXPORT), plan, outputs.onnx.name, external, layout,
-        reads=(COMPENSATE, EXPORT), published=True,
+        stages.key(solved), stages.key(EXPORT), plan, outputs.onnx.name, external, layout,
+        reads=(solved, EXPORT), published=True,
     )  # fmt: skip
     built = stages.run(
         BUILD,

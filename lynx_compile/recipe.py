@@ -310,6 +310,29 @@ class Sparsity(Strict):
         return self.rank
 
 
+class Compensation(Strict):
+    """What follows the closed form (see ``passes.tune``).
+
+    ``tune``: ``blockwise`` moves the weights block by block towards what the dense block returns; ``off``, or false,
+    leaves them; ``auto`` tunes where there is a GPU or the model is small. ``minutes``: about so long in all, and
+    ``steps``: at most so many for a block; a block whose held-out error no longer falls ends before.
+    """
+
+    tune: Literal["auto", "off", "blockwise"] = "auto"
+    minutes: Annotated[float, Field(gt=0)] = 15.0
+    steps: Annotated[int, Field(ge=1)] = 800
+
+    @field_validator("tune", mode="before")
+    @classmethod
+    def _false_is_off(cls, value: Any) -> Any:
+        return "off" if value is False else value
+
+    @field_validator("minutes", mode="before")
+    @classmethod
+    def _whole_numbers_are_fine(cls, value: Any) -> Any:
+        return float(value) if type(value) is int else value
+
+
 class Engine(Strict):
     """How the TensorRT engine is built.
 
@@ -366,6 +389,7 @@ class Recipe(Strict):
     call: dict[str, Any] = Field(default_factory=dict)
     calibration: Annotated[Calibration, Field(validate_default=True)] = Calibration()
     sparsity: Sparsity = Sparsity()
+    compensation: Compensation = Compensation()
     engine: Engine = Engine()
     compare: Compare = Compare()
     _digest: str = PrivateAttr("")
@@ -385,6 +409,13 @@ class Recipe(Strict):
             raise ValueError(
                 f"precision is {value.precision} and model.dtype {dtype}; set precision to {dtype}, fp8 or auto"
             )
+        return value
+
+    @field_validator("compensation")
+    @classmethod
+    def _onnx_has_no_gradients(cls, value: Compensation, info: ValidationInfo) -> Compensation:
+        if value.tune == "blockwise" and isinstance(info.data.get("model"), OnnxModel):
+            raise ValueError("an ONNX model has no gradients to tune by; leave 'tune' to auto")
         return value
 
     def model_post_init(self, context: Any) -> None:

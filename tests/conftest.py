@@ -75,6 +75,8 @@ calibration:
   prompts: prompts.safetensors
   samples: 6
   batch: 2
+compensation:
+  tune: false
 """
 
 

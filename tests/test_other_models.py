@@ -16,7 +16,12 @@ from lynx_compile.passes.export import export
 from lynx_compile.recipe import load_recipe
 from tests.conftest import open_dit
 
-RECIPE = "model: {model}\ncalibration: {{recording: calls}}\nsparsity: {{operand: weight}}\n"
+RECIPE = """\
+model: {model}
+calibration: {{recording: calls}}
+sparsity: {{operand: weight}}
+compensation: {{tune: false}}
+"""
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -88,6 +89,42 @@ def _ops(project: Path) -> set[tuple[str, int]]:
         for node in model.graph.node
         if node.domain == DOMAIN
     }
+
+
+def test_tuning_is_a_stage_where_it_is_asked_for(project: Path) -> None:
+    """It runs again for another effort, and alone; what is behind it reads its weights."""
+    recipe = project / "tiny.yaml"
+    recipe.write_text(recipe.read_text().replace("tune: false", "tune: blockwise\n  steps: 2"))
+    weight = "sparsity: {operand: weight, method: none}\n"
+    assert _stages_run(project, weight) == [
+        "capture", "calibrate", "compensate", "tune", "export", "rewrite", "build",
+    ]  # fmt: skip
+    tuned = _weight_of(project)
+    assert _stages_run(project, weight) == ["build"]
+    recipe.write_text(recipe.read_text().replace("steps: 2", "steps: 30"))
+    assert _stages_run(project, weight) == ["tune", "rewrite", "build"]
+    longer = _weight_of(project)
+    assert not np.array_equal(tuned, longer)
+    recipe.write_text(recipe.read_text().replace("tune: blockwise", "tune: 'off'"))
+    assert _stages_run(project, weight) == ["rewrite", "build"]
+    assert not np.array_equal(longer, _weight_of(project))
+
+
+def test_a_fresh_run_tunes_every_block_again(project: Path) -> None:
+    _stages_run(project)
+    blocks = project / "out" / "tiny.cache" / "tuned" / "blocks"
+    blocks.mkdir(parents=True)
+    (blocks / "transformer_blocks.0.safetensors").write_bytes(b"left by a run that was stopped")
+    with pytest.raises(StageError, match="there is none here"):
+        pipeline.compile(load_recipe(project / "tiny.yaml"), project / "out" / "tiny.engine", fresh=True)
+    assert not blocks.exists()
+
+
+def _weight_of(project: Path) -> np.ndarray:
+    model = onnx.load(project / "out" / "tiny.cache" / "lynx" / "tiny.onnx")
+    return np.concatenate(
+        [onnx.numpy_helper.to_array(t).ravel() for t in model.graph.initializer if t.name.endswith("values")]
+    )
 
 
 def test_another_operand_compensates_and_rewrites_again(

@@ -520,3 +520,35 @@ def test_a_model_without_a_pipeline_needs_recorded_calls(tmp_path: Path) -> None
     path.write_text("model:\n  onnx: model.onnx\n")
     with pytest.raises(InputError, match="no pipeline needs .recording. here"):
         load_recipe(path)
+
+
+def test_tuning_is_left_to_us_or_switched_off(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    for line, tune, minutes in (
+        ("", "auto", 15.0),
+        ("compensation: {tune: false, minutes: 3}\n", "off", 3.0),
+        ("compensation: {tune: 'off'}\n", "off", 15.0),
+        ("compensation: {tune: blockwise, minutes: 0.5}\n", "blockwise", 0.5),
+    ):
+        path.write_text("model: {source: model}\n" + line)
+        found = load_recipe(path).compensation
+        assert (found.tune, found.minutes) == (tune, minutes)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("{tune: true}", "'compensation.tune' is wrong"),
+        ("{minutes: 0}", "'compensation.minutes' is wrong"),
+        ("{steps: 0}", "'compensation.steps' is wrong"),
+    ],
+)
+def test_wrong_tuning(tmp_path: Path, section: str, message: str) -> None:
+    assert message in _error(tmp_path, f"model: {{source: model}}\ncompensation: {section}\n")
+
+
+def test_an_onnx_model_cannot_be_tuned(tmp_path: Path) -> None:
+    onnx = "model: {onnx: a.onnx}\ncalibration: {recording: calls}\n"
+    (tmp_path / "r.yaml").write_text(onnx)
+    assert load_recipe(tmp_path / "r.yaml").compensation.tune == "auto"
+    assert "no gradients to tune by" in _error(tmp_path, onnx + "compensation: {tune: blockwise}\n")

@@ -21,6 +21,7 @@ model: {{source: model, dtype: bf16}}
 call: {call}
 calibration: {{prompts: prompts.safetensors, samples: 2}}
 sparsity: {{operand: weight}}
+compensation: {{tune: blockwise, steps: 2}}
 """
 RECORDED = """\
 model:

@@ -113,7 +113,7 @@ def find_structure(
             ) from error
         module, with_weights = loaded(), True
         reads = _reads(module, arguments)
-    blocks = _block_lists(module)
+    blocks = block_lists(module)
     shapes = [read.shape for path, calls in reads.items() if _inside(path, blocks) for read in calls]
     tokens = max(map(_rows, shapes), default=0)
     batch = min((shape[0] for shape in shapes if _rows(shape) == tokens and len(shape) > 2), default=1)
@@ -135,6 +135,18 @@ def is_pointwise(module: torch.nn.Module) -> bool:
         return False
     no_padding = module.padding == "valid" or module.padding == "same" or not any(module.padding)
     return {*module.kernel_size, *module.stride, module.groups} == {1} and no_padding
+
+
+def block_lists(module: torch.nn.Module) -> tuple[str, ...]:
+    """Paths of the lists whose members hold several linears each."""
+    lists = (torch.nn.ModuleList, torch.nn.Sequential)
+    return tuple(
+        path
+        for path, found in module.named_modules()
+        if isinstance(found, lists)
+        and len(found)
+        and all(sum(map(is_linear, member.modules())) >= FEWEST_LINEARS for member in found)
+    )
 
 
 @dataclass(frozen=True)
@@ -187,18 +199,6 @@ def _hooked(module: torch.nn.Module, run: Weightless | None, reads: dict[str, li
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _block_lists(module: torch.nn.Module) -> tuple[str, ...]:
-    """Paths of the lists whose members hold several linears each."""
-    lists = (torch.nn.ModuleList, torch.nn.Sequential)
-    return tuple(
-        path
-        for path, found in module.named_modules()
-        if isinstance(found, lists)
-        and len(found)
-        and all(sum(map(is_linear, member.modules())) >= FEWEST_LINEARS for member in found)
-    )
 
 
 def _inside(path: str, blocks: Sequence[str]) -> bool:

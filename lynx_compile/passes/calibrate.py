@@ -113,7 +113,7 @@ def replay(dit: DiT, arguments: Mapping[str, Any]) -> Any:
         floating = torch.float32 if like.dtype == torch.float32 else compiled[name].dtype
         tensors[name] = tensor.to(like.device, floating if tensor.is_floating_point() else None)
     args, kwargs = spread(known, unflatten(flat.structure, tensors))
-    with torch.inference_mode():
+    with torch.no_grad():  # and not inference mode: what a module caches in it can take no part in tuning
         return dit.module(*args, **kwargs)
 
 

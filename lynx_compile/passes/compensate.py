@@ -37,7 +37,7 @@ from lynx_compile.files.tensors import save_tensors
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.structure import LinearGroup
 from lynx_compile.ops.fp8 import Rounded, round_rows
-from lynx_compile.ops.sparse_linear import expand_low_rank
+from lynx_compile.ops.sparse_linear import collapse_low_rank, expand_low_rank
 from lynx_compile.passes.calibrate import Statistics
 from lynx_compile.passes.select import SparseGroup, SparsityPlan
 from lynx_compile.recipe import NodeOperand, Sparsity
@@ -95,9 +95,21 @@ def compensate(
         _require_range(solved, dit.dtype)
         form = f"fp8.{group.operand}" if group.fp8 else group.operand
         paths.append(folder / f"{group.name}.{form}.safetensors")
-        _save(paths[-1], solved)
+        save_weights(paths[-1], solved)
         progress("linears compensated", done + 1, len(plan.groups))
     return tuple(paths)
+
+
+def save_weights(path: Path, solved: SparseLinearWeights) -> None:
+    """Write what ``load_weights`` reads."""
+    tensors = {name: getattr(solved, name) for name in ("weight", "lora_down", "bias")}
+    if solved.weight_scale is not None:
+        tensors["weight_scale"] = solved.weight_scale
+    facts = {
+        name: getattr(solved, name)
+        for name in ("linears", "out_channels", "rank", "norm_scale", "errors", "operand")
+    }
+    save_tensors(path, tensors, {"lynx": json.dumps(facts)})
 
 
 def load_weights(path: Path) -> SparseLinearWeights:
@@ -134,6 +146,28 @@ def solve(
         return _solve_weights(group, weight, bias, moments, sparsity)
     assert isinstance(moments, PrunedStatistics), "calibrate gathers them for every node that prunes"
     return _solve_activations(group, weight, bias, moments, sparsity)
+
+
+def expected_errors(
+    dit: DiT, group: SparseGroup, solved: SparseLinearWeights, moments: LayerStatistics
+) -> tuple[float, ...]:
+    """``SparseLinearWeights.errors`` of any weights of a group."""
+    weight, bias = _dense(dit, group)
+    channels, rank = group.in_channels, solved.rank
+    changed, offset = solved.weight[:, :channels].float(), solved.bias - bias
+    if solved.weight_scale is not None:
+        changed = changed * solved.weight_scale[:, None]
+    if group.operand == "activation":
+        assert isinstance(moments, PrunedStatistics), "calibrate gathers them for every node that prunes"
+        lora_up = collapse_low_rank(solved.weight, channels, rank)
+        lost = _lost_squares(weight, changed, solved.lora_down[:rank], lora_up, offset, moments)
+        noise = moments.s_rounding
+    else:
+        lost, noise = _lost_of_weights(weight, changed, offset, moments), moments.x_rounding
+    if solved.fp8:
+        assert noise is not None, "calibrate measures it for every FP8 node"
+        lost = lost + changed.square() @ noise
+    return _errors(group, lost, dense_squares(weight, bias, moments))
 
 
 def _solve_activations(
@@ -344,14 +378,3 @@ def _require_range(solved: SparseLinearWeights, dtype: torch.dtype) -> None:
                 f"more than {str(dtype).removeprefix('torch.')} holds ({torch.finfo(dtype).max:.4g}).",
                 "Set model.dtype to bf16, raise sparsity.ridge, or name the linear in sparsity.exclude.",
             )
-
-
-def _save(path: Path, solved: SparseLinearWeights) -> None:
-    tensors = {name: getattr(solved, name) for name in ("weight", "lora_down", "bias")}
-    if solved.weight_scale is not None:
-        tensors["weight_scale"] = solved.weight_scale
-    facts = {
-        name: getattr(solved, name)
-        for name in ("linears", "out_channels", "rank", "norm_scale", "errors", "operand")
-    }
-    save_tensors(path, tensors, {"lynx": json.dumps(facts)})

@@ -15,8 +15,7 @@ from torch.nn import functional
 from lynx_compile.models.structure import LinearGroup
 from lynx_compile.ops.fp8 import round_rows
 from lynx_compile.ops.sparse_linear import expand_low_rank, keep_mask
-from lynx_compile.passes.compensate import SparseLinearWeights
-from lynx_compile.passes.compensate import _save as save_weights
+from lynx_compile.passes.compensate import SparseLinearWeights, save_weights
 from lynx_compile.passes.select import Decision, SparseGroup, SparsityPlan
 from lynx_compile.recipe import NodeOperand
 

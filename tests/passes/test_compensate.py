@@ -14,7 +14,7 @@ from lynx_compile.ops.fp8 import Rounded, fp8_linear, round_rows
 from lynx_compile.ops.sparse_linear import collapse_low_rank, keep_mask, norm_scale_of, sparse_linear
 from lynx_compile.passes.compensate import SparseLinearWeights, load_weights, solve
 from lynx_compile.passes.compensate import _require_range as require_range
-from lynx_compile.passes.compensate import _save as save
+from lynx_compile.passes.compensate import save_weights as save
 from lynx_compile.passes.select import SparseGroup
 from lynx_compile.recipe import NodeOperand, Operand, Sparsity
 from lynx_compile.solve.moments import Moments, PrunedStatistics

@@ -23,8 +23,7 @@ from lynx_compile.models.structure import Linear, LinearGroup
 from lynx_compile.ops.functions import DOMAIN, GATED_OP, GELU_OP, NORM_OP, OP
 from lynx_compile.ops.sparse_linear import expand_low_rank
 from lynx_compile.passes import rewrite as rewrite_module
-from lynx_compile.passes.compensate import SparseLinearWeights
-from lynx_compile.passes.compensate import _save as save_weights
+from lynx_compile.passes.compensate import SparseLinearWeights, save_weights
 from lynx_compile.passes.export import DenseOnnx, export
 from lynx_compile.passes.rewrite import LynxOnnx, rewrite
 from lynx_compile.passes.select import SparsityPlan, select

@@ -23,8 +23,7 @@ from lynx_compile.models.structure import Linear, LinearGroup
 from lynx_compile.ops.functions import DOMAIN, LINEAR_KEY, NORM_OP, OP, lynx_function
 from lynx_compile.ops.sparse_linear import Norm, expand_low_rank, keep_mask, produce, sparse_linear
 from lynx_compile.passes.calibrate import calibrate
-from lynx_compile.passes.compensate import SparseLinearWeights, compensate
-from lynx_compile.passes.compensate import _save as save_weights
+from lynx_compile.passes.compensate import SparseLinearWeights, compensate, save_weights
 from lynx_compile.passes.export import DenseOnnx, export
 from lynx_compile.passes.rewrite import LynxOnnx, rewrite
 from lynx_compile.passes.select import SparsityPlan, select

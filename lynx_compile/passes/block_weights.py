@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compensated weights by the linears of a block, where ``compensate`` writes them by nodes; and back again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lynx_compile.files.tensors import save_tensors
+from lynx_compile.ops.sparse_linear import collapse_low_rank, expand_low_rank
+from lynx_compile.passes.compensate import SparseLinearWeights, load_weights
+from lynx_compile.passes.select import SparseGroup
+from lynx_compile.solve.tune import Outcome, Rows, TunedLinear
+
+Files = Mapping[SparseGroup, Path]  # what ``compensate`` wrote
+TENSORS = tuple(field.name for field in fields(Rows) if field.name not in ("operand", "norm_scale"))
+
+
+def inside_of(block: str, group: SparseGroup) -> list[str]:
+    """The group's linears that stand in ``block``, by path."""
+    return [linear.path for linear in group.linears if linear.path.startswith(f"{block}.")]
+
+
+def rows_of(files: Files, block: str) -> dict[str, Rows]:
+    """The weights of the linears in ``block``, by path."""
+    found: dict[str, Rows] = {}
+    for group, path in files.items():
+        if inside := inside_of(block, group):
+            parts = split(load_weights(path))
+            found |= {linear: parts[linear] for linear in inside}
+    return found
+
+
+def tuned_linears(
+    files: Files, block: str, rows: Mapping[str, Rows], device: torch.device
+) -> dict[str, TunedLinear]:
+    """Modules of the linears in ``block``. What a node's linears share is tuned where all of them are in the block."""
+    found: dict[str, TunedLinear] = {}
+    for group in files:
+        inside = inside_of(block, group)
+        down = rows[inside[0]].lora_down if inside else None
+        whole = len(inside) == len(group.linears)
+        shared = None if down is None else torch.nn.Parameter(down.to(device, copy=True), requires_grad=whole)
+        found |= {linear: TunedLinear(rows[linear], shared).to(device) for linear in inside}
+    return found
+
+
+def split(weights: SparseLinearWeights) -> dict[str, Rows]:
+    """A node's weights by its linears."""
+    channels, rank = weights.in_channels, weights.rank
+    sizes = weights.out_channels
+    lora_up = collapse_low_rank(weights.weight, channels, rank).split(sizes) if rank else [None] * len(sizes)
+    scale = [None] * len(sizes) if weights.weight_scale is None else weights.weight_scale.split(sizes)
+    parts = zip(
+        weights.linears,
+        weights.weight[:, :channels].split(sizes),
+        weights.bias.split(sizes),
+        lora_up,
+        scale,
+        strict=True,
+    )
+    down = weights.lora_down if rank else None
+    return {
+        linear: Rows(weight, bias, weights.operand, weights.norm_scale, down, up, row_scale)
+        for linear, weight, bias, up, row_scale in parts
+    }
+
+
+def joined(weights: SparseLinearWeights, rows: Mapping[str, Rows]) -> SparseLinearWeights:
+    """A node's weights with ``rows`` for those of its linears that they have; the errors are left as they were."""
+    parts = split(weights) | {linear: rows[linear] for linear in weights.linears if linear in rows}
+    ordered = [parts[linear] for linear in weights.linears]
+    weight, scale = torch.cat([part.weight for part in ordered]), None
+    if weights.fp8:
+        scale = torch.cat([_there(part.weight_scale) for part in ordered])
+    elif weights.operand == "activation":
+        ups = [part.lora_up for part in ordered if part.lora_up is not None]
+        weight = expand_low_rank(weight, torch.cat(ups) if ups else weight.new_zeros(len(weight), 0))
+    return replace(
+        weights,
+        weight=weight,
+        lora_down=_there(ordered[0].lora_down) if weights.rank else weights.lora_down,
+        bias=torch.cat([part.bias for part in ordered]),
+        weight_scale=scale,
+    )
+
+
+def _there(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None, "all linears of a node have it or none"
+    return tensor
+
+
+def save_block(path: Path, key: str, rows: Mapping[str, Rows], outcome: Outcome) -> None:
+    """Write a block that is done. ``key``: of everything that it depends on."""
+    tensors = {
+        f"{linear}:{name}": tensor
+        for linear, part in rows.items()
+        for name in TENSORS
+        if (tensor := getattr(part, name)) is not None
+    }
+    facts = {
+        "key": key,
+        "outcome": asdict(outcome),
+        "linears": {linear: [part.operand, part.norm_scale] for linear, part in rows.items()},
+    }
+    save_tensors(path, tensors, {"lynx": json.dumps(facts)})
+
+
+def load_block(path: Path, key: str) -> tuple[dict[str, Rows], Outcome] | None:
+    """What ``save_block`` wrote with this key; None where there is no such whole file."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["lynx"])
+            if facts["key"] != key:
+                return None
+            tensors: dict[str, dict[str, torch.Tensor]] = {linear: {} for linear in facts["linears"]}
+            for key_of_tensor in file.keys():  # noqa: SIM118, it is no mapping
+                linear, name = key_of_tensor.rsplit(":", 1)
+                tensors[linear][name] = file.get_tensor(key_of_tensor)
+            rows = {
+                linear: Rows(operand=operand, norm_scale=norm_scale, **tensors[linear])
+                for linear, (operand, norm_scale) in facts["linears"].items()
+            }
+            return rows, Outcome(**facts["outcome"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tune the compensated weights, block by block: what each makes of compressed inputs, towards what dense it makes.
+
+All recorded calls that there is memory for go through the model side by side, dense and tuned. At a block the dense
+ones say what it should return, and the tuned ones what it is given by the blocks before it, tuned already; on both
+``solve.tune.fit`` moves the weights of the block's linears. The calls of every eighth sample are held out, and go
+through the compensated model as well: a block keeps what made its held-out error least, which may be what it began
+with, and so does the whole model, by the error at its output.
+
+A state counts by the square of its relative error, and by its step: twice at the first, falling to once at the last.
+Early steps steer the image; the last ones err most, and so count most by themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lynx_compile.engine.arguments import flatten
+from lynx_compile.files.progress import Progress
+from lynx_compile.files.resume import StageVersion
+from lynx_compile.models.blocks import BlockCall, Walk, block_paths
+from lynx_compile.models.dit import DiT
+from lynx_compile.models.onnx_source import OnnxSource
+from lynx_compile.models.recording import Recording
+from lynx_compile.models.structure import is_pointwise
+from lynx_compile.passes.block_weights import (
+    Files,
+    inside_of,
+    joined,
+    load_block,
+    rows_of,
+    save_block,
+    tuned_linears,
+)
+from lynx_compile.passes.calibrate import Statistics
+from lynx_compile.passes.compensate import expected_errors, load_weights, save_weights
+from lynx_compile.passes.lanes import Lane, lanes, where
+from lynx_compile.passes.select import SparseGroup, SparsityPlan
+from lynx_compile.recipe import Recipe
+from lynx_compile.solve.tune import Effort, Outcome, Rows, State, TunedLinear, fit, outputs_of
+
+TUNE = StageVersion("tune", 1, ("torch", "diffusers", "transformers"))
+SMALL = 20_000_000  # weights that are tuned without a GPU: minutes on one core
+TOKENS_A_STEP = 2048  # at least, in whole calls
+CALLS_A_STEP = 2  # at least: of one alone the step is that of its own time
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TunedBlock:
+    """A block's held-out error, compensated and tuned, both after the tuned blocks before it."""
+
+    path: str
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """``weights``: as ``compensate`` returns them.
+
+    Errors: |y - y_dense| / |y_dense| of the model's output over the calls held out, before and after.
+    """
+
+    weights: tuple[Path, ...]
+    blocks: tuple[TunedBlock, ...]
+    compensated_error: float
+    tuned_error: float
+
+
+def is_tuned(dit: DiT, plan: SparsityPlan, recipe: Recipe) -> bool:
+    """Whether the recipe asks for it; left to us, where there is a GPU or the model is ``SMALL``."""
+    if recipe.compensation.tune != "auto":
+        return recipe.compensation.tune == "blockwise"
+    if isinstance(dit.checkpoint, OnnxSource):  # its module cannot run without ONNX Runtime
+        return False
+    size = sum(linear.in_channels * linear.out_channels for group in plan.groups for linear in group.linears)
+    return torch.cuda.is_available() or size <= SMALL
+
+
+def tune(
+    dit: DiT,
+    plan: SparsityPlan,
+    weights: Sequence[Path],
+    statistics: Statistics,
+    recording: Recording,
+    recipe: Recipe,
+    folder: Path,
+    key: str,
+    progress: Progress,
+) -> Tuned:
+    """Tune ``weights``, one file per group of the plan, and write them anew into ``folder``.
+
+    Deterministic as long as ``compensation.minutes`` do not end it. A block that is done is not tuned again by a later
+    run of the same ``key``.
+
+    Raises:
+        StageError: the calls do not come to the same blocks.
+    """
+    files = dict(zip(plan.groups, weights, strict=True))
+    tuner = _Tuner(dit, files, recipe, folder / "blocks", key, progress)
+    with lanes(dit, recording, recipe) as calls:
+        while (block := where(calls)) is not None:
+            tuner.pass_block(block, calls)
+        compensated, tuned = _output_errors(calls)
+    log.info("held-out error at the output: %.4f compensated, %.4f tuned", compensated, tuned)
+    if not tuned < compensated:
+        log.warning("tuning did not lower the held-out error at the output: the weights stay as they were")
+    paths = []
+    for group, path in files.items():
+        new = load_weights(path)
+        if tuned < compensated:
+            new = joined(new, tuner.rows(group))
+            new = replace(new, errors=expected_errors(dit, group, new, statistics.load(group.name)))
+        paths.append(folder / path.name)
+        save_weights(paths[-1], new)
+        progress("weights written", len(paths), len(files))
+    shutil.rmtree(folder / "blocks", ignore_errors=True)  # they are as large as the weights
+    blocks = tuple(TunedBlock(*item) for item in tuner.outcomes.items())
+    return Tuned(tuple(paths), blocks, compensated, min(tuned, compensated))
+
+
+class _Tuner:
+    """Tunes each block when the calls have come to it. ``outcomes``: of the blocks that are done, by path."""
+
+    def __init__(
+        self, dit: DiT, files: Files, recipe: Recipe, folder: Path, key: str, progress: Progress
+    ) -> None:
+        self.outcomes: dict[str, Outcome] = {}
+        self._dit, self._files, self._recipe = dit, files, recipe
+        self._folder, self._key, self._progress = folder, key, progress
+        self._device = next(dit.module.parameters()).device
+        self._paths = [
+            path for path in block_paths(dit.module) if any(inside_of(path, group) for group in files)
+        ]
+
+    def pass_block(self, path: str, calls: Sequence[Lane]) -> None:
+        """Take the calls through a block, which is tuned before the tuned ones go on."""
+        block = self._dit.module.get_submodule(path)
+        states = []
+        for lane in calls:
+            given = _at(lane.tuned)
+            result = _through(block, lane.dense)
+            states.append(State(given.args, given.kwargs, outputs_of(result), lane.weight))
+            lane.dense.go_on(result)
+        if path not in self._paths:
+            for lane in calls:
+                for walk in lane.walks[1:]:
+                    walk.go_on(_through(block, walk))
+            return
+        compensated = rows_of(self._files, path)
+        made = self._with(path, compensated)
+        for lane in calls:
+            if lane.compensated is not None:
+                lane.compensated.go_on(_through(made, lane.compensated))
+        del made
+        made = self._with(path, self._tuned(path, compensated, calls, states))
+        for lane in calls:
+            lane.tuned.go_on(_through(made, lane.tuned))
+
+    def rows(self, group: SparseGroup) -> dict[str, Rows]:
+        """The tuned weights of a group's linears, by path."""
+        found: dict[str, Rows] = {}
+        for path in self.outcomes:
+            if inside_of(path, group):
+                done = load_block(self._file(path), self._key)
+                assert done is not None, "it has just been written"
+                found |= done[0]
+        return found
+
+    def _tuned(
+        self, path: str, compensated: Mapping[str, Rows], calls: Sequence[Lane], states: Sequence[State]
+    ) -> Mapping[str, Rows]:
+        """The block's weights: of an earlier run, or tuned now."""
+        done = load_block(self._file(path), self._key)
+        if done is None:
+            linears = self._linears(path, compensated)
+            outcome = fit(
+                self._module(path, linears),
+                linears.values(),
+                [state for lane, state in zip(calls, states, strict=True) if not lane.is_held_out],
+                [state for lane, state in zip(calls, states, strict=True) if lane.is_held_out],
+                self._effort(path),
+                self._steps(path),
+            )
+            rows = {linear: tuned.rows() for linear, tuned in linears.items()}
+            if not outcome.after < outcome.before or not _fit_in(rows, self._dit.dtype):
+                rows, outcome = dict(compensated), replace(outcome, after=outcome.before)
+            save_block(self._file(path), self._key, rows, outcome)
+            done = rows, outcome
+        rows, self.outcomes[path] = done
+        log.info("%s: %s", path, self.outcomes[path])
+        return rows
+
+    def _effort(self, path: str) -> Effort:
+        """An equal share of the time that is left."""
+        spent = sum(outcome.seconds for outcome in self.outcomes.values())
+        left = len(self._paths) - len(self.outcomes)
+        tokens = max(group.tokens for group in self._files)
+        return Effort(
+            steps=self._recipe.compensation.steps,
+            seconds=max(self._recipe.compensation.minutes * 60 - spent, 0.0) / left,
+            states=max(CALLS_A_STEP, -(-TOKENS_A_STEP // tokens)),
+            seed=self._recipe.calibration.seed + self._paths.index(path),
+        )
+
+    def _steps(self, path: str) -> Progress:
+        """Of all blocks together."""
+        steps, number = self._recipe.compensation.steps, len(self.outcomes)
+        return lambda what, done, total: self._progress(
+            f"steps at {path}", number * steps + done, len(self._paths) * steps
+        )
+
+    def _with(self, path: str, rows: Mapping[str, Rows]) -> torch.nn.Module:
+        return self._module(path, self._linears(path, rows))
+
+    def _linears(self, path: str, rows: Mapping[str, Rows]) -> dict[str, TunedLinear]:
+        return tuned_linears(self._files, path, rows, self._device)
+
+    def _module(self, path: str, linears: Mapping[str, TunedLinear]) -> torch.nn.Module:
+        """A copy of the block that computes with ``linears``, whose own modules stay: models ask for their dtype."""
+        made = copy.deepcopy(self._dit.module.get_submodule(path)).requires_grad_(False)
+        made.__dict__.pop("forward", None)  # that at which calls stop
+        for name, tuned in linears.items():
+            linear = made.get_submodule(name.removeprefix(f"{path}."))
+            linear.forward = tuned.on_channels if is_pointwise(linear) else tuned.forward
+        return made
+
+    def _file(self, path: str) -> Path:
+        return self._folder / f"{path}.safetensors"
+
+
+def _at(walk: Walk) -> BlockCall:
+    assert walk.at is not None, "all calls are at one block"
+    return walk.at
+
+
+@torch.no_grad()
+def _through(block: torch.nn.Module, walk: Walk) -> object:
+    """What the block makes of what it is given."""
+    given = _at(walk)
+    return block(*given.args, **given.kwargs)
+
+
+def _fit_in(rows: Mapping[str, Rows], dtype: torch.dtype) -> bool:
+    """Whether ``dtype``, in which ``rewrite`` writes them, holds these weights."""
+    tensors = [t for part in rows.values() for t in (part.weight, part.bias, part.lora_down, part.lora_up)]
+    return all(bool(t.float().to(dtype).isfinite().all()) for t in tensors if t is not None)
+
+
+def _output_errors(calls: Sequence[Lane]) -> tuple[float, float]:
+    """|y - y_dense| / |y_dense| over the calls held out: of the compensated model's output, and of the tuned one's."""
+    lost, whole = torch.zeros(2, dtype=torch.float64), 0.0
+    for lane in calls:
+        if lane.compensated is not None:
+            dense, *others = (
+                torch.cat(
+                    [t.flatten().double().cpu() for t in flatten(walk.result, "output").tensors.values()]
+                )
+                for walk in (lane.dense, lane.compensated, lane.tuned)
+            )
+            lost += torch.stack([(other - dense).square().sum() for other in others])
+            whole += float(dense.square().sum())
+    compensated, tuned = (lost / max(whole, 1e-30)).sqrt().tolist()
+    return compensated, tuned

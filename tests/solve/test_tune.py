@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tuning computes with is what the engine computes; and what it may and may not change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lynx_compile.files.progress import no_progress
+from lynx_compile.ops.fp8 import Rounded, fp8_linear, round_rows
+from lynx_compile.ops.sparse_linear import expand_low_rank, keep_mask, sparse_linear
+from lynx_compile.solve import tune
+from lynx_compile.solve.tune import Effort, Rows, State, TunedLinear, block_error, fit, outputs_of
+
+K, N, RANK = 32, 24, 16
+
+
+def _rows(operand: Any, fp8: bool = False, rank: int = 0, norm_scale: bool = False) -> Rows:
+    torch.manual_seed(1)
+    weight, bias, scale = torch.randn(N, K), torch.randn(N), None
+    if operand == "weight":
+        weight = weight * keep_mask(weight)
+    if fp8:
+        rounded = round_rows(weight)
+        weight, scale = rounded.values, rounded.scale
+    down, up = (torch.randn(rank, K) * 0.1, torch.randn(N, rank) * 0.1) if rank else (None, None)
+    return Rows(weight, bias, operand, norm_scale, down, up, scale)
+
+
+def _linear(rows: Rows) -> TunedLinear:
+    return TunedLinear(rows, None if rows.lora_down is None else torch.nn.Parameter(rows.lora_down.clone()))
+
+
+@pytest.mark.parametrize(("rank", "norm_scale"), [(0, False), (RANK, False), (RANK, True)])
+def test_pruned_activations_are_those_of_the_op(rank: int, norm_scale: bool) -> None:
+    rows, x = _rows("activation", rank=rank, norm_scale=norm_scale), torch.randn(2, 5, K)
+    up = torch.zeros(N, 0) if rows.lora_up is None else rows.lora_up
+    down = torch.zeros(1, K) if rows.lora_down is None else rows.lora_down
+    want = sparse_linear(
+        x, expand_low_rank(rows.weight, up), down, rows.bias, rank=rank, norm_scale=norm_scale
+    )
+    assert torch.allclose(_linear(rows)(x), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("operand", ["none", "weight", "activation"])
+def test_fp8_is_that_of_the_op(operand: str) -> None:
+    rows, x = _rows(operand, fp8=True), torch.randn(2, 5, K)
+    assert rows.weight_scale is not None
+    weight = Rounded(rows.weight, rows.weight_scale)
+    want = fp8_linear(x, weight, rows.bias, prune=operand == "activation")
+    assert torch.allclose(_linear(rows)(x), want, atol=1e-4)
+
+
+def test_channels_may_stand_second() -> None:
+    linear, x = _linear(_rows("weight")), torch.randn(2, K, 3, 4)
+    assert torch.allclose(linear.on_channels(x).movedim(1, -1), linear(x.movedim(1, -1)))
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("operand", ["none", "weight", "activation"])
+def test_what_was_not_tuned_comes_back_as_it_was(operand: str, fp8: bool) -> None:
+    rows = _rows(operand, fp8=fp8, rank=RANK if operand == "activation" and not fp8 else 0)
+    back = _linear(rows).rows()
+    assert (back.operand, back.norm_scale) == (rows.operand, rows.norm_scale)
+    for name in ("weight", "bias", "lora_down", "lora_up", "weight_scale"):
+        old, new = getattr(rows, name), getattr(back, name)
+        assert (old is None) == (new is None)
+        if old is not None:
+            assert new.dtype == old.dtype and torch.equal(new.float(), old.float())
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_gradients_pass_what_rounds_and_prunes(fp8: bool) -> None:
+    linear = _linear(_rows("activation", fp8=fp8))
+    x = torch.randn(7, K, requires_grad=True)
+    linear(x).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, linear._kept().detach().sum(0).expand_as(x), atol=1e-4), "of every channel"
+    assert linear.weight.grad is not None and linear.weight.grad.abs().sum() > 0
+
+
+class Block(torch.nn.Module):
+    """A dense block with a compensated twin: two linears, and it writes into what it is given."""
+
+    def __init__(self, first: torch.nn.Module, second: torch.nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: torch.Tensor, *, also: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        x += 1  # as some blocks do
+        y = self.second(self.first(x).relu())
+        return y + also["residual"], y[:, :1]
+
+
+def _problem(operand: str, fp8: bool = False) -> tuple[Block, list[TunedLinear], list[State], list[State]]:
+    torch.manual_seed(0)
+    dense = Block(torch.nn.Linear(K, N), torch.nn.Linear(N, K)).requires_grad_(False)
+    linears = []
+    for linear in (dense.first, dense.second):
+        weight: Any = linear.weight
+        weight = weight * keep_mask(weight) if operand == "weight" else weight
+        rounded = round_rows(weight) if fp8 else None
+        values, scale = (weight, None) if rounded is None else (rounded.values, rounded.scale)
+        linears.append(TunedLinear(Rows(values, linear.bias, operand, weight_scale=scale)))  # type: ignore[arg-type]
+    states = []
+    for _ in range(20):
+        x, also = torch.randn(50, K), {"residual": torch.randn(50, K)}
+        states.append(State((x,), {"also": also}, outputs_of(dense(x.clone(), also=also)), 1.0))
+    return Block(*linears), linears, states[4:], states[:4]
+
+
+@pytest.mark.parametrize(
+    ("operand", "fp8"), [("weight", False), ("activation", False), ("weight", True), ("activation", True)]
+)
+def test_tuning_lowers_the_held_out_error_and_leaves_masks(operand: str, fp8: bool) -> None:
+    block, linears, train, held_out = _problem(operand, fp8)
+    masks = [linear.weight.detach() != 0 for linear in linears]
+    given = [state.args[0].clone() for state in train]
+    outcome = fit(block, linears, train, held_out, Effort(150, 1e9, 2, 0), no_progress)
+    assert outcome.after < 0.95 * outcome.before and outcome.steps == 150
+    assert block_error(block, held_out) == pytest.approx(outcome.after, rel=1e-6), "it is left at its best"
+    assert all(torch.equal(state.args[0], x) for state, x in zip(train, given, strict=True))
+    if operand == "weight":
+        for linear, mask in zip(linears, masks, strict=True):
+            assert not (linear.rows().weight.float() != 0)[~mask].any()
+            assert mask.unflatten(-1, (-1, 4)).sum(-1).le(2).all()
+
+
+def test_fp8_is_written_as_it_was_judged() -> None:
+    """The error of what ``rows`` gives, multiplied as the op does, is the one that tuning ended with."""
+    block, linears, train, held_out = _problem("weight", fp8=True)
+    outcome = fit(block, linears, train, held_out, Effort(60, 1e9, 2, 0), no_progress)
+    again = Block(*(TunedLinear(linear.rows()) for linear in linears))
+    assert outcome.after < outcome.before
+    assert block_error(again, held_out) == pytest.approx(outcome.after, rel=1e-5)
+
+
+def test_what_only_gets_worse_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "RATE", 1e5)
+    monkeypatch.setattr(tune, "LOOK_EVERY", 2)
+    block, linears, train, held_out = _problem("weight")
+    before = [parameter.detach().clone() for parameter in block.parameters()]
+    outcome = fit(block, linears, train, held_out, Effort(1000, 1e9, 2, 0), no_progress)
+    assert outcome.after == outcome.before and outcome.steps == 2 * tune.MOST_WORSE, "it ends early"
+    assert all(torch.equal(a, b) for a, b in zip(before, block.parameters(), strict=True))
+
+
+def test_time_that_is_up_ends_it_at_the_next_look() -> None:
+    block, linears, train, held_out = _problem("weight")
+    assert fit(block, linears, train, held_out, Effort(10_000, 0, 1, 0), no_progress).steps == tune.LOOK_EVERY
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    found = []
+    for seed in (0, 0, 1):
+        block, linears, train, held_out = _problem("weight")
+        fit(block, linears, train, held_out, Effort(10, 1e9, 2, seed), no_progress)
+        found.append(linears[0].rows().weight)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_states_count_by_their_weights() -> None:
+    """Of two states that want opposite things the heavier one decides."""
+    results = []
+    for heavy in (1.0, -1.0):
+        linear = TunedLinear(Rows(torch.zeros(4, 4), torch.zeros(4), "none"))
+        x = torch.ones(1, 4)
+        states = [
+            State((x,), {}, (torch.full((1, 4), sign),), 9.0 if sign == heavy else 1.0)
+            for sign in (1.0, -1.0)
+        ]
+        linear.weight.data.fill_(0.5)  # steps are relative to it
+        fit(linear, [linear], states, states, Effort(1000, 1e9, 2, 0), no_progress)
+        results.append(linear(x).mean().item())
+    assert results == pytest.approx([0.8, -0.8], abs=0.2)
