@@ -63,8 +63,9 @@ def _holders(value: Any, found: dict[int, Any]) -> None:
 
 def _forget(module: torch.nn.Module) -> None:
     """Clear the caches of the functions and methods beside the module's classes."""
-    for name in {type(submodule).__module__ for submodule in module.modules()}:
-        for value in list(vars(sys.modules[name]).values()):
+    names = {type(submodule).__module__ for submodule in module.modules()}
+    for file in [sys.modules[name] for name in names & sys.modules.keys()]:
+        for value in list(vars(file).values()):
             inside = list(vars(value).values()) if isinstance(value, type) else []
             for function in (value, *inside):
                 if isinstance(function, functools._lru_cache_wrapper):

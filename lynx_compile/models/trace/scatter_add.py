@@ -46,8 +46,10 @@ class ScatterAdd(TorchFunctionMode):
         """None where neither form serves."""
         dim %= input.dim()
         source = src[tuple(slice(size) for size in index.shape)]
-        places = self._values.decide(index)
+        with self._values.held_back() as baked:
+            places = self._values.decide(index)
         if places is not None and not (places.sort(dim).values.diff(dim=dim) == 0).any():
+            self._values.baked.extend(b for b in baked if b not in self._values.baked)
             return input.scatter(dim, index, input.gather(dim, index) + source)
         if not _is_of_rows(index, dim) or _others(index, dim) != _others(input, dim):
             return None

@@ -159,14 +159,15 @@ class Unpatches(torch.nn.Module):
 
 
 class ScatterAdds(torch.nn.Module):
-    """At places of an input, none twice; at places that follow from weights, some twice; of numbers, in place."""
+    """At places of an input, none twice; of another, one twice; at places that follow from weights, and in place."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gate = torch.nn.Linear(4, 6)
 
-    def forward(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, places: torch.Tensor, twice: torch.Tensor) -> torch.Tensor:
         y = x.scatter_add(0, places[:, None].expand(-1, 4), x[1:3])
+        y = y.scatter_add(0, twice[:, None].expand(-1, 4), x[1:3])
         chosen = self.gate(x).argsort(-1)[:, :2].clamp(max=2).flatten()  # six of three rows
         y = torch.scatter_add(y, 0, chosen[:, None].expand(-1, 4), x.repeat(2, 1))
         counts = torch.zeros(3, dtype=x.dtype)
@@ -245,13 +246,15 @@ def test_patches_are_put_together_by_a_product(dtype: torch.dtype, tmp_path: Pat
 
 def test_a_scatter_reduces_nothing(tmp_path: Path) -> None:
     module = ScatterAdds()
-    dense = exported(module, {"x": torch.randn(3, 4), "places": torch.tensor([2, 0])}, tmp_path)
+    given = {"x": torch.randn(3, 4), "places": torch.tensor([2, 0]), "twice": torch.tensor([1, 1])}
+    dense = exported(module, given, tmp_path)
     scatters = [node for node in onnx.load(dense.path).graph.node if node.op_type.startswith("Scatter")]
     assert all(not node.attribute or b"add" not in {a.s for a in node.attribute} for node in scatters)
     assert [(baked.arguments, baked.where) for baked in dense.baked] == [
         (("places",), f"test_small_rules.py:{ScatterAdds.forward.__code__.co_firstlineno + 1}")
     ]
-    assert error(dense, module, {"x": torch.randn(3, 4), "places": torch.tensor([1, 2])}) < 1e-6
+    other = {"x": torch.randn(3, 4), "places": torch.tensor([1, 2]), "twice": torch.tensor([2, 0])}
+    assert error(dense, module, other) < 1e-6
 
 
 def test_tables_that_are_held_elsewhere_do_not_stay_either(tmp_path: Path) -> None:
