@@ -41,10 +41,13 @@ def check_constants(call: Call, given: Arguments) -> None:
         )
 
 
-def result_of(structure: Structure, outputs: Mapping[str, Any], return_dict: bool | None) -> Any:
+def result_of(
+    structure: Structure, outputs: Mapping[str, Any], return_dict: bool | None, returns: int | None = None
+) -> Any:
     """The outputs in the form that was asked for.
 
     Args:
+        returns: values of the tuple in a dataclass's place: all of its fields, or those that are not None.
         return_dict: as diffusers has it: False for a tuple in a dataclass's place; None where ``forward`` has no
             such parameter.
 
@@ -52,7 +55,9 @@ def result_of(structure: Structure, outputs: Mapping[str, Any], return_dict: boo
         InputError: a dataclass was asked for, and it is not known or not in the installed diffusers.
     """
     if return_dict is False and "dataclass" in structure:
-        members = [node for _, node in structure["fields"] if node != {"constant": None}]
+        members = [node for _, node in structure["fields"]]
+        if returns != len(members):
+            members = [node for node in members if node != {"constant": None}]
         return unflatten({"tuple": members}, outputs)
     if return_dict and "dataclass" not in structure:
         raise InputError(

@@ -119,7 +119,7 @@ class Call(Strict):
     ``class_name``: ``module:Class`` of the transformer. ``parameters``: of its ``forward``. ``tensors``: dtypes
     (float32, bfloat16 ...) of the call's tensors by their flat names; those that are no input of the engine are not
     read. ``constants``: every other leaf but ``return_dict``, None included. ``result``: the result's structure, whose
-    tensors are outputs of the engine.
+    tensors are outputs of the engine. ``returns``: how many values the transformer's own tuple has, where it is known.
     """
 
     class_name: str
@@ -129,6 +129,7 @@ class Call(Strict):
     padding: tuple[Padding, ...]
     fixed: tuple[Fixed, ...]
     result: Structure
+    returns: Count | None = None
 
     @model_validator(mode="after")
     def _well_formed(self) -> Self:

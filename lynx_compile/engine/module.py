@@ -196,7 +196,9 @@ class _Way:
         inputs = fitted(self.call, self._engine.inputs, tensors, device)
         self._check_fixed(tensors, inputs)
         outputs = self._run(inputs, device)
-        return result_of(self.call.result, _converted(outputs, self.call, tensors), return_dict)
+        return result_of(
+            self.call.result, _converted(outputs, self.call, tensors), return_dict, self.call.returns
+        )
 
     def _check_fixed(self, given: Tensors, inputs: Tensors) -> None:
         """Whether tensors whose content the graph fixes are the compiled call's. A pipeline gives the same objects in

@@ -43,6 +43,7 @@ def recorded_call(
         padding=tuple(Padding(tensor=a.tensor, axis=a.axis, mask=a.mask) for a in group.axes if a.mask),
         fixed=tuple(_fixed(group, flatten(arguments).tensors, baked)),
         result=result,
+        returns=component.returns,
     )
 
 

@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class Recorder:
                 hook = self._hook(name)
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
                 stack.callback(handle.remove)
+                stack.callback(module.register_forward_hook(self._result_hook(name)).remove)
                 stack.enter_context(self._named_branches(name, module))
             yield
 
@@ -108,6 +110,13 @@ class Recorder:
                 raise self._refusals[name]
 
         return before
+
+    def _result_hook(self, name: str) -> Callable[..., None]:
+        def after(module: torch.nn.Module, args: tuple[Any, ...], result: Any) -> None:
+            if isinstance(result, tuple) and name in self._found:
+                self._found[name] = replace(self._found[name], returns=len(result))
+
+        return after
 
     def _record(
         self,

@@ -39,12 +39,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Component:
-    """A recorded module. ``class_name``: ``module:Class``. ``config``: as it was at the first call."""
+    """A recorded module. ``class_name``: ``module:Class``. ``config``: as it was at the first call.
+
+    ``returns``: how many values the tuple had that it returned; None where it returned none.
+    """
 
     name: str
     class_name: str
     config: dict[str, Any]
     parameters: tuple[Parameter, ...]
+    returns: int | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from diffusers.models.transformers.transformer_ltx2 import AudioVisualModelOutpu
 import lynx_compile
 from lynx_compile.engine import module as module_file
 from lynx_compile.engine.arguments import bind, flatten, parameters, unflatten
+from lynx_compile.engine.calls import result_of
 from lynx_compile.engine.manifest import Fixed, Padding
 from lynx_compile.engine.module import EngineModule, digest_of
 from lynx_compile.errors import EngineError, InputError
@@ -493,6 +494,14 @@ def test_engines_of_two_models_are_not_loaded_together(engine_of: Compile, tmp_p
     (copy / stage.manifest.name).write_text(json.dumps(values))
     with pytest.raises(InputError, match="copy.* is not of the model that"):
         lynx_compile.load(stage.path, copy / stage.path.name)
+
+
+def test_a_tuple_has_as_many_values_as_the_transformers_own() -> None:
+    """Some classes return their None fields in a tuple (Cosmos 3), others leave them out (FLUX.2)."""
+    none = {"constant": None}
+    structure = {"dataclass": "diffusers.x:Output", "fields": [["sample", {"tensor": "s"}], ["sound", none]]}
+    assert result_of(structure, {"s": 1}, False, 2) == (1, None)
+    assert result_of(structure, {"s": 1}, False, 1) == result_of(structure, {"s": 1}, False) == (1,)
 
 
 def test_its_forward_has_the_transformers_parameters(nested: Pair) -> None:

@@ -229,7 +229,7 @@ def test_prompts_in_one_batch(tmp_path: Path) -> None:
         for call in found.calls("transformer")
     }
     assert shapes == {(2, 12, 32)}
-    assert found.header.samples == 1
+    assert (found.header.samples, found.component("transformer").returns) == (1, 1)
     prepared = pipelines.prepare("ZImage")
     prepared = Prepared(prepared.pipe, [*prepared.inputs, prepared.inputs[0]], prepared.call)
     found = record(prepared, tmp_path / "lists", batch=2)  # of 3 prompts, the first fills the second run
@@ -369,6 +369,7 @@ def test_constants_that_follow_the_prompt_are_graphs_of_their_own(
     assert len(found.groups("transformer")) == 3  # of both prompts and the empty one
     assert any("'und_len' is 44, not 50" in line for line in found.describe())
     assert len(found.ways()) == 3
+    assert found.component("transformer").returns == 3, "two of them None"
     monkeypatch.setattr(recording, "MOST_WAYS", 2)
     with pytest.raises(
         InputError, match=r"called in 3 ways, each of which needs an engine .*'und_len' is 44, not 50"
