@@ -684,6 +684,7 @@ PIPELINES = {
         {"transformer": ("AceStep", {})},
         {"num_inference_steps": 3, "audio_duration": 1.0},
         _bytes,
+        ("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1}),
         parts={"condition_encoder": _ace_step_conditions, "text_encoder": Encoder},
         adapt=_encoder("encode_prompt", _ace_step_prompt),
     ),
