@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
 from lynx_compile.errors import InputError, is_out_of_memory
+from lynx_compile.models.source import only_variant
 
 ENCODERS = ("text_encoder", "tokenizer")  # how components start that encoded prompts make needless
 
@@ -35,7 +36,8 @@ def load_pipeline(
 
     Args:
         folder: with ``model_index.json``.
-        pipeline: another class than the one it names. variant: of the weight files' names.
+        pipeline: another class than the one it names. variant: of the weight files' names; by default that in
+            which alone a component is there.
         device: by default ``cuda`` where there is one.
         modules: components that are loaded already; None in the place of one leaves it out.
 
@@ -49,6 +51,7 @@ def load_pipeline(
         if (encoded_prompts and name.startswith(ENCODERS)) or _is_missing(folder, name, where)
     }
     given |= modules or {}
+    variant = variant or only_variant(folder, [name for name in index if name not in given])
     kind = _pipeline_class(folder, pipeline)
     try:
         with _without_progress_bars():

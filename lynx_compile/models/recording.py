@@ -8,6 +8,7 @@ of its dtype, shape and bytes, so that conditioning that repeats, or is rebuilt 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -182,7 +183,8 @@ class Recording:
             names = {name: call.blobs[name] for name, file in files.items() if file == path}
             tensors |= _tensors(path, names)
         for name, tensor in tensors.items():
-            if dtype_of(tensor) != known.dtypes[name] or tuple(tensor.shape) != known.shapes[name]:
+            is_known = (dtype_of(tensor), tuple(tensor.shape)) == (known.dtypes[name], known.shapes[name])
+            if not is_known or blob_of(tensor) != call.blobs[name]:
                 raise _damaged(files[name], f"'{name}' is another tensor")
         return {name: tensors[name] for name in call.blobs}
 
@@ -296,6 +298,13 @@ def schema_key(signature: Signature) -> str:
     found = schema_of(signature)
     types = {name: [kind.dtype, kind.rank] for name, kind in found.tensors.items()}
     return json.dumps([signature.component, types, found.constants], sort_keys=True)
+
+
+def blob_of(tensor: torch.Tensor) -> str:
+    """The name of a contiguous CPU tensor in a recording: a hash of its dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{dtype_of(tensor)} {tuple(tensor.shape)} ".encode())
+    digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:40]
 
 
 def read(path: Path, kind: type[T]) -> T:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from dataclasses import replace
@@ -24,6 +23,7 @@ from lynx_compile.models.recording import (
     Header,
     Sample,
     Signature,
+    blob_of,
     count_samples,
     read,
     sample_path,
@@ -140,9 +140,7 @@ class SampleWriter:
         )  # on the CPU, contiguous whatever it was
         shape, dtype = tuple(fresh.shape), fresh.dtype
         data = fresh.flatten().view(torch.uint8).numpy().data
-        digest = hashlib.sha256(f"{dtype_of(fresh)} {shape} ".encode())
-        digest.update(data)
-        blob = digest.hexdigest()[:40]
+        blob = blob_of(fresh)
         if blob not in self._specs:
             start, size = self._file.seek(0, 2), len(data)
             self._file.write(data)

@@ -319,7 +319,11 @@ def test_a_damaged_recording_is_refused(tmp_path: Path) -> None:
     found = record(pipelines.prepare("Flux"), tmp_path)
     call = found.calls("transformer")[0]
     path = tmp_path / "samples" / "00000.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(InputError, match="00000.safetensors is damaged .* is another tensor"):
+        list(map(found.tensors, found.calls("transformer")))
+    path.write_bytes(whole[:-100])
     with pytest.raises(InputError, match="00000.safetensors is damaged"):
         found.tensors(call)
     path.unlink()

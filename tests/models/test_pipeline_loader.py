@@ -55,6 +55,13 @@ def test_what_the_folder_holds_and_says(tmp_path: Path) -> None:
     assert pipe.transformer_2 is None
 
 
+def test_a_component_of_one_variant_alone(folder: Path) -> None:
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    pipe = load_pipeline(folder, dtype=torch.float32, device="cpu", encoded_prompts=True)
+    assert pipe.transformer.dtype == torch.float32
+
+
 def test_pickles_are_never_loaded(folder: Path) -> None:
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
