@@ -33,10 +33,12 @@ from lynx_compile.passes.calibrate import CALIBRATE, Statistics, calibrate, meas
 from lynx_compile.passes.compensate import COMPENSATE, compensate
 from lynx_compile.passes.describe import describe
 from lynx_compile.passes.export import EXPORT, DenseOnnx, export
+from lynx_compile.passes.keep import keep
 from lynx_compile.passes.record import CAPTURE, named_components, record
 from lynx_compile.passes.rewrite import REWRITE, LynxOnnx, rewrite
 from lynx_compile.passes.select import require_fp8, select
 from lynx_compile.passes.speed_table import CostTable
+from lynx_compile.passes.target import Target, target_of
 from lynx_compile.passes.tune import TUNE, Tuned, is_tuned, tune
 from lynx_compile.recipe import Recipe
 from lynx_compile.tools import report
@@ -79,9 +81,9 @@ def compile(
     with claimed(outputs, recipe.files, recipe.checkpoint), _logged(outputs.log):
         log.info("output %s, recipe %s", outputs.engine, recipe.model_dump_json())
         stages = Stages(outputs, fresh, display or silent)
-        backend = trt.backend(recipe.engine.backend)
+        target = target_of(recipe.engine)
         plugin = trt.plugin_library(recipe.engine.plugin)
-        require_fp8(recipe.sparsity, _targets(recipe, backend))
+        require_fp8(recipe.sparsity, target.gpus)
         if recipe.sparsity.costs is not None:
             CostTable.load(
                 Path(recipe.sparsity.costs)
@@ -97,7 +99,7 @@ def compile(
         recording = _recording(recipe, opened, outputs, stages)
         ways = recording.ways()
         if len(ways) == 1:
-            return (_compile_engine(recipe, opened, recording, ways[0], outputs, stages, backend, plugin),)
+            return (_compile_engine(recipe, opened, recording, ways[0], outputs, stages, target, plugin),)
         for line in recording.describe():
             log.info("%s", line)
         manifests = []
@@ -107,7 +109,7 @@ def compile(
                 if fresh:
                     _forget(part)
                 own = Stages(part, fresh, display or silent)
-                manifests.append(_compile_engine(recipe, opened, recording, way, part, own, backend, plugin))
+                manifests.append(_compile_engine(recipe, opened, recording, way, part, own, target, plugin))
         return tuple(manifests)
 
 
@@ -154,12 +156,12 @@ def _compile_engine(
     calls: Group,
     outputs: Outputs,
     stages: Stages,
-    backend: trt.Backend,
+    target: Target,
     plugin: trt.PluginLibrary,
 ) -> Manifest:
     """One way in which one denoiser is called, from its recorded calls to its engine."""
     dit = find_dit(opened.of(calls.component), recording, calls, DTYPES[recipe.model.dtype])
-    plan = select(dit.groups, recipe.sparsity, _targets(recipe, backend))
+    plan = select(dit.groups, recipe.sparsity, target.gpus)
     recorded = recording.header.key, calls.component, calls.index, recipe.model.dtype
     statistics = stages.run(
         CALIBRATE,
@@ -193,7 +195,7 @@ def _compile_engine(
     dense = stages.run(EXPORT, DenseOnnx, lambda _: _dense(dit, outputs.dense), dit.digest, *recorded)
     dit.release()
     external = recipe.engine.weights == "external"
-    layout = trt.metadata_layout(backend)
+    layout = target.metadata_layout
     lynx = stages.run(
         REWRITE,
         LynxOnnx,
@@ -204,12 +206,15 @@ def _compile_engine(
         stages.key(solved), stages.key(EXPORT), plan, outputs.onnx.name, external, layout,
         reads=(solved, EXPORT), published=True,
     )  # fmt: skip
+    engine = outputs.cache / "engine" / outputs.engine.name
     built = stages.run(
         BUILD,
         BuiltEngine,
-        lambda progress: build(lynx, recipe.engine, outputs.cache / "engine" / outputs.engine.name, progress=progress),
+        lambda progress: keep(lynx, recipe.engine, target, engine)
+        if target.name == "torch"
+        else build(lynx, recipe.engine, engine, progress=progress),
         stages.key(REWRITE), recipe.engine.model_copy(update={"plugin": None}), plugin.sha256,
-        backend.name, backend.version, trt.build_gpu(backend), outputs.engine.name,
+        target.name, target.version, target.gpu, target.gpus, outputs.engine.name,
         reads=(REWRITE,), published=True,
     )  # fmt: skip
     manifest = describe(recipe, dit, dense, lynx, built, stages.written(REWRITE, BUILD), stages.costs)
@@ -219,11 +224,6 @@ def _compile_engine(
     report.write(outputs)
     log.info("done: %s", manifest.summary())
     return manifest
-
-
-def _targets(recipe: Recipe, backend: trt.Backend) -> tuple[str, ...]:
-    """Architectures of the GPUs that the engine is for."""
-    return recipe.engine.gpus if backend.ahead_of_time else (trt.gpu() or "unknown",)
 
 
 def _dense(dit: DiT, path: Path) -> DenseOnnx:

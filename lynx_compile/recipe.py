@@ -8,7 +8,7 @@ import hashlib
 import re
 import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -32,8 +32,8 @@ HUB_PAGE = re.compile(
     r"(?:/(?P<kind>tree|blob|resolve)/(?P<revision>[^/?#]+)[^?#]*)?/?(?:[?#].*)?$"
 )
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-GpuTarget = Literal["sm80", "sm86", "sm89", "sm120"]
-GPU_TARGETS: tuple[GpuTarget, ...] = get_args(GpuTarget)
+GpuTarget = Literal["sm80", "sm86", "sm89", "sm90", "sm120"]
+GPU_TARGETS: tuple[GpuTarget, ...] = ("sm80", "sm86", "sm89", "sm120")  # of TensorRT for RTX
 Operand = Literal["activation", "weight"]
 NodeOperand = Operand | Literal["none"]  # which operand is 2:4, if one is
 OperandGlobs = dict[str, Literal["auto", "activation", "weight", "none"]]
@@ -338,18 +338,27 @@ class Engine(Strict):
 
     ``backend``: ``auto`` takes ``tensorrt`` where it and a GPU are there, else ``tensorrt_rtx``, which builds
     ahead of time without one, for ``gpus``; where there is another GPU than those, it must be asked for by name.
-    ``gpus``: targets of an ahead-of-time build. ``weights``: ``embedded`` in the engine, or ``external``: engine
-    inputs bound from a safetensors file beside it.
+    ``torch`` builds none: weights and manifest are for ``lynx_compile.apply``, on the GPU that is here, else on
+    ``gpus``. ``gpus``: targets of an ahead-of-time build; sm90 with ``torch`` alone. ``weights``: ``embedded`` in the
+    engine, or ``external``: engine inputs bound from a safetensors file beside it.
     ``plugin``: another ``liblynx_plugin.so`` than the installed one.
     """
 
-    backend: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
+    backend: Literal["auto", "tensorrt", "tensorrt_rtx", "torch"] = "auto"
     gpus: Annotated[tuple[GpuTarget, ...], Field(min_length=1)] = GPU_TARGETS
     weights: Literal["embedded", "external"] = "embedded"
     plugin: str | None = None
     workspace_gib: Annotated[float, Field(gt=0)] | None = None
 
     _lists = field_validator("gpus", mode="before")(_listed)
+
+    @model_validator(mode="after")
+    def _hopper_by_torch_alone(self) -> Self:
+        if "sm90" in self.gpus and self.backend != "torch":
+            raise ValueError(
+                "no TensorRT builds for sm90 ahead of time; set backend: torch, or leave sm90 out"
+            )
+        return self
 
 
 class Compare(Strict):

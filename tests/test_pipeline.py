@@ -8,6 +8,7 @@ import shutil
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lynx_compile.files.progress import Progress
 from lynx_compile.models.checkpoint import Checkpoint
 from lynx_compile.ops.functions import DOMAIN
 from lynx_compile.passes.rewrite import LynxOnnx
+from lynx_compile.passes.target import target_of
 from lynx_compile.recipe import load_recipe
 from tests.conftest import write_costs
 
@@ -222,7 +224,7 @@ def test_fp8_for_gpus_that_do_not_run_it_is_refused_before_anything_runs(
 
 def test_on_hopper_the_whole_compiler_takes_fp8(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to the build, with TensorRT's targets of one Hopper; FP8 nodes and their scales are in the file."""
-    monkeypatch.setattr(pipeline, "_targets", lambda recipe, backend: ("sm90",))
+    monkeypatch.setattr(pipeline, "target_of", lambda engine: replace(target_of(engine), gpus=("sm90",)))
     made: list[LynxOnnx] = []
 
     def keep(lynx: LynxOnnx, *arguments: object, **options: object) -> None:

@@ -55,9 +55,9 @@ class EngineFile(Strict):
 
 
 class BackendVersion(Strict):
-    """The TensorRT that built the engine and has to run it."""
+    """The TensorRT that built the engine and has to run it; or torch, for which none was built."""
 
-    name: Literal["tensorrt", "tensorrt_rtx"]
+    name: Literal["tensorrt", "tensorrt_rtx", "torch"]
     version: str
 
 

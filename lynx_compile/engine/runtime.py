@@ -77,6 +77,11 @@ class Engine:
         progress = progress or _silent
         files = Outputs.find(path)
         path, manifest = files.engine, Manifest.read(files.manifest)
+        if manifest.backend.name == "torch":
+            raise InputError(
+                f"{path} was compiled for torch, and is no engine.",
+                f"Call lynx_compile.apply(pipe.transformer, {path.name!r}).",
+            )
         _check_tensors(manifest, path)
         gpu = Gpu(device)
         _check_gpu(manifest, gpu, path)

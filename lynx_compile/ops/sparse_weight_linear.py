@@ -78,6 +78,11 @@ def unpack_weight(values: torch.Tensor, metadata: torch.Tensor, layout: Metadata
     return weight.scatter(-1, positions, values.unflatten(-1, (-1, KEPT))).flatten(-2)
 
 
+def relaid(metadata: torch.Tensor, layout: MetadataLayout, wanted: MetadataLayout) -> torch.Tensor:
+    """``metadata`` that lie in one layout, in another."""
+    return _lay_out(_take_out(metadata, layout), wanted)
+
+
 def _lay_out(blocks: torch.Tensor, layout: MetadataLayout) -> torch.Tensor:
     """The metadata of 16-channel blocks [Np, K / 16] as words in the layout's order: int32 [K / 64, Np / 64, 128]."""
     rows, width = blocks.shape

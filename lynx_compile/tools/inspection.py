@@ -55,10 +55,11 @@ def inspect(path: Path) -> Inspection:
     problems: list[str] = []
     engine_bytes = plugin_layers = None
     try:
-        plan = read_plan(path)
+        plan = None if manifest.backend.name == "torch" else read_plan(path)
     except InputError as error:
+        plan = None
         problems.append(error.cause)
-    else:
+    if plan is not None:
         engine_bytes, plugin_layers = plan.bytes, plan.records
         if plan.magic != MAGIC:
             problems.append(f"{path} is no TensorRT engine.")

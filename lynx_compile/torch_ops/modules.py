@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lynx_compile.ops.fp8 import STEP, round_rows
-from lynx_compile.ops.sparse_weight_linear import MetadataLayout
+from lynx_compile.ops.sparse_weight_linear import MetadataLayout, relaid
 from lynx_compile.torch_ops import operators
 from lynx_compile.torch_ops.fp8_bindings import Operand
 
@@ -70,6 +70,17 @@ class SparseWeightLinear(_Packed):
         self.register_buffer("values", values)
         self.register_buffer("metadata", metadata)
         self.register_buffer("bias", bias)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """On a GPU the metadata lie as its kernels read them."""
+        super()._apply(fn, recurse)
+        if (
+            self.metadata.is_cuda
+            and (layout := operators.metadata_layout(self.values.dtype)) != self.metadata_layout
+        ):
+            self.metadata = relaid(self.metadata, self.metadata_layout, layout)
+            self.metadata_layout = layout
+        return self
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = operators.sparse_weight(
