@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import ModularPipeline
+from torch.utils._pytree import tree_leaves
 
 from lynx_compile.engine.arguments import Arguments, Parameter, bind, flatten, parameters
 from lynx_compile.errors import InputError, LynxError
@@ -49,6 +50,7 @@ class Recorder:
         self._steps: dict[str, int] = {}
         self._contexts: dict[str, str] = {}
         self._found: dict[str, Component] = {}
+        self._places: dict[str, int] = {}  # of the signature of the call that runs
         self._refusals: dict[str, LynxError] = {}
         self._processors = {name: _processors(module) for name, module in modules.items()}
 
@@ -113,8 +115,12 @@ class Recorder:
 
     def _result_hook(self, name: str) -> Callable[..., None]:
         def after(module: torch.nn.Module, args: tuple[Any, ...], result: Any) -> None:
-            if isinstance(result, tuple) and name in self._found:
+            if name not in self._found or name in self._refusals:
+                return
+            if isinstance(result, tuple):
                 self._found[name] = replace(self._found[name], returns=len(result))
+            tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            self.sample.note_results(self._places[name], tuple(tuple(tensor.shape) for tensor in tensors))
 
         return after
 
@@ -136,7 +142,7 @@ class Recorder:
                 "One graph cannot follow that; such a pipeline cannot be compiled.",
             )
         step, branch = self._place(name, arguments)
-        place = self.sample.count(name, arguments)
+        place = self._places[name] = self.sample.count(name, arguments)
         group = schema_key(self.sample.signature(place))
         keeps, dropped = self._choice.take(name, index, first=group not in self._schemas)
         self._schemas.add(group)

@@ -65,13 +65,17 @@ class Header:
 
 @dataclass(frozen=True)
 class Signature:
-    """What calls share but for the tensors' content. ``calls``: how many there were, recorded or not."""
+    """What calls share but for the tensors' content. ``calls``: how many there were, recorded or not.
+
+    ``results``: shapes of the tensors that they returned.
+    """
 
     component: str
     structure: Structure
     dtypes: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     calls: int = 0
+    results: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -371,6 +375,8 @@ def _axes(signatures: Sequence[Signature]) -> tuple[Axis, ...]:
     }
     # A text that is padded is longer than what counts its tokens without a mask: then neither is.
     bare = {symbols[values][0] for values in names if values not in masks}
+    # Nor where the result is as long: it would come back padded.
+    bare |= {symbols[values][0] for values in symbols if _step(values) in _result_steps(signatures)}
     return tuple(
         Axis(
             name, axis, min(values), max(values), symbols[values][0],
@@ -382,12 +388,25 @@ def _axes(signatures: Sequence[Signature]) -> tuple[Axis, ...]:
 
 def _symbols(sizes: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[str, int]]:
     """{sizes: symbol and offset}. Sizes that always differ by the same, as with an image behind a text, share one."""
-    steps = {values: tuple(value - values[0] for value in values) for values in sizes}
+    steps = {values: _step(values) for values in sizes}
     smallest: dict[tuple[int, ...], int] = {}
     for values, step in steps.items():
         smallest[step] = min(values[0], smallest.get(step, values[0]))
     symbols = {step: f"s{i}" for i, step in enumerate(smallest)}
     return {values: (symbols[step], values[0] - smallest[step]) for values, step in steps.items()}
+
+
+def _step(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """How a size changes from the first."""
+    return tuple(size - sizes[0] for size in sizes)
+
+
+def _result_steps(signatures: Sequence[Signature]) -> set[tuple[int, ...]]:
+    """How the sizes of the results change between the signatures, where they do."""
+    shapes = [[size for shape in signature.results for size in shape] for signature in signatures]
+    if len({len(sizes) for sizes in shapes}) > 1:
+        return set()
+    return {step for sizes in zip(*shapes, strict=True) if any(step := _step(sizes))}
 
 
 def _is_mask(name: str) -> bool:

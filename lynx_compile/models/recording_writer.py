@@ -101,6 +101,10 @@ class SampleWriter:
         self._signatures[place] = replace(known, calls=known.calls + 1)
         return place
 
+    def note_results(self, place: int, results: tuple[tuple[int, ...], ...]) -> None:
+        """The shapes that the calls at this place return."""
+        self._signatures[place] = replace(self._signatures[place], results=results)
+
     def signature(self, place: int) -> Signature:
         """The signature at a place that ``count`` returned."""
         return self._signatures[place]

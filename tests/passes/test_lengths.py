@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,5 +186,7 @@ def test_axes_that_differ_by_the_same_share_a_symbol() -> None:
         ("mask", "s0", 0, None),
         ("both", "s0", 8, None),
     ], "'both' cannot be padded, so that 'text' must not be"
+    returned = [replace(signature(n, n, 5), results=((1, n, 4),)) for n in (9, 3)]
+    assert [a.mask for a in _axes(returned)] == [None, None], "what it returns would come back padded"
     apart = _axes([signature(9, 9, 17), signature(3, 3, 12)])
     assert [(a.symbol, a.offset, a.mask) for a in apart[1:]] == [("s0", 0, "mask"), ("s1", 0, None)]
