@@ -51,7 +51,8 @@ struct Fp8MmaShape {
   static_assert(kTile.warp_m % 16 == 0 && kTile.warp_n % 32 == 0 && kTile.stages >= 2);
   static_assert(kB % (kThreads * kChunk) == 0 && kTile.n * kRowB % (kThreads * kChunk) == 0);
   static_assert(kTile.m <= kThreads, "a thread copies the metadata of a row at most");
-  static_assert(kThreads / 32 * kStagedBytes <= kSharedBytes && kGeluMultiple % 16 == 0);
+  static_assert(kThreads / 32 * kStagedBytes <= kSharedBytes);
+  static_assert(kGeluMultiple % kChannels == 0, "the channels of a warp go through GELU, or none of them");
 };
 
 struct Fp8MmaArgs {
@@ -83,6 +84,7 @@ __device__ __forceinline__ Fp8MmaPlace place_of_block(const Fp8MmaArgs& args) {
   const int tiles_n = (args.n + Shape::kTile.n - 1) / Shape::kTile.n;
   const int strip = int(blockIdx.x) / (kStrip * tiles_n), in_strip = int(blockIdx.x) % (kStrip * tiles_n);
   const int behind = tiles_m - strip * kStrip, wide = behind < kStrip ? behind : kStrip;
+  // fault: place of a block
   return {(strip * kStrip + in_strip % wide) * Shape::kTile.m, in_strip / wide * Shape::kTile.n};
 }
 
@@ -126,6 +128,7 @@ class Fp8MmaCopies {
   static constexpr int kCopiesA = Shape::kB / (Shape::kThreads * kChunk);
   static constexpr int kCopiesB = Shape::kTile.n * Shape::kRowB / (Shape::kThreads * kChunk);
 
+  // fault: last row of an operand
   static __device__ __forceinline__ int clamped(int row, int rows) { return row < rows ? row : rows - 1; }
 
   // Of the thread's copy i: its row and chunk in a stage, where from, where to.
@@ -147,6 +150,7 @@ class Fp8MmaCopies {
   // Two stages share the 16 bytes of a row.
   __device__ __forceinline__ void begin_metadata(char* to) const {
     constexpr int kStages = kFp8Step / kFp8MmaStage;
+    // fault: stage of metadata
     copy_async<Shape::kRowMetadata>(
         to + int(threadIdx.x) * Shape::kRowMetadata,
         metadata_ + next_ / kStages * metadata_step_ + next_ % kStages * Shape::kRowMetadata);
@@ -168,11 +172,13 @@ struct Fp8MmaFragments {
   // A and its metadata, of a step of the stage.
   __device__ __forceinline__ void load_a(int into, const char* stage, int warp_m, int step) {
     const int lane = int(threadIdx.x) % 32;
+    // fault: fragment of A
     const int at = chunk_at<Shape::kRowA>(warp_m + lane % 16, lane / 16) ^ (step * 2 * kChunk);
 #pragma unroll
     for (int i = 0; i < Shape::kRowBlocks; ++i) {
       load_matrices(a[into][i], stage + at + i * 16 * Shape::kRowA);
       if constexpr (Shape::kSparse) {
+        // fault: row of metadata
         const int row = warp_m + i * 16 + lane / 4 + lane % 2 * 8;
         metadata[into][i] = *reinterpret_cast<const uint32_t*>(stage + Shape::kMetadata +
                                                                row * Shape::kRowMetadata + lane % 4 / 2 * 4);
@@ -190,6 +196,7 @@ struct Fp8MmaFragments {
     } else {
       const int at = chunk_at<Shape::kRowB>(column + lane / 16 * 8 + lane % 8, lane / 8 % 2);
       uint32_t both[4];
+      // fault: step of B
       load_matrices(both, stage + Shape::kB + (at ^ (step * 2 * kChunk)));
       b[into][0][0] = both[0], b[into][0][1] = both[1], b[into][1][0] = both[2], b[into][1][1] = both[3];
     }
@@ -245,12 +252,14 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[Shape::kRowBlocks][S
         copies.begin(write);
         write = stage_after<Shape>(write, first);
       }
+      // fault: end of a stage
       if (last_pair && next_step == 0) {
         wait_for_copies<kAhead - 1>();
         __syncthreads();
         read = stage_after<Shape>(read, first);
       }
       if (last_pair) fragments.load_a((step + 1) % 2, read, warp_m, next_step);
+      // fault: columns of B
       fragments.load_b((unit + 1) % 2, read, warp_n + (pair + 1) % Shape::kPairs * 16,
                        last_pair ? next_step : step % Shape::kStepsOfStage);
       fragments.multiply(sums, step % 2, unit % 2, pair);
@@ -291,6 +300,7 @@ __device__ __forceinline__ void stage_tokens(const float (&sums)[Shape::kRowBloc
                                              const Fp8ChannelTerms<Element, Shape>& terms, char* to,
                                              const Fp8MmaArgs& args, int unit, int token, int channel) {
   constexpr int kHalves = Shape::kTransposed ? 2 : 1;  // blocks of 8 or 16 tokens
+  const bool gelu = channel >= args.gelu_from;         // fault: GELU of a warp
   const int lane = int(threadIdx.x) % 32;
 #pragma unroll
   for (int half = 0; half < kHalves; ++half) {
@@ -298,17 +308,18 @@ __device__ __forceinline__ void stage_tokens(const float (&sums)[Shape::kRowBloc
     float x_scale[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      // fault: token of a sum
       row[i] = Shape::kTransposed ? half * 8 + lane % 4 * 2 + i : lane / 4 + 8 * i;
       x_scale[i] = token + row[i] < args.tokens ? __ldg(args.x_scale + token + row[i]) : 0.0f;
     }
 #pragma unroll
     for (int block = 0; block < terms.kBlocks; ++block) {
       const auto& d = Shape::kTransposed ? sums[block][2 * unit + half] : sums[unit][block];
-      const bool gelu = channel + terms.channel(block, 0) >= args.gelu_from;  // alike in a block
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int of_token = Shape::kTransposed ? i % 2 : i / 2,
                   of_channel = Shape::kTransposed ? i / 2 : i % 2;
+        // fault: terms of a sum
         float value =
             terms.scale[block][of_channel] * (x_scale[of_token] * d[i]) + terms.bias[block][of_channel];
         if (gelu) value = gelu_tanh(value);
@@ -328,6 +339,7 @@ __device__ __forceinline__ void store_tokens(const char* from, const Fp8MmaArgs&
   for (int i = 0; i < Shape::kTokens * kChunks / 32; ++i) {
     const int at = i * 32 + int(threadIdx.x) % 32, row = at / kChunks, chunk = at % kChunks;
     const int m = token + row, n = channel + chunk * kPerChunk;
+    // fault: bounds of y
     if (m < args.tokens && n < args.channels) {
       *reinterpret_cast<uint4*>(args.y + int64_t(m) * args.channels + n) =
           *reinterpret_cast<const uint4*>(from + row * Shape::kStagedRow + chunk * kChunk);
@@ -348,8 +360,10 @@ __device__ __forceinline__ void store_tile(const float (&sums)[Shape::kRowBlocks
 #pragma unroll
   for (int unit = 0; unit < kUnits; ++unit) {
     const int first = token + unit * Shape::kTokens;
+    // fault: staged tokens
     stage_tokens<Element, Shape>(sums, terms, staged, args, unit, first, channel);
     sync_warp();
+    // fault: tokens behind
     store_tokens<Shape>(staged, args, first, channel);
     sync_warp();
   }

@@ -119,7 +119,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     def verdict(indexed: tuple[int, Fault]) -> tuple[str, str]:
         index, fault = indexed
         copy = _copy_kernels(folder / str(index))
-        ((file, spoilt),) = _spoilt(fault, copy / "kernels")
+        ((file, spoilt),) = spoilt_files(fault, copy / "kernels")
         file.write_text(spoilt)
         recompiled = EMULATION / "prune_bf16.cpp"
         return fault.name, _run({**objects, recompiled: _compile(recompiled, copy)}, copy / "test")
@@ -138,14 +138,17 @@ def test_what_is_left_out_is_there(right: str, wrong: str) -> None:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_fault_has_its_place(fault: Fault) -> None:
     """A fault whose mark is gone would test nothing."""
-    assert len(_spoilt(fault, KERNELS)) == 1
+    assert len(spoilt_files(fault, KERNELS)) == 1
 
 
 def test_every_mark_has_a_fault() -> None:
-    from .test_fp8_round_mutations import FAULTS as ROUND_FAULTS  # which is made of this module's
+    from .test_fp8_mutations import FAULTS as FP8_FAULTS  # which are made of this module's
+    from .test_fp8_round_mutations import FAULTS as ROUND_FAULTS
 
     text = "".join(file.read_text() for file in sorted(KERNELS.iterdir()))
-    assert set(re.findall("// fault: (.*)", text)) == {fault.mark for fault in [*FAULTS, *ROUND_FAULTS]}
+    assert set(re.findall("// fault: (.*)", text)) == {
+        fault.mark for fault in [*FAULTS, *FP8_FAULTS, *ROUND_FAULTS]
+    }
 
 
 @pytest.mark.slow
@@ -161,7 +164,7 @@ def test_fault_is_caught(verdicts: dict[str, str], fault: Fault) -> None:
     assert "FAIL" in verdicts[fault.name]
 
 
-def _spoilt(fault: Fault, kernels: Path) -> list[tuple[Path, str]]:
+def spoilt_files(fault: Fault, kernels: Path) -> list[tuple[Path, str]]:
     """The files with the fault's mark, and what it makes of them."""
     found = [(file, fault.put_into(file.read_text())) for file in sorted(kernels.iterdir())]
     return [(file, spoilt) for file, spoilt in found if spoilt is not None]
