@@ -23,7 +23,8 @@ random weights, on a CPU.
 - **masks**: still equal with another mask than the example's. `fixed`: an engine holds for the lengths of the example.
 - **rewritten**: of the linears that may be sparse, how many became nodes of ours in a graph that equals the dense one.
 - **engine**: TensorRT for RTX built one, with a plugin layer for every such node.
-- **drop-in**: the pipeline's own output, with engines on a fake GPU in the place of its transformers.
+- **drop-in**: the pipeline's own output, with engines on a fake GPU in the place of its transformers; where no
+  pipeline can be run here, the model's own results, as said below.
 
 `-`: not run, or there is nothing to run.
 
