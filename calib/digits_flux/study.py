@@ -143,8 +143,8 @@ def set_up(scratch: Path, threads: int = 2) -> Setup:
     opened = open_model(recipe, scratch / "converted")
     rows = prompts.read(Path(calibration.prompts or ""))
     recording = record(recipe, opened, rows, scratch / "recording", _counter("record"))
-    (component,) = recording.components
-    dit = find_dit(opened.checkpoints[component], recording, component, DTYPES[recipe.model.dtype])
+    (calls,) = recording.ways()
+    dit = find_dit(opened.checkpoints[calls.component], recording, calls, DTYPES[recipe.model.dtype])
     return Setup(recipe, dit, recording, select(dit.groups, Sparsity(operand="activation")), scratch, threads)
 
 

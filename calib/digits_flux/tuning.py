@@ -83,9 +83,9 @@ def _recorded(recipe: Recipe, folder: Path) -> tuple[Recording, DiT]:
     opened = open_model(recipe, folder / "converted")
     rows = prompts.read(Path(recipe.calibration.prompts or ""))
     recording = record(recipe, opened, rows, folder / "recording", _quiet)
-    (component,) = recording.components
-    dtype = DTYPES[recipe.model.dtype]
-    return recording, find_dit(opened.checkpoints[component], recording, component, dtype)
+    (calls,) = recording.ways()
+    checkpoint = opened.checkpoints[calls.component]
+    return recording, find_dit(checkpoint, recording, calls, DTYPES[recipe.model.dtype])
 
 
 def _quiet(*_: Any) -> None:
