@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The classes that differ most, through the whole compiler; ``make support`` does so with all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.check import check
+
+# Of every candidate: one whose result nothing reads, in the last block of some, is not in the graph.
+UNREAD = {"QwenImageTransformer2DModel": 3}
+CLASSES = (
+    "CogView4Transformer2DModel",
+    "DiTTransformer2DModel",
+    "Flux2Transformer2DModel",
+    "FluxTransformer2DModel",  # Kontext too
+    "HiDreamImageTransformer2DModel",
+    "HunyuanImageTransformer2DModel",
+    "LTX2VideoTransformer3DModel",
+    "QwenImageTransformer2DModel",  # and -Edit
+    "SD3Transformer2DModel",
+    "SanaTransformer2DModel",
+    "WanTransformer3DModel",  # two of them in one pipeline
+    "ZImageTransformer2DModel",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLASSES)
+def test_class(name: str, tmp_path: Path) -> None:
+    row = check(name, tmp_path, {"captured", "exported", "rewritten", "engine", "dropin"})
+    assert row.captured and row.exported and row.equal and row.dropin and row.engine, row.reason
+    assert row.candidates and row.rewritten == row.candidates - UNREAD.get(name, 0), row.reason
+    assert row.masks_live is not False, row.reason
