@@ -17,8 +17,11 @@ lynx::SparseLinearParams params_of(const LynxSparseLinear& call) {
   params.out_channels = call.out_channels;
   params.rank = call.rank;
   params.norm_scale = call.norm_scale != 0;
-  params.gelu_from = call.gelu_from;
+  params.activation = lynx::Activation(call.activation);
+  params.activation_from = call.activation_from;
   params.producer = lynx::Producer(call.producer);
+  params.producer_activation = lynx::Activation(call.producer_activation);
+  params.halves = lynx::Halves(call.halves);
   params.rms = call.rms != 0, params.epsilon = call.epsilon, params.gain_rows = call.gain_rows;
   params.gain = call.gain, params.shift = call.shift, params.gate = call.gate;
   params.x = call.x, params.weight = call.weight, params.lora_down = call.lora_down, params.bias = call.bias;
@@ -32,7 +35,9 @@ lynx::SparseWeightParams params_of(const LynxSparseWeightLinear& call) {
   params.rows = call.rows;
   params.channels = call.channels;
   params.out_channels = call.out_channels;
-  params.gelu_from = call.gelu_from;
+  params.activation = lynx::Activation(call.activation);
+  params.activation_from = call.activation_from;
+  params.gated = call.gated != 0;
   if (const auto* const reader = lynx::reader_of(call.metadata_layout)) params.set = reader->set;
   params.x = call.x, params.values = call.values;
   params.metadata = static_cast<const uint32_t*>(call.metadata);

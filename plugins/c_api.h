@@ -6,7 +6,7 @@
 
 // Counts the changes of this interface. Callers compare it with lynx_abi(), and tell the size of what they
 // pass in struct_bytes: a caller of another version gets LYNX_OTHER_VERSION and nothing is launched.
-#define LYNX_ABI 3
+#define LYNX_ABI 4
 #define LYNX_OTHER_VERSION (-1)
 
 // One call of the op with sparse activations.
@@ -17,9 +17,13 @@ struct LynxSparseLinear {
   int64_t rows;
   int32_t channels, out_channels;
   int32_t norm_scale;
-  int32_t gelu_from;  // out_channels: no GELU
-  int32_t tile;       // -1: chosen by the dispatcher
-  int32_t producer;   // 0: none, 1: norm, 2: GELU, 3: SiLU times gate
+  int32_t activation;  // of y, and below of x: 0: none, 1: GELU (tanh), 2: GELU (erf), 3: SiLU
+  int32_t activation_from;
+  int32_t tile;      // -1: chosen by the dispatcher
+  int32_t producer;  // 0: none, 1: norm, 2: activation, 3: activation times gate
+  int32_t producer_activation;
+  int32_t
+      halves;  // 0: x and the gate apart, 1: x first and gate second half of their tensors, 2: the other way
   int32_t rms;
   float epsilon;
   int64_t gain_rows;
@@ -35,7 +39,8 @@ struct LynxSparseWeightLinear {
   int32_t metadata_layout;  // 80 or 90
   int64_t rows;
   int32_t channels, out_channels;
-  int32_t gelu_from;
+  int32_t activation, activation_from;
+  int32_t gated;  // the activation of 8 rows times the 8 below them, from activation_from on
   int32_t tile;
   const void *x, *values, *metadata, *bias;
   void *y, *workspace;

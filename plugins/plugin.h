@@ -39,6 +39,10 @@ constexpr char kPluginVersion[] = "1";
 constexpr char kPluginNamespace[] = "lynx";
 constexpr int32_t kX = 0;  // input
 
+// The remedy for an activation that there is not.
+constexpr char kActivations[] =
+    "Use 0 for none, 1 for GELU (tanh), 2 for GELU (erf), or for gated weights 3 for SiLU";
+
 // An attribute: where a field of that name is kept.
 struct AttributeField {
   const char* name;

@@ -4,18 +4,27 @@
 namespace lynx {
 namespace {
 
+// K: of the weight's columns, where x is but a half of its tensor.
+int64_t channels_of(const SparseLinearAttributes& attributes, const Extents& x) {
+  const bool half = Halves(attributes.halves) != Halves::kApart;
+  return half && x.last() >= 0 ? x.last() / 2 : x.last();
+}
+
 template <Producer kProducer>
 SparseLinearParams params_of(const SparseLinearAttributes& attributes,
                              const typename SparseLinearOp<kProducer>::Inputs& in, DType dtype) {
   SparseLinearParams params{};
   params.dtype = dtype;
   params.rows = in[kX].rows();
-  params.channels = int(in[kX].last());
+  params.channels = int(channels_of(attributes, in[kX]));
   params.out_channels = int(in[kWeight].at[0]);
   params.rank = attributes.rank;
   params.norm_scale = attributes.norm_scale != 0;
-  params.gelu_from = attributes.activation ? attributes.activation_from : params.out_channels;
+  params.activation = Activation(attributes.activation);
+  params.activation_from = attributes.activation_from;
   params.producer = kProducer;
+  params.producer_activation = Activation(attributes.producer_activation);
+  params.halves = Halves(attributes.halves);
   params.rms = attributes.rms != 0;
   params.epsilon = attributes.epsilon;
   if constexpr (kProducer == Producer::kNorm) params.gain_rows = in[kFirst].rows();
@@ -37,11 +46,22 @@ bool SparseLinearOp<kProducer>::check_attributes(const Attributes& a) {
     return refuse(name, "rank is " + std::to_string(a.rank),
                   "Use 0 or a multiple of 16 up to " + std::to_string(kMaxRank));
   }
-  for (const int32_t flag : {a.norm_scale, a.activation, a.rms}) {
+  for (const int32_t flag : {a.norm_scale, a.rms}) {
     if (flag != 0 && flag != 1) {
-      return refuse(name, "a flag is " + std::to_string(flag),
-                    "Use 0 or 1 for norm_scale, activation and rms");
+      return refuse(name, "a flag is " + std::to_string(flag), "Use 0 or 1 for norm_scale and rms");
     }
+  }
+  if (a.activation < 0 || a.activation > int32_t(Activation::kGeluErf)) {
+    return refuse(name, "activation is " + std::to_string(a.activation), kActivations);
+  }
+  const Activation most = kProducer == Producer::kGated ? Activation::kSilu : Activation::kGeluErf;
+  if (a.producer_activation < 1 || a.producer_activation > int32_t(most)) {
+    return refuse(name, "producer_activation is " + std::to_string(a.producer_activation),
+                  "Use 1 for GELU (tanh), 2 for GELU (erf), or for a gate 3 for SiLU");
+  }
+  if (a.halves < 0 || a.halves > int32_t(Halves::kGateFirst)) {
+    return refuse(name, "halves is " + std::to_string(a.halves),
+                  "Use 0 for x and gate apart, 1 for x in the first half, 2 for the gate");
   }
   if (a.activation_from < 0) {
     return refuse(name, "activation_from is " + std::to_string(a.activation_from), "Use 0 or more");
@@ -60,7 +80,10 @@ bool SparseLinearOp<kProducer>::check_shapes(const Attributes& attributes, const
     }
   }
   if (in[kBias].count != 1) return refuse(name, "bias is not a vector", "Rewrite the model");
-  const int64_t channels = in[kX].last(), out_channels = in[kWeight].at[0];
+  const int64_t channels = channels_of(attributes, in[kX]), out_channels = in[kWeight].at[0];
+  if (in[kX].last() >= 0 && attributes.halves != 0 && in[kX].last() % 2 != 0) {
+    return refuse(name, "x has no halves", "Rewrite the model with this version of lynx-compile");
+  }
   if (channels >= 0 && (channels == 0 || channels % kBlock != 0)) {
     return refuse(name, "x has " + std::to_string(channels) + " channels, not a multiple of 16",
                   "Keep this linear dense");
@@ -88,7 +111,7 @@ bool SparseLinearOp<kProducer>::check_shapes(const Attributes& attributes, const
     }
   }
   if constexpr (kProducer == Producer::kGated) {
-    ok = ok && check_extent(name, "gate", "channels", in[kFirst].last(), channels) &&
+    ok = ok && check_extent(name, "gate", "channels", in[kFirst].last(), in[kX].last()) &&
          check_extent(name, "gate", "rows", in[kFirst].rows(), in[kX].rows());
   }
   return ok;

@@ -15,7 +15,9 @@ SparseWeightParams params_of(const SparseWeightAttributes& attributes, const Spa
   params.rows = in[kX].rows();
   params.channels = int(in[kX].last());
   params.out_channels = attributes.out_channels;
-  params.gelu_from = attributes.activation ? attributes.activation_from : attributes.out_channels;
+  params.activation = Activation(attributes.activation);
+  params.activation_from = attributes.activation_from;
+  params.gated = attributes.gated != 0;
   params.set = reader_of(attributes);
   return params;
 }
@@ -31,12 +33,18 @@ bool SparseWeightOp::check_attributes(const Attributes& a) {
     return refuse(kName, "metadata_layout is " + std::to_string(a.metadata_layout),
                   "Rewrite the model with this version of lynx-compile");
   }
-  if (a.activation != 0 && a.activation != 1) {
-    return refuse(kName, "activation is " + std::to_string(a.activation), "Use 0, or 1 for GELU (tanh)");
+  const Activation most = a.gated ? Activation::kSilu : Activation::kGeluErf;
+  if (a.gated != 0 && a.gated != 1) return refuse(kName, "gated is " + std::to_string(a.gated), "Use 0 or 1");
+  if (a.activation < a.gated || a.activation > int32_t(most)) {
+    return refuse(kName, "activation is " + std::to_string(a.activation), kActivations);
   }
   const bool from_fits = a.activation_from >= 0 && a.activation_from < a.out_channels;
   if (a.activation && (!from_fits || a.activation_from % kGeluMultiple != 0)) {
     return refuse(kName, "activation_from is " + std::to_string(a.activation_from),
+                  "Rewrite the model with this version of lynx-compile");
+  }
+  if (a.gated && (a.out_channels - a.activation_from) % kGatedMultiple != 0) {
+    return refuse(kName, "gated rows are " + std::to_string(a.out_channels - a.activation_from),
                   "Rewrite the model with this version of lynx-compile");
   }
   return true;

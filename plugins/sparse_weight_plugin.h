@@ -11,8 +11,9 @@ namespace lynx {
 struct SparseWeightAttributes {
   int32_t out_channels = 0;     // N; values have it padded
   int32_t metadata_layout = 0;  // 80: mma.sp's, for any GPU; 90: wgmma.sp's, for sm_90 alone
-  int32_t activation = 0;       // 1: GELU (tanh) on the output
-  int32_t activation_from = 0;  // first output channel that it applies to
+  int32_t activation = 0;       // of the output: 0: none, 1: GELU (tanh), 2: GELU (erf), 3: SiLU
+  int32_t activation_from = 0;  // first row of the weight that it applies to
+  int32_t gated = 0;            // 1: in runs of 16 rows, to the first 8, which the other 8 multiply
 };
 
 enum SparseWeightInput : int32_t { kValues = 1, kMetadata, kWeightBias };
@@ -27,10 +28,15 @@ struct SparseWeightOp {
       {"metadata_layout", kInt, offsetof(Attributes, metadata_layout)},
       {"activation", kInt, offsetof(Attributes, activation)},
       {"activation_from", kInt, offsetof(Attributes, activation_from)},
+      {"gated", kInt, offsetof(Attributes, gated)},
   };
   static constexpr size_t kFieldCount = sizeof kFields / sizeof kFields[0];
   using Inputs = std::array<Extents, 4>;
 
+  // Channels of y: two rows of a gated weight make one.
+  static int32_t y_channels(const Attributes& a) {
+    return a.gated ? a.activation_from + (a.out_channels - a.activation_from) / 2 : a.out_channels;
+  }
   static bool check_attributes(const Attributes& attributes);
   static bool check_shapes(const Attributes& attributes, const Inputs& in);
   static bool check_device(const Attributes& attributes, DType dtype);
@@ -40,7 +46,7 @@ struct SparseWeightOp {
   static const nvinfer1::IDimensionExpr* output_channels(const Attributes& attributes,
                                                          const nvinfer1::DimsExprs*,
                                                          nvinfer1::IExprBuilder& builder) {
-    return builder.constant(attributes.out_channels);
+    return builder.constant(y_channels(attributes));
   }
   static constexpr char kKernels[] = "", kArchitectures[] = "", kSetting[] = "model.dtype";
   static bool holds(DType dtype) { return lynx::holds(dtype); }

@@ -135,7 +135,8 @@ FP8_PRODUCT = """
     product_w = Mul (product_x, weight_scale)
     bias32 = Cast <to = 1> (bias)
     y32 = Add (product_w, bias32)
-ACTIVATE
+    pair_gate = Constant <value_int = 0> ()
+EPILOGUE
 """
 
 FP8_FUNCTION = """
@@ -220,7 +221,8 @@ PRODUCERS = {
     "Gelu": (
         "",
         "",
-        "    y32 = Cast <to = 1> (x)\nTANH_GELU\n    z = CastLike (gelu, x)",
+        "    to_activate = Cast <to = 1> (x)\n    chosen = Constant <value_int = 1> ()\nACTIVATE\n"
+        "    z = CastLike (activated, x)",
         "gelu(x), tanh form",
     ),
     "Gated": ("", "", "GATE_HALVES", "silu(first half of x) * second half"),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops' meaning in plain ONNX ops, as model-local functions: with them ONNX Runtime runs the very same file.
 
-``sparsity`` and ``weight_sparsity`` have it in words. float32 inside, x's dtype outside. An op with a fused producer
-is the producer in front of a call of ``LynxSparseLinear``. Those in FP8 are in ``fp8_functions``.
+``sparse_linear`` and ``sparse_weight_linear`` have it in words. float32 inside, x's dtype outside. An op with a fused
+producer is the producer in front of a call of ``LynxSparseLinear``. Those in FP8 are in ``fp8_functions``.
 """
 
 from __future__ import annotations
@@ -61,37 +61,71 @@ def lynx_function(op: str = OP, opset: int = OPSET) -> onnx.FunctionProto:
     return function
 
 
-# y32 -> gelu: the tanh GELU.
-GELU = """
+# to_activate -> activated: by the number ``chosen``, 1 the tanh GELU, 2 the exact one, 3 SiLU; 0 leaves it.
+ACTIVATE = """
     cubic = Constant <value_float = 0.044715> ()
     root_2_over_pi = Constant <value_float = 0.7978845608028654> ()
     half = Constant <value_float = 0.5> ()
     plus_one = Constant <value_float = 1.0> ()
-    y_squared = Mul (y32, y32)
-    y_cubed = Mul (y_squared, y32)
-    cubic_term = Mul (y_cubed, cubic)
-    inner_sum = Add (y32, cubic_term)
+    root_half = Constant <value_float = 0.7071067811865476> ()
+    squared = Mul (to_activate, to_activate)
+    cubed = Mul (squared, to_activate)
+    cubic_term = Mul (cubed, cubic)
+    inner_sum = Add (to_activate, cubic_term)
     inner = Mul (inner_sum, root_2_over_pi)
     tanh = Tanh (inner)
     one_tanh = Add (tanh, plus_one)
-    half_y = Mul (y32, half)
-    gelu = Mul (half_y, one_tanh)
+    halved = Mul (to_activate, half)
+    gelu_tanh = Mul (halved, one_tanh)
+    deviations = Mul (to_activate, root_half)
+    erf = Erf (deviations)
+    one_erf = Add (erf, plus_one)
+    gelu_erf = Mul (halved, one_erf)
+    sigmoid = Sigmoid (to_activate)
+    silu = Mul (to_activate, sigmoid)
+    number_1 = Constant <value_int = 1> ()
+    number_2 = Constant <value_int = 2> ()
+    number_3 = Constant <value_int = 3> ()
+    chooses_1 = Equal (chosen, number_1)
+    chooses_2 = Equal (chosen, number_2)
+    chooses_3 = Equal (chosen, number_3)
+    activated_1 = Where (chooses_1, gelu_tanh, to_activate)
+    activated_2 = Where (chooses_2, gelu_erf, activated_1)
+    activated = Where (chooses_3, silu, activated_2)
 """
 
-# y32 [..., N], out_channels [1] -> y: the tanh GELU from column activation_from on, where activation is 1.
-ACTIVATE = """
-TANH_GELU
-    first_column = Constant <value_int = 0> ()
-    next_column = Constant <value_int = 1> ()
-    end_column = Squeeze (out_channels)
-    columns = Range (first_column, end_column, next_column)
+# y32 [..., N], out_channels [1] -> y: activated from column activation_from on; where ``pair_gate`` is 1, of each run
+# of 16 columns there the first 8, activated and times the other 8.
+EPILOGUE = """
+    no_columns = Constant <value_int = 0> ()
+    one_column = Constant <value_int = 1> ()
+    run = Constant <value_int = 8> ()
     activation_from = Constant <value_int: int = @activation_from> ()
+    end_column = Squeeze (out_channels)
+    columns_behind = Sub (end_column, activation_from)
+    rows_of_y = Add (pair_gate, one_column)
+    y_columns_behind = Div (columns_behind, rows_of_y)
+    y_end = Add (activation_from, y_columns_behind)
+    columns = Range (no_columns, y_end, one_column)
     behind = GreaterOrEqual (columns, activation_from)
-    activation_int = Constant <value_int: int = @activation> ()
-    activation_on = Cast <to = 9> (activation_int)
-    activated = And (behind, activation_on)
-    y_act = Where (activated, gelu, y32)
-    y = CastLike (y_act, x)
+    gate_offset = Mul (run, pair_gate)
+    offset = Sub (columns, activation_from)
+    runs = Div (offset, run)
+    skipped = Mul (runs, gate_offset)
+    skipped_behind = Where (behind, skipped, no_columns)
+    own_column = Add (columns, skipped_behind)
+    offset_behind = Where (behind, gate_offset, no_columns)
+    gate_column = Add (own_column, offset_behind)
+    to_activate = Gather <axis = -1> (y32, own_column)
+    gates = Gather <axis = -1> (y32, gate_column)
+    chosen = Constant <value_int: int = @activation> ()
+ACTIVATE
+    y_act = Where (behind, activated, to_activate)
+    pair_gate_on = Cast <to = 9> (pair_gate)
+    has_gate = And (behind, pair_gate_on)
+    factor_1 = Where (has_gate, gates, plus_one)
+    y_gated = Mul (y_act, factor_1)
+    y = CastLike (y_gated, x)
 """
 
 # z32 [..., K] float32, minus_one [1], shape: x's -> kept_2_of_4: z32 where kept, else 0.
@@ -202,7 +236,8 @@ KEEP_2_OF_4
     bias32 = Cast <to = 1> (bias)
     y32 = Add (scaled, bias32)
     out_channels = Shape (bias)
-ACTIVATE
+    pair_gate = Constant <value_int = 0> ()
+EPILOGUE
 }
 """
 
@@ -210,7 +245,7 @@ ACTIVATE
 WEIGHT_FUNCTION = """
 <domain: "lynx", opset_import: ["" : OPSET]>
 LynxSparseWeightLinear <metadata_layout, out_channels, activation: int = 0, activation_from: int = 0,
-    plugin_namespace, plugin_version>
+    gated: int = 0, plugin_namespace, plugin_version>
     (x, values, metadata, bias) => (y)
 {
     zero = Constant <value_ints = [0]> ()
@@ -282,7 +317,8 @@ LynxSparseWeightLinear <metadata_layout, out_channels, activation: int = 0, acti
     product = MatMul (x32, weight_t)
     bias32 = Cast <to = 1> (bias)
     y32 = Add (product, bias32)
-ACTIVATE
+    pair_gate = Constant <value_int: int = @gated> ()
+EPILOGUE
 }
 """
 
@@ -343,29 +379,48 @@ MULTIPLY
 GELU_FUNCTION = """
 <domain: "lynx", opset_import: ["" : OPSET, "lynx" : 1]>
 LynxGeluSparseLinear <rank, norm_scale, activation: int = 0,
-    activation_from: int = 0, plugin_namespace, plugin_version>
+    activation_from: int = 0, producer_activation: int = 1, plugin_namespace, plugin_version>
     (x, weight, lora_down, bias) => (y)
 {
-    y32 = Cast <to = 1> (x)
-TANH_GELU
-    z = CastLike (gelu, x)
+    to_activate = Cast <to = 1> (x)
+    chosen = Constant <value_int: int = @producer_activation> ()
+ACTIVATE
+    z = CastLike (activated, x)
 MULTIPLY
 }
 """
 
+# What is no half is taken whole: from channel 0 on, all of them.
 GATED_FUNCTION = """
 <domain: "lynx", opset_import: ["" : OPSET, "lynx" : 1]>
-LynxGatedSparseLinear <rank, norm_scale, activation: int = 0,
-    activation_from: int = 0, plugin_namespace, plugin_version>
+LynxGatedSparseLinear <rank, norm_scale, activation: int = 0, activation_from: int = 0,
+    producer_activation: int = 3, halves: int = 0, plugin_namespace, plugin_version>
     (x, weight, lora_down, bias, gate) => (y)
 {
+    last = Constant <value_ints = [-1]> ()
+    one = Constant <value_ints = [1]> ()
+    two = Constant <value_ints = [2]> ()
     shape = Shape (x)
-    x32 = Cast <to = 1> (x)
-    sigmoid = Sigmoid (x32)
-    silu = Mul (x32, sigmoid)
     gate_like_x = Reshape (gate, shape)
-    gate32 = Cast <to = 1> (gate_like_x)
-    z32 = Mul (silu, gate32)
+    halves_scalar = Constant <value_int: int = @halves> ()
+    halves_1 = Reshape (halves_scalar, one)
+    is_half = Min (halves_1, one)
+    gate_first = Div (halves_1, two)
+    x_first = Sub (is_half, gate_first)
+    all_channels = Shape <start = -1> (x)
+    parts = Add (is_half, one)
+    channels = Div (all_channels, parts)
+    x_begin = Mul (channels, gate_first)
+    x_end = Add (x_begin, channels)
+    gate_begin = Mul (channels, x_first)
+    gate_end = Add (gate_begin, channels)
+    own = Slice (x, x_begin, x_end, last)
+    own_gate = Slice (gate_like_x, gate_begin, gate_end, last)
+    to_activate = Cast <to = 1> (own)
+    chosen = Constant <value_int: int = @producer_activation> ()
+ACTIVATE
+    gate32 = Cast <to = 1> (own_gate)
+    z32 = Mul (activated, gate32)
     z = CastLike (z32, x)
 MULTIPLY
 }
@@ -373,8 +428,8 @@ MULTIPLY
 
 # Text that stands for more text; what a part holds of others comes behind it.
 PARTS = FP8_PARTS | {
+    "EPILOGUE": EPILOGUE,
     "ACTIVATE": ACTIVATE,
-    "TANH_GELU": GELU,
     "MULTIPLY": MULTIPLY,
     "NORMALIZE": NORMALIZE,
     "KEEP_2_OF_4": KEEP_2_OF_4,
@@ -386,7 +441,7 @@ FUNCTIONS = {
         "2:4 activation sparsity with compensation; see lynx_compile/ops/sparse_linear.py.",
     ),
     NORM_OP: (NORM_FUNCTION, "LynxSparseLinear of norm(x) * gain + shift."),
-    GELU_OP: (GELU_FUNCTION, "LynxSparseLinear of gelu(x), tanh form."),
-    GATED_OP: (GATED_FUNCTION, "LynxSparseLinear of silu(x) * gate."),
+    GELU_OP: (GELU_FUNCTION, "LynxSparseLinear of gelu(x)."),
+    GATED_OP: (GATED_FUNCTION, "LynxSparseLinear of activation(x) * gate."),
     WEIGHT_OP: (WEIGHT_FUNCTION, "2:4 weight sparsity; see lynx_compile/ops/sparse_weight_linear.py."),
 } | FP8_FUNCTIONS

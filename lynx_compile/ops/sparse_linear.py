@@ -7,7 +7,7 @@ The op ``LynxSparseLinear`` (domain ``lynx``, version 1), for a token x of K cha
     x~    = x where kept, 0 elsewhere
     s     = 1, or with norm_scale sqrt(|x|^2 / (|x~|^2 + 1e-8))        (RT-Lynx, section 3: norm compensation)
     y     = act(s * (x~ W'^T) + (x A^T) B^T + b')
-    act   = GELU in its tanh form from output channel activation_from on, where the activation is 1; else nothing
+    act   = from output channel activation_from on: nothing, or one of ``ACTIVATIONS``
 
 is computed as one product, ``y = act(s * ([x~ | T / s] [W' | B]^T) + b')`` with ``T = x A^T``, so that the low-rank
 branch rides in the sparse GEMM (``expand_low_rank``). The ONNX function (``functions``) and the CUDA code
@@ -19,7 +19,9 @@ Three more ops make their x themselves (``produce``), so that it is never writte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -27,6 +29,15 @@ GROUP = 4
 KEPT = 2
 NORM_EPSILON = 1e-8
 WIDTH_MULTIPLE = 64  # the sparse GEMM wants its K in whole steps of 64
+GATED_RUN = 16  # output channels that a gated activation makes 8 of: those to activate, then their gates
+
+GELU_TANH, GELU_ERF, SILU = 1, 2, 3  # the ops' activation; 0 is none
+ACTIVATIONS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
+    GELU_TANH: partial(torch.nn.functional.gelu, approximate="tanh"),
+    GELU_ERF: torch.nn.functional.gelu,
+    SILU: torch.nn.functional.silu,
+}
+APART, X_FIRST, GATE_FIRST = 0, 1, 2  # where x and its gate lie: in tensors of their own, or in halves of one
 
 
 @dataclass(frozen=True)
@@ -41,14 +52,22 @@ class Norm:
 
 @dataclass(frozen=True)
 class Gelu:
-    """Producer: gelu(x), tanh form."""
+    """Producer: gelu(x)."""
+
+    activation: int = GELU_TANH
 
 
 @dataclass(frozen=True)
 class Gated:
-    """Producer: silu(x) * gate. gate: x's shape."""
+    """Producer: activation(x) * gate. gate: x's shape.
+
+    Of ``X_FIRST`` both have 2 K channels, and x is the first half of its own, the gate the second half of its own; of
+    ``GATE_FIRST`` it is the other way round. As a rule both are then one tensor.
+    """
 
     gate: torch.Tensor
+    activation: int = SILU
+    halves: int = APART
 
 
 def sparse_linear(
@@ -71,7 +90,7 @@ def sparse_linear(
         bias: [N].
         rank: r of the low-rank branch.
         norm_scale: whether s is the norm scale (else 1).
-        activation: 0 none, 1 GELU in its tanh form, for the output channels from ``activation_from`` on.
+        activation: 0 none, or a GELU, for the output channels from ``activation_from`` on.
 
     Returns:
         y [..., N] in x's dtype.
@@ -91,27 +110,39 @@ def sparse_linear(
 
 
 def produce(x: torch.Tensor, producer: Norm | Gelu | Gated) -> torch.Tensor:
-    """What an op with a fused producer prunes, for x [..., K]: in float32 or better, rounded once to x's dtype.
+    """What an op with a fused producer prunes, [..., K]: in float32 or better, rounded once to x's dtype.
+
+    x: [..., K], or [..., 2 K] where it is but a half.
 
     LayerNorm and RMSNorm go over the channels and have no weights of their own; the variance is that of a population.
     """
     wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if isinstance(producer, Gelu):
-        return torch.nn.functional.gelu(wide, approximate="tanh").to(x.dtype)
+        return ACTIVATIONS[producer.activation](wide).to(x.dtype)
     if isinstance(producer, Gated):
-        return (torch.nn.functional.silu(wide) * producer.gate.to(wide.dtype)).to(x.dtype)
+        gate = producer.gate.to(wide.dtype)
+        if producer.halves:
+            x_half = producer.halves - X_FIRST
+            wide, gate = wide.chunk(2, -1)[x_half], gate.chunk(2, -1)[1 - x_half]
+        return (ACTIVATIONS[producer.activation](wide) * gate).to(x.dtype)
     centred = wide if producer.rms else wide - wide.mean(-1, keepdim=True)
     normed = centred / (centred.square().mean(-1, keepdim=True) + producer.epsilon).sqrt()
     gain, shift = (t.to(wide.dtype).reshape(-1, 1, x.shape[-1]) for t in (producer.gain, producer.shift))
     return (normed.reshape(len(gain), -1, x.shape[-1]) * gain + shift).reshape(x.shape).to(x.dtype)
 
 
-def activate(y: torch.Tensor, activation: int, activation_from: int) -> torch.Tensor:
-    """y [..., N] with its channels from ``activation_from`` on activated: 0 leaves them, 1 is the tanh GELU."""
+def activate(y: torch.Tensor, activation: int, activation_from: int, gated: bool = False) -> torch.Tensor:
+    """y [..., N] with its channels from ``activation_from`` on activated; 0 leaves them as they are.
+
+    gated: of each run of 16 of them 8 remain, the first 8 activated, times the other 8.
+    """
     if not activation:
         return y
-    plain, activated = y.tensor_split((activation_from,), -1)
-    return torch.cat((plain, torch.nn.functional.gelu(activated, approximate="tanh")), -1)
+    plain, behind = y.tensor_split((activation_from,), -1)
+    if not gated:
+        return torch.cat((plain, ACTIVATIONS[activation](behind)), -1)
+    activated, gate = behind.unflatten(-1, (-1, 2, GATED_RUN // 2)).unbind(-2)
+    return torch.cat((plain, (ACTIVATIONS[activation](activated) * gate).flatten(-2)), -1)
 
 
 def keep_mask(z: torch.Tensor, saliency: torch.Tensor | None = None) -> torch.Tensor:

@@ -5,12 +5,14 @@ The op ``LynxSparseWeightLinear`` (domain ``lynx``, version 1)::
 
     y = act(x W^T + bias)
 
-W [N, K] has 2 of every 4 neighbouring input channels; act is as in ``sparsity``. W comes compressed, as the tensor
-cores read it: ``values`` [Np, K / 2], the kept values in channel order, Np being N in whole steps of 64 with zero
-rows at the end; and ``metadata``, int32 [K / 64, Np / 64, 128], which says where they stand. Of a block of 16
-channels, group q has bits 4 q to 4 q + 3: ``lo | hi << 2``, the two kept positions, lo < hi. One word holds the
-blocks of rows m (lower half, m % 16 < 8) and m + 8. The words' order is the GPU's (``metadata_layout``): 80 for
-``mma.sp``, 90 for Hopper's ``wgmma.sp`` with atoms 64 channels wide.
+W [N, K] has 2 of every 4 neighbouring input channels; act is as in ``sparse_linear``. It may be gated: then rows of W
+come in runs of 16 from activation_from on, and act(row i) * (row i + 8), i < 8, is one output channel.
+
+W comes compressed, as the tensor cores read it: ``values`` [Np, K / 2], the kept values in channel order, Np being N
+in whole steps of 64 with zero rows at the end; and ``metadata``, int32 [K / 64, Np / 64, 128], which says where they
+stand. Of a block of 16 channels, group q has bits 4 q to 4 q + 3: ``lo | hi << 2``, the two kept positions, lo < hi.
+One word holds the blocks of rows m (lower half, m % 16 < 8) and m + 8. The words' order is the GPU's
+(``metadata_layout``): 80 for ``mma.sp``, 90 for Hopper's ``wgmma.sp`` with atoms 64 channels wide.
 
 The ONNX function (``functions``) and the addresses in ``plugins/kernels/sparse24.h`` say the same.
 """
@@ -21,7 +23,7 @@ from typing import Literal
 
 import torch
 
-from lynx_compile.ops.sparse_linear import GROUP, KEPT, activate, keep_mask
+from lynx_compile.ops.sparse_linear import GATED_RUN, GROUP, KEPT, activate, keep_mask
 
 MetadataLayout = Literal[80, 90]
 STEP = 64  # K and the rows of ``values`` come in whole steps of it
@@ -38,20 +40,22 @@ def sparse_weight_linear(
     metadata_layout: MetadataLayout,
     activation: int = 0,
     activation_from: int = 0,
+    gated: bool = False,
 ) -> torch.Tensor:
     """``LynxSparseWeightLinear`` in torch, any floating dtype, on any device; accumulates in float32 or better.
 
     Args:
         x: [..., K]. values: [Np, K / 2]. metadata: int32 [K / 64, Np / 64, 128]. bias: [N].
-        activation: 0 none, 1 GELU in its tanh form, for the output channels from ``activation_from`` on.
+        activation: 0 none, or one of ``ACTIVATIONS``, for the rows of W from ``activation_from`` on.
+        gated: whether the activated rows have gates: an output channel for two.
 
     Returns:
-        y [..., N] in x's dtype.
+        y [..., N] in x's dtype, where gated [..., activation_from + (N - activation_from) / 2].
     """
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = unpack_weight(values, metadata, metadata_layout)[: len(bias)]
     product = x.to(accumulate) @ weight.to(accumulate).T
-    return activate(product + bias.to(accumulate), activation, activation_from).to(x.dtype)
+    return activate(product + bias.to(accumulate), activation, activation_from, gated).to(x.dtype)
 
 
 def pack_weight(
@@ -67,6 +71,22 @@ def pack_weight(
     nibbles = (low + GROUP * high).unflatten(-1, (-1, BLOCK // GROUP))
     blocks = (nibbles * torch.tensor(NIBBLES, device=nibbles.device)).sum(-1)  # [Np, K / 16]
     return weight.gather(1, positions), _lay_out(blocks, layout)
+
+
+def gated_order(rows: int, x: int, gate: int, channels: int) -> list[int]:
+    """The order of ``rows`` rows that a gated op wants: those left alone, then in turns 8 to activate and 8 gates.
+
+    x, gate: the first of the ``channels`` rows to activate, and of those that multiply them.
+    """
+    turn = GATED_RUN // 2
+    pairs = {*range(x, x + channels), *range(gate, gate + channels)}
+    behind = [
+        start + first + row
+        for first in range(0, channels, turn)
+        for start in (x, gate)
+        for row in range(turn)
+    ]
+    return [row for row in range(rows) if row not in pairs] + behind
 
 
 def unpack_weight(values: torch.Tensor, metadata: torch.Tensor, layout: MetadataLayout) -> torch.Tensor:

@@ -126,6 +126,7 @@ def _sparse(node: SparseNode) -> SparseLinears:
         tokens=node.tokens,
         gain=node.gain,
         sizes=node.sizes,
-        activation_from=node.activation_from if node.activation else None,
+        activation_from=node.activation_from if node.activation and not node.gated else None,
         metadata_layout=node.metadata_layout,
+        gated=(node.gated.x, node.gated.gate, node.gated.channels) if node.gated else None,
     )

@@ -16,6 +16,7 @@ from onnx import TensorProto
 
 from lynx_compile.models.structure import Linear
 from lynx_compile.ops.functions import LINEAR_KEY
+from lynx_compile.ops.sparse_linear import GELU_ERF, GELU_TANH, SILU
 
 ONNX_NAMES = {
     torch.float32: "FLOAT",
@@ -47,12 +48,14 @@ class DenseGraph:
 class Match:
     """A call of a linear in the graph: what it reads, its nodes (product, bias), and those of a GELU behind it.
 
+    ``activation``: which GELU; 0 where there is none.
     ``convolution``: its channels are in front of the pixels: [batch, channels, pixels ...].
     """
 
     x: gs.Variable
     nodes: tuple[gs.Node, ...]
     gelu: tuple[gs.Node, ...] = ()
+    activation: int = 0
     convolution: bool = False
 
     @property
@@ -156,26 +159,33 @@ def _constant(weight: gs.Tensor) -> gs.Constant | None:
     return weight if isinstance(weight, gs.Constant) else None
 
 
-# How the exporter writes GELU's tanh form, 0.5 y (1 + tanh(sqrt(2 / pi) (y + 0.044715 y^3))), step by step behind y:
-# each op's second operand is a constant or y itself.
-GELU = (
-    ("Pow", 3.0), ("Mul", 0.044715), ("Add", "y"), ("Mul", (2 / np.pi) ** 0.5), ("Tanh", None), ("Add", 1.0),
-    ("Mul", 0.5), ("Mul", "y"),
-)  # fmt: skip
+# How the exporter writes activations of y, step by step behind it: each op's second operand is a constant or y itself.
+STEPS: dict[int, tuple[tuple[str, float | str | None], ...]] = {
+    GELU_TANH: (  # 0.5 y (1 + tanh(sqrt(2 / pi) (y + 0.044715 y^3)))
+        ("Pow", 3.0), ("Mul", 0.044715), ("Add", "y"), ("Mul", (2 / np.pi) ** 0.5), ("Tanh", None), ("Add", 1.0),
+        ("Mul", 0.5), ("Mul", "y"),
+    ),
+    GELU_ERF: (("Div", 2**0.5), ("Erf", None), ("Add", 1.0), ("Mul", 0.5), ("Mul", "y")),
+    SILU: (("Sigmoid", None), ("Mul", "y")),
+}  # fmt: skip
+IN_ORDER = ("Pow", "Div")  # of those ops, the ones that do not commute
 
 
 def _with_gelu(match: Match, dense: DenseGraph) -> Match:
     """The match with the GELU behind it, if there is one and it is all that reads the linear."""
-    chain = gelu_of(match.y, dense)
-    others = {id(reader) for reader in match.y.outputs} - {id(step) for step in chain}
-    return match if others or match.y in dense.graph.outputs else replace(match, gelu=tuple(chain))
+    for activation in (GELU_TANH, GELU_ERF):
+        chain = activation_of(match.y, activation, dense)
+        others = {id(reader) for reader in match.y.outputs} - {id(step) for step in chain}
+        if chain and not others and match.y not in dense.graph.outputs:
+            return replace(match, gelu=tuple(chain), activation=activation)
+    return match
 
 
-def gelu_of(y: gs.Variable, dense: DenseGraph) -> list[gs.Node]:
-    """The nodes that make GELU of ``y``; none where there is no GELU, or where its inner values have other readers."""
+def activation_of(y: gs.Variable, activation: int, dense: DenseGraph) -> list[gs.Node]:
+    """The nodes that make the activation of ``y``; none where it is not there or others read its inner values."""
     value = y
     chain: list[gs.Node] = []
-    for op, operand in GELU:
+    for op, operand in STEPS[activation]:
         step = next((node for node in value.outputs if _is_step(node, op, value, operand, y, dense)), None)
         if step is None or (chain and (len(value.outputs) != 1 or value in dense.graph.outputs)):
             return []
@@ -193,7 +203,7 @@ def _is_step(
     if operand is None:
         return True
     left, right = node.inputs
-    if right is value and op != "Pow":
+    if right is value and op not in IN_ORDER:
         left, right = right, left
     if operand == "y":
         return left is value and right is y

@@ -5,10 +5,11 @@ Recognised are, each where nothing else reads the tensor or what lies in between
 
     LayerNormalization ── * gain ── + shift        gain and shift: a row for all tokens, or for each sample (adaLN);
     Mul(x, 1 / sqrt(mean(x^2) + e)) ── * gain ──   either may be missing, and a norm may have weights of its own
-    GELU in its tanh form
-    SiLU(x) ── * gate                              of two linears, or of two halves of one
+    GELU(x)                                        in its tanh form or by erf
+    SiLU(x) ── * gate                              or a GELU; x and gate are two tensors, or the halves of one
 
-A norm that the exporter wrote with Casts to float32 is one as well: the op computes in float32 and rounds once.
+A norm that the exporter wrote with Casts to float32 is one as well: the op computes in float32 and rounds once. Where
+gain or shift are float32 in a half-precision model they are rounded to its dtype, in which the op reads them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from lynx_compile.passes.match import DenseGraph, gelu_of
+from lynx_compile.ops.sparse_linear import APART, GATE_FIRST, GELU_ERF, GELU_TANH, SILU, X_FIRST
+from lynx_compile.passes.match import STEPS, DenseGraph, activation_of
+from lynx_compile.passes.sections import cut_of
 
 Producer = Literal["layer norm", "rms norm", "gelu", "gated"]
 
@@ -30,7 +33,8 @@ class Produced:
     """A tensor that an op can make itself from ``x``.
 
     Of a norm, it is to be multiplied by all of ``gains`` and ``shift`` is to be added; they have one row or ``rows``.
-    ``epsilon`` is its own. ``gate``: of a SiLU.
+    ``epsilon`` is its own. ``activation``: of a GELU, or what ``gate`` multiplies. ``halves``: where ``x`` and ``gate``
+    lie, as the op says; other than APART both are the tensor of which they are the halves.
     """
 
     producer: Producer
@@ -39,38 +43,32 @@ class Produced:
     shift: gs.Tensor | None = None
     rows: int = 1
     epsilon: float = 0.0
+    activation: int = 0
     gate: gs.Variable | None = None
+    halves: int = APART
 
 
 def find_producer(x: gs.Variable, dense: DenseGraph) -> Produced | None:
     """How ``x`` is made, where an op can do it and nothing else reads ``x`` or what lies in between."""
     found = _find_norm(x, dense) or _find_gated(x, dense) or _find_gelu(x, dense)
-    return found if found is not None and (found.x.dtype, found.x.shape) == (x.dtype, x.shape) else None
-
-
-def with_halves(produced: Produced) -> Produced | None:
-    """For an op whose SiLU and gate are the first and the second half of one tensor; None where they are not that."""
-    if produced.producer != "gated":
-        return produced
-    whole = _whole_of(produced.x, produced.gate)
-    return None if whole is None else replace(produced, x=whole, gate=None)
-
-
-def _whole_of(first: gs.Variable, second: gs.Variable | None) -> gs.Variable | None:
-    """The tensor that a Split over the last axis makes ``first`` and ``second`` of, and nothing else; of one shape."""
-    split = first.inputs[0] if len(first.inputs) == 1 else None
-    if split is None or split.op != "Split" or first.shape is None:
+    if found is None or found.x.dtype != x.dtype:
         return None
-    if split.attrs.get("axis", 0) not in (-1, len(first.shape) - 1):
+    return found if found.halves or found.x.shape == x.shape else None
+
+
+def for_fp8(produced: Produced) -> Produced | None:
+    """For an op that knows the tanh GELU, and SiLU with its gate as first and second half of one tensor; else None."""
+    if produced.producer == "gelu" and produced.activation != GELU_TANH:
         return None
-    if len(split.outputs) != 2 or split.outputs[0] is not first or split.outputs[1] is not second:
-        return None
-    whole = split.inputs[0]
-    return whole if isinstance(whole, gs.Variable) else None
+    if produced.producer == "gated":
+        known = (produced.activation, produced.halves) == (SILU, X_FIRST)
+        return replace(produced, gate=None) if known else None
+    return produced
 
 
 def _find_norm(z: gs.Tensor, dense: DenseGraph) -> Produced | None:
     """Norm ── Mul(gain) ── Add(shift); the last, or both, may be missing."""
+    z = _operand(z, "Cast", dense) or z
     for scaled, shift in _either_way(_maker(z, dense), "Add"):
         made = _find_scaled(scaled, dense)
         if made is None or made.shift is not None:
@@ -99,7 +97,10 @@ def _find_layer_norm(z: gs.Tensor, dense: DenseGraph) -> Produced | None:
     norm = _maker(z, dense)
     if norm is None or norm.op != "LayerNormalization" or len(norm.outputs) != 1:
         return None
-    x, scale, *bias = norm.inputs
+    read, scale, *bias = norm.inputs
+    x = _source(read)
+    if x is None:
+        return None
     attributes = {"axis": -1, "stash_type": 1} | norm.attrs
     if x.shape is None or attributes["axis"] not in (-1, len(x.shape) - 1) or attributes["stash_type"] != 1:
         return None
@@ -139,23 +140,40 @@ def _mean_of(tensor: gs.Tensor, dense: DenseGraph) -> gs.Tensor | None:
 
 
 def _find_gated(z: gs.Tensor, dense: DenseGraph) -> Produced | None:
-    """x, Sigmoid(x) ── Mul ── Mul(gate)."""
-    for silu, gate in _either_way(_maker(z, dense), "Mul"):
-        for x, sigmoid in _either_way(_maker(silu, dense), "Mul"):
-            maker = _maker(sigmoid, dense)
-            if maker is None or maker.op != "Sigmoid" or maker.inputs[0] is not x:
-                continue
-            if isinstance(gate, gs.Variable) and (gate.shape, gate.dtype) == (x.shape, x.dtype):
-                return Produced("gated", x, gate=gate)
+    """Activation(x) ── Mul(gate)."""
+    for activated, gate in _either_way(_maker(z, dense), "Mul"):
+        activation, x = _find_activation(activated, dense)
+        if x is not None and isinstance(gate, gs.Variable) and (gate.shape, gate.dtype) == (x.shape, x.dtype):
+            both, halves = _halves_of(x, gate)
+            if halves:
+                return Produced("gated", both, activation=activation, gate=both, halves=halves)
+            return Produced("gated", x, activation=activation, gate=gate)
     return None
+
+
+def _halves_of(x: gs.Variable, gate: gs.Variable) -> tuple[gs.Variable, int]:
+    """The tensor that ``x`` and ``gate`` are the halves of, and in which order; x and APART where they are not."""
+    first, second = cut_of(x), cut_of(gate)
+    if first is None or second is None or first.whole is not second.whole:
+        return x, APART
+    if first.whole.shape[-1] != 2 * x.shape[-1] or {first.first, second.first} != {0, x.shape[-1]}:
+        return x, APART
+    return first.whole, X_FIRST if first.first == 0 else GATE_FIRST
 
 
 def _find_gelu(z: gs.Tensor, dense: DenseGraph) -> Produced | None:
+    activation, y = _find_activation(z, dense)
+    return Produced("gelu", y, activation=activation) if y and activation in (GELU_TANH, GELU_ERF) else None
+
+
+def _find_activation(z: gs.Tensor, dense: DenseGraph) -> tuple[int, gs.Variable | None]:
+    """Which activation ``z`` is, and of what; all of them end in a product with that."""
     last = _maker(z, dense)
     for y, _ in _either_way(last, "Mul"):
-        if isinstance(y, gs.Variable) and (chain := gelu_of(y, dense)) and chain[-1] is last:
-            return Produced("gelu", y)
-    return None
+        for activation in STEPS if isinstance(y, gs.Variable) else ():
+            if (chain := activation_of(y, activation, dense)) and chain[-1] is last:
+                return activation, y
+    return 0, None
 
 
 def _maker(tensor: gs.Tensor | None, dense: DenseGraph) -> gs.Node | None:
@@ -191,7 +209,7 @@ def _rows(tensor: gs.Tensor, x: gs.Variable) -> int | None:
 
     So it is where it broadcasts over the inner dimensions of the tokens: [B, 1, K] over [B, S, K], but not [1, S, K].
     """
-    if tensor.shape is None or x.shape is None or tensor.dtype != x.dtype:
+    if tensor.shape is None or x.shape is None or tensor.dtype not in (x.dtype, np.float32):
         return None
     if not 0 < len(tensor.shape) <= len(x.shape) or tensor.shape[-1] != x.shape[-1]:
         return None

@@ -17,12 +17,18 @@ or, where the weights are the 2:4 operand::
 
 or, in FP8, ``LynxFp8Linear``, whose activations may be 2:4, and ``LynxFp8SparseWeightLinear``.
 
-A GELU (tanh form) that is all that reads a linear becomes the node's ``activation``. In a merged node its linears
-come last, and ``activation_from`` is the first of their output channels. It stays in the graph where that is no
-multiple of 64, on which the kernels' epilogues cannot start.
+A GELU that is all that reads a linear becomes the node's ``activation``. In a merged node its linears come last, and
+``activation_from`` is the first of their output channels. It stays in the graph where that is no multiple of 64, on
+which the kernels' epilogues cannot start, and where the node has one of the other form.
+
+Where a 2:4 weight of 16 bits makes both values of a gated activation (SwiGLU, GEGLU), its rows take turns of 8, and the
+node makes half as many channels (``gates``)::
+
+    x ── w1 ── SiLU ── Mul ── y         x ── LynxSparseWeightLinear(w1 and w3 in turns) ── y
+    x ── w3 ───────────┘
 
 What makes x then becomes part of the node, so that x is never written: a LayerNorm with its modulation, a GELU that is
-in no epilogue, a SiLU with its gate, if this node is all that reads x::
+in no epilogue, a SiLU or GELU with its gate, if this node is all that reads x::
 
     h ── LayerNormalization ── Mul(gain) ── Add(shift) ── LynxSparseLinear(...)
     h ── LynxNormSparseLinear(..., gain, shift)
@@ -91,13 +97,14 @@ from lynx_compile.ops.functions import (
     WEIGHT_OP,
     lynx_functions,
 )
-from lynx_compile.ops.sparse_linear import keep_mask
+from lynx_compile.ops.sparse_linear import GATED_RUN, GELU_ERF, GELU_TANH, keep_mask
 from lynx_compile.ops.sparse_weight_linear import STEP, MetadataLayout, pack_weight
 from lynx_compile.passes.compensate import SparseLinearWeights, load_weights
 from lynx_compile.passes.export import DenseOnnx
 from lynx_compile.passes.fp8_nodes import fp8_tensors
+from lynx_compile.passes.gates import Gate, GatedRows, find_gate, note
 from lynx_compile.passes.match import DenseGraph, Match, import_graph, match
-from lynx_compile.passes.producers import Produced, Producer, find_producer, with_halves
+from lynx_compile.passes.producers import Produced, Producer, find_producer, for_fp8
 from lynx_compile.passes.select import SparseGroup, SparsityPlan
 from lynx_compile.passes.speed_table import DENSE, Form
 from lynx_compile.recipe import NodeOperand
@@ -122,6 +129,11 @@ PRODUCER_OPS: dict[str, dict[Producer, str]] = {
     FP8_WEIGHT_OP: _by_producer(FP8_NORM_WEIGHT_OP, FP8_GELU_WEIGHT_OP, FP8_GATED_WEIGHT_OP),
 }
 NORM_OPS = (NORM_OP, FP8_NORM_OP, FP8_NORM_WEIGHT_OP)
+PRODUCER_FIELDS = {
+    NORM_OP: ("rms", "epsilon"),
+    GELU_OP: ("producer_activation",),
+    GATED_OP: ("producer_activation", "halves"),
+}
 CHANNELS_LAST = (
     ".channels_last"  # ends the name of a tensor of a convolution whose channels were brought to the end
 )
@@ -141,7 +153,8 @@ class SparseNode:
     """One Lynx node and the linears it replaces.
 
     ``operand``: which one is 2:4; ``none``, with ``fp8`` alone, where neither is. ``fp8``: multiplies in FP8.
-    ``activation``: 1 where the node ends in the GELU of its output channels from ``activation_from`` on.
+    ``out_channels``: of the linears, the rows of their weight. ``activation``: of those from ``activation_from`` on; 0
+    for none. ``gated``: the rows of which two make one channel of the output.
     ``producer``: what the node makes its input of, where it does.
     ``errors``: of each linear, expected. ``tokens``: rows of its input.
     ``gain``: how many times as fast as dense, where the recipe's costs tell.
@@ -159,6 +172,7 @@ class SparseNode:
     fp8: bool = False
     activation: int = 0
     activation_from: int = 0
+    gated: GatedRows | None = None
     producer: Producer | None = None
     tokens: int = 0
     gain: float | None = None
@@ -203,7 +217,8 @@ class LynxOnnx:
             if nodes := [node for node in self.sparse if node.op == op]:
                 activation = any(node.activation and not node.fp8 for node in nodes)
                 fields[op] = ("activation", "activation_from") if activation else ()
-                fields[op] += ("rms", "epsilon") if op == NORM_OP else ()
+                fields[op] += PRODUCER_FIELDS.get(op, ())
+                fields[op] += ("gated",) if any(node.gated for node in nodes) else ()
         return fields
 
 
@@ -246,23 +261,25 @@ def rewrite(
         linears = [decisions[linear].linear for linear in solved.linears]
         matches, reasons = match(imported, linears)
         refused |= reasons
-        owned: dict[tuple[str, ...], list[TensorSpec]] = {}  # linears called again read the same weights
+        owned: dict[
+            tuple[str | GatedRows | None, ...], list[TensorSpec]
+        ] = {}  # linears called again: the same weights
         for readers in _readers_of_one_tensor(matches):
-            found = _with_activation(readers, solved)
-            node = _describe(found, solved, groups[next(iter(readers))], names, metadata_layout)
-            if node.linears not in owned:
+            gate = _gate(readers, solved, imported)
+            found = _without_gelu(readers) if gate else _with_activation(readers, solved)
+            node = _describe(found, solved, groups[next(iter(readers))], names, metadata_layout, gate)
+            key = (*node.linears, node.gated)
+            if key not in owned:
                 if node.fp8:
                     rows, sparse = _rows(node, solved), node.operand == "weight"
-                    owned[node.linears] = fp8_tensors(
-                        node.name, rows, node.in_channels, file, dtype, sparse=sparse
-                    )
+                    owned[key] = fp8_tensors(node.name, rows, node.in_channels, file, dtype, sparse=sparse)
                 elif node.operand == "weight":
-                    owned[node.linears] = _weight_tensors(node, solved, file, dtype, metadata_layout)
+                    owned[key] = _weight_tensors(node, solved, file, dtype, metadata_layout)
                 else:
-                    owned[node.linears] = _tensors(node, solved, file, dtype)
-                tensors += owned[node.linears]
+                    owned[key] = _tensors(node, solved, file, dtype)
+                tensors += owned[key]
             attributes = _attributes(node, metadata_layout)
-            _replace(graph, node, attributes, found, solved, owned[node.linears])
+            _replace(graph, node, attributes, found, solved, owned[key], gate)
             nodes.append(node)
     graph.cleanup(remove_unused_graph_inputs=False)  # of what has read the same tensors as the new nodes
     fills: dict[str, TensorSpec] = {}
@@ -271,7 +288,12 @@ def rewrite(
     external_inputs = tuple(tensor.name for tensor in tensors) if external else ()
     ops = {node.op for node in nodes}
     everything = [*tensors, *fills.values()]
-    _save(gs.export_onnx(graph), dense.path.parent, everything, external_inputs, ops, path)
+    rewritten = gs.export_onnx(graph)
+    gated = {node.name: node.gated for node in nodes if node.gated}
+    for in_file in rewritten.graph.node:
+        if in_file.name in gated:
+            note(in_file, gated[in_file.name])
+    _save(rewritten, dense.path.parent, everything, external_inputs, ops, path)
     left = tuple(DenseLinear(linear, reason) for linear, reason in refused.items())
     return LynxOnnx(
         path,
@@ -299,12 +321,37 @@ def _readers_of_one_tensor(matches: Mapping[str, Sequence[Match]]) -> list[dict[
     return [node for nodes in readers.values() for node in nodes]
 
 
+def _gate(matches: Mapping[str, Match], solved: SparseLinearWeights, dense: DenseGraph) -> Gate | None:
+    """The gated activation behind the linears of a node, where its epilogue can hold one."""
+    if solved.fp8 or solved.operand != "weight" or any(found.convolution for found in matches.values()):
+        return None
+    gate = find_gate(matches, dense)
+    if gate is None or gate.rows.channels % (GATED_RUN // 2):
+        return None
+    channels = dict(zip(solved.linears, solved.out_channels, strict=True))
+    plain = sum(channels[linear] for linear in matches) - 2 * gate.rows.channels
+    return None if plain % ACTIVATION_MULTIPLE else gate
+
+
+def _without_gelu(matches: Mapping[str, Match]) -> dict[str, Match]:
+    return {linear: replace(found, gelu=(), activation=0) for linear, found in matches.items()}
+
+
 def _with_activation(matches: Mapping[str, Match], solved: SparseLinearWeights) -> dict[str, Match]:
-    """The linears of a node in its order, those with a GELU last; without their GELUs where no epilogue can start."""
-    ordered = dict(sorted(matches.items(), key=lambda item: bool(item[1].gelu)))
+    """The linears of a node in its order, those with a GELU last; without their GELUs where no epilogue can start.
+
+    An epilogue has one form of GELU: that of the first linear with one. Those in FP8 know the tanh form alone.
+    """
+    known = (GELU_TANH,) if solved.fp8 else (GELU_TANH, GELU_ERF)
+    form = next((found.activation for found in matches.values() if found.activation in known), 0)
+    of_form = {
+        linear: found if found.activation == form else replace(found, gelu=(), activation=0)
+        for linear, found in matches.items()
+    }
+    ordered = dict(sorted(of_form.items(), key=lambda item: bool(item[1].gelu)))
     channels = dict(zip(solved.linears, solved.out_channels, strict=True))
     if sum(channels[linear] for linear, found in ordered.items() if not found.gelu) % ACTIVATION_MULTIPLE:
-        return {linear: replace(found, gelu=()) for linear, found in matches.items()}
+        return _without_gelu(matches)
     return ordered
 
 
@@ -314,11 +361,15 @@ def _describe(
     group: SparseGroup,
     names: set[str],
     layout: MetadataLayout,
+    gate: Gate | None,
 ) -> SparseNode:
     """The node of ``matches``, under a name that is not among ``names`` yet."""
     channels = dict(zip(solved.linears, solved.out_channels, strict=True))
-    plain = [linear for linear, found in matches.items() if not found.gelu]
-    activation = len(plain) < len(matches)
+    rows = sum(channels[linear] for linear in matches)
+    plain = sum(channels[linear] for linear, found in matches.items() if not found.gelu)
+    activation = gate.activation if gate else max(found.activation for found in matches.values())
+    if gate:
+        plain = rows - 2 * gate.rows.channels
     errors = dict(zip(solved.linears, solved.errors, strict=True))
     name = f"{next(linear for linear in solved.linears if linear in matches)}.{OPS[Form(solved.operand, solved.fp8)]}"
     free = (f"{name}.{call}" if call > 1 else name for call in count(1))
@@ -327,14 +378,15 @@ def _describe(
         name=name,
         linears=tuple(matches),
         in_channels=solved.in_channels,
-        out_channels=sum(channels[linear] for linear in matches),
+        out_channels=rows,
         rank=solved.rank,
         norm_scale=solved.norm_scale,
         errors=tuple(errors[linear] for linear in matches),
         operand=solved.operand,
         fp8=solved.fp8,
-        activation=int(activation),
-        activation_from=sum(channels[linear] for linear in plain) if activation else 0,
+        activation=activation,
+        activation_from=plain if activation else 0,
+        gated=gate.rows if gate else None,
         tokens=_tokens(next(iter(matches.values()))) or group.tokens,
         gain=group.gain,
         sizes=tuple(channels[linear] for linear in matches),
@@ -399,13 +451,14 @@ def _weight_tensors(
 
 
 def _rows(node: SparseNode, solved: SparseLinearWeights) -> list[int]:
-    """The rows of ``solved`` in the order of the node's linears."""
+    """The rows of ``solved`` in the order of the node's linears, or as its gates want them."""
     ends = np.cumsum(solved.out_channels).tolist()
     rows_of = {
         linear: range(end - size, end)
         for linear, size, end in zip(solved.linears, solved.out_channels, ends, strict=True)
     }
-    return [row for linear in node.linears for row in rows_of[linear]]
+    rows = [row for linear in node.linears for row in rows_of[linear]]
+    return rows if node.gated is None else [rows[row] for row in node.gated.order()]
 
 
 def _attributes(node: SparseNode, metadata_layout: MetadataLayout) -> dict[str, int | str]:
@@ -415,6 +468,7 @@ def _attributes(node: SparseNode, metadata_layout: MetadataLayout) -> dict[str, 
         own = {"prune": int(node.operand == "activation")}
     elif node.operand == "weight":
         own = {"metadata_layout": metadata_layout, "out_channels": node.out_channels}
+        own["gated"] = int(node.gated is not None)
     else:
         own = {"rank": node.rank, "norm_scale": int(node.norm_scale)}
     return {
@@ -434,6 +488,7 @@ def _replace(
     matches: Mapping[str, Match],
     solved: SparseLinearWeights,
     tensors: list[TensorSpec],
+    gate: Gate | None,
 ) -> None:
     """Put the node where its linears were. Its weights are named here and given values in ``_save``."""
     existing = graph.tensors()
@@ -445,11 +500,18 @@ def _replace(
             old.outputs.clear()
     if matches[node.linears[0]].convolution:
         x, outputs = _channels_last(graph, x), [_channels_first(graph, y) for y in outputs]
+    channels = dict(zip(solved.linears, solved.out_channels, strict=True))
+    sizes = np.array([channels[linear] for linear in node.linears], dtype=np.int64)
+    if gate:
+        outputs = [*gate.pieces, gate.y]
+        sizes = np.array([tensor.shape[-1] for tensor in outputs], dtype=np.int64)
+        for old in gate.nodes:
+            old.outputs.clear()
+        for tensor in outputs:
+            tensor.inputs.clear()
     merged = outputs[0]
     if len(outputs) > 1:
-        channels = dict(zip(solved.linears, solved.out_channels, strict=True))
-        sizes = np.array([channels[linear] for linear in node.linears], dtype=np.int64)
-        shape = [*outputs[0].shape[:-1], node.out_channels]
+        shape = [*outputs[0].shape[:-1], int(sizes.sum())]
         merged = gs.Variable(f"{node.name}.output", outputs[0].dtype, shape)
         split = gs.Constant(f"{node.name}.split", sizes)
         graph.nodes.append(
@@ -495,7 +557,7 @@ def _fuse_producer(
 ) -> SparseNode:
     produced = find_producer(in_graph.inputs[0], dense)
     if produced is not None and node.fp8:
-        produced = with_halves(produced)
+        produced = for_fp8(produced)
     if produced is None:
         return node
     node = replace(node, producer=produced.producer)
@@ -504,7 +566,10 @@ def _fuse_producer(
     if node.op in NORM_OPS:
         in_graph.attrs |= {"rms": int(produced.producer == "rms norm"), "epsilon": produced.epsilon}
         in_graph.inputs.extend(_gain_and_shift(produced, node, dense, fills))
-    elif produced.gate is not None:
+    elif not node.fp8:
+        in_graph.attrs["producer_activation"] = produced.activation
+    if produced.gate is not None:
+        in_graph.attrs["halves"] = produced.halves
         in_graph.inputs.append(produced.gate)
     return node
 
@@ -521,14 +586,31 @@ def _gain_and_shift(
         fills.setdefault(name, TensorSpec(name, dense.dtype, shape, fill))
         return dense.graph.tensors().get(name) or gs.Variable(name, _onnx_dtype(dense.dtype), shape)
 
-    gain, *factors = produced.gains or (filled(1),)
+    own = partial(_in_dtype_of, produced.x, dense.graph)
+    gain, *factors = [own(each) for each in produced.gains] or [filled(1)]
     for number, factor in enumerate(factors):
         product = gs.Variable(f"{node.name}.gain.{number}", produced.x.dtype)
         dense.graph.nodes.append(
             gs.Node("Mul", f"{product.name}.Mul", inputs=[gain, factor], outputs=[product])
         )
         gain = product
-    return gain, filled(0) if produced.shift is None else produced.shift
+    return gain, filled(0) if produced.shift is None else own(produced.shift)
+
+
+def _in_dtype_of(x: gs.Variable, graph: gs.Graph, tensor: gs.Tensor) -> gs.Tensor:
+    """``tensor``, what it was before a Cast, or a Cast of it."""
+    if tensor.dtype == x.dtype:
+        return tensor
+    cast = tensor.inputs[0] if len(tensor.inputs) == 1 else None
+    if cast is not None and cast.op == "Cast" and cast.inputs[0].dtype == x.dtype:
+        return cast.inputs[0]
+    name = f"{tensor.name}.rounded"
+    made = graph.tensors().get(name)  # for another node that reads it
+    if made is None:
+        made = gs.Variable(name, x.dtype, tensor.shape)
+        to = onnx.helper.np_dtype_to_tensor_dtype(x.dtype) if isinstance(x.dtype, np.dtype) else x.dtype
+        graph.nodes.append(gs.Node("Cast", f"{name}.Cast", {"to": int(to)}, [tensor], [made]))
+    return made
 
 
 def _save(

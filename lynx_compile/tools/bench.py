@@ -28,6 +28,7 @@ from lynx_compile.engine import trt
 from lynx_compile.errors import StageError
 from lynx_compile.files.atomic import save_text
 from lynx_compile.ops.sparse_linear import (
+    GELU_TANH,
     Gated,
     Gelu,
     Norm,
@@ -214,12 +215,14 @@ def bench(
 def sparse_weight_of(
     kernels: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor, tokens: int, gelu_from: int | None = None
 ) -> SparseWeightLinear:
-    """The op with ``weight`` [N, K] pruned by magnitude, packed for this GPU."""
+    """The op with ``weight`` [N, K] pruned by magnitude, packed for this GPU; a tanh GELU from a channel on."""
     layout = kernels.lynx_metadata_layout(DTYPES[weight.dtype])
     values, metadata = pack_weight(weight, keep_mask(weight), layout)
+    gelu = gelu_from is not None and gelu_from < len(bias)
     return SparseWeightLinear(
-        kernels, values, metadata, bias, rows=tokens, metadata_layout=layout, gelu_from=gelu_from
-    )
+        kernels, values, metadata, bias, rows=tokens, metadata_layout=layout,
+        activation=GELU_TANH if gelu else 0, activation_from=(gelu_from or 0) if gelu else 0,
+    )  # fmt: skip
 
 
 class _Problem:

@@ -6,7 +6,8 @@
 
 Rewriting has kept the names of the tensors x, so that the Lynx nodes fit into the dense graph; where x is two linears'
 results side by side, which are apart in the dense graph, they are put together. y is the linear's own result: an
-activation that a node holds is off here. Of a convolution it has the channels last.
+activation that a node holds is off here, and rows that it has in turns are put in order again. Of a convolution it has
+the channels last.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 
 from lynx_compile.engine.manifest import Manifest, SparseLinears
@@ -23,6 +25,7 @@ from lynx_compile.engine.trt import PLUGIN_NAMESPACE as DOMAIN
 from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import atomic_path
 from lynx_compile.ops.functions import LINEAR_KEY
+from lynx_compile.passes.gates import GatedRows, noted
 from lynx_compile.passes.rewrite import CHANNELS_LAST
 
 
@@ -110,8 +113,11 @@ def _results(
     found: dict[str, list[_Result]] = {}
     calls: Counter[tuple[str, ...]] = Counter()
     for layer in manifest.sparse:
-        ends = list(_last(layer, nodes).output)
-        if _is_read_whole(layer, nodes):  # the names of its linears' results are gone: the calls are in order
+        gated = noted(nodes[layer.layer]) is not None
+        ends = _ends(layer, nodes, products, readers) if gated else list(_last(layer, nodes).output)
+        if not gated and _is_read_whole(
+            layer, nodes
+        ):  # the names of its linears' results are gone: the calls are in order
             of_call = [products[linear][calls[layer.linears]] for linear in layer.linears]
             found[layer.layer] = [_Result(product, _own_result(product, "", readers)) for product in of_call]
         else:
@@ -147,6 +153,18 @@ def _with_outputs(
                 node = onnx.helper.make_node("Identity", [y], [_output(layer, linear)])
             model.graph.node.append(node)
     return model
+
+
+def _ends(
+    layer: SparseLinears,
+    nodes: Mapping[str, onnx.NodeProto],
+    products: Mapping[str, Sequence[onnx.NodeProto]],
+    readers: Mapping[str, list[onnx.NodeProto]],
+) -> list[str]:
+    """For each linear, a tensor that a layer with a gate makes of it: of both that the gate joins, the last one."""
+    outputs = list(_last(layer, nodes).output)
+    own = ({_own_result(call, "", readers) for call in products[linear]} for linear in layer.linears)
+    return [next((output for output in outputs if output in results), outputs[-1]) for results in own]
 
 
 def _product_of(
@@ -187,8 +205,11 @@ def _with_nodes(
     used: dict[str, onnx.TensorProto] = {}
     for layer in layers:
         node, last = nodes[layer.layer], _last(layer, nodes)
+        gated = noted(node)
         outputs = [_output(layer, linear) for linear in layer.linears]
-        if _is_read_whole(layer, nodes):
+        if gated is not None:
+            last, names = node, {node.output[0]: f"{layer.layer}:rows"}
+        elif _is_read_whole(layer, nodes):
             whole = f"{layer.layer}:whole"
             model.graph.node.append(onnx.helper.make_node("Split", [whole], outputs, axis=-1, num_outputs=2))
             names = {last.output[0]: whole}
@@ -207,14 +228,32 @@ def _with_nodes(
             copy.CopyFrom(original)
             copy.output[:] = [names.get(name, name) for name in original.output]
             for attribute in copy.attribute:
-                if attribute.name == "activation":
+                if attribute.name in ("activation", "gated"):
                     attribute.i = 0
             used |= {name: constants[name] for name in original.input if name in constants}
+        if gated is not None:
+            model.graph.node.extend(_in_order(gated, layer))
     model.graph.initializer.extend(used.values())
     model.functions.extend(lynx.functions)
     domains = {entry.domain for entry in model.opset_import}
     model.opset_import.extend(entry for entry in lynx.opset_import if entry.domain not in domains)
     return model
+
+
+def _in_order(gated: GatedRows, layer: SparseLinears) -> list[onnx.NodeProto]:
+    """What makes the linears' results of a layer's rows, which are in turns."""
+
+    def constant(name: str, values: Sequence[int]) -> onnx.NodeProto:
+        return onnx.helper.make_node("Constant", [], [f"{layer.layer}:{name}"], value_ints=list(values))
+
+    rows, order, ordered, sizes = (f"{layer.layer}:{name}" for name in ("rows", "order", "ordered", "sizes"))
+    outputs = [_output(layer, linear) for linear in layer.linears]
+    return [
+        constant("order", np.argsort(gated.order()).tolist()),
+        constant("sizes", gated.linears),
+        onnx.helper.make_node("Gather", [rows, order], [ordered], axis=-1),
+        onnx.helper.make_node("Split", [ordered, sizes], outputs, axis=-1),
+    ]
 
 
 def _copy(model: onnx.ModelProto) -> onnx.ModelProto:

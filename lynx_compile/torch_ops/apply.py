@@ -19,7 +19,13 @@ from lynx_compile.files.outputs import Outputs
 from lynx_compile.ops import fp8
 from lynx_compile.ops.fp8 import E4M3, ROW_STEP
 from lynx_compile.ops.sparse_linear import padded_width
-from lynx_compile.ops.sparse_weight_linear import STEP
+from lynx_compile.ops.sparse_weight_linear import (
+    STEP,
+    MetadataLayout,
+    gated_order,
+    pack_weight,
+    unpack_weight,
+)
 from lynx_compile.torch_ops.modules import Fp8Linear, SparseActivationLinear, SparseWeightLinear
 from lynx_compile.torch_ops.swap import Group, gelu_behind, merge, replace
 
@@ -225,12 +231,26 @@ def _sparse_weight(
     padded = -(-node.out_channels // STEP) * STEP
     if node.metadata_layout is None:
         raise InputError(f"The manifest does not tell the layout of {node.layer}.", _AGAIN)
+    values = read("values", dtype, (padded, node.in_channels // 2))
+    metadata = read("metadata", torch.int32, (node.in_channels // STEP, padded // STEP, 2 * STEP))
+    bias = read("bias", dtype, (node.out_channels,))
+    if node.gated is not None:
+        order = torch.tensor(gated_order(node.out_channels, *node.gated)).argsort()
+        values, metadata = _reordered(values, metadata, node.metadata_layout, order)
+        bias = bias[order]
     return SparseWeightLinear(
-        read("values", dtype, (padded, node.in_channels // 2)),
-        read("metadata", torch.int32, (node.in_channels // STEP, padded // STEP, 2 * STEP)),
-        read("bias", dtype, (node.out_channels,)),
-        metadata_layout=node.metadata_layout, gelu_from=gelu_from,
-    )  # fmt: skip
+        values, metadata, bias, metadata_layout=node.metadata_layout, gelu_from=gelu_from
+    )
+
+
+def _reordered(
+    values: torch.Tensor, metadata: torch.Tensor, layout: MetadataLayout, order: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A packed weight with its rows in another order."""
+    weight, keep = (
+        unpack_weight(each, metadata, layout)[order] for each in (values, torch.ones_like(values))
+    )
+    return pack_weight(weight, keep.bool(), layout)
 
 
 def _fp8_linear(node: SparseLinears, read: _Reader, dtype: torch.dtype, gelu_from: int | None) -> nn.Module:

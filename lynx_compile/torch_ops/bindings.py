@@ -18,7 +18,7 @@ from lynx_compile.ops.sparse_weight_linear import STEP
 LIBRARY = Path(__file__).resolve().parents[1] / "lib" / "liblynx_plugin.so"
 ANY_TILE = -1  # the dispatcher's choice
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
-ABI = 3  # LYNX_ABI of c_api.h
+ABI = 4  # LYNX_ABI of c_api.h
 OTHER_VERSION = -1
 
 
@@ -35,8 +35,9 @@ class _Call(_Sized):
     _fields_ = [
         ("struct_bytes", ctypes.c_int32), ("fp16", ctypes.c_int32), ("rank", ctypes.c_int32), ("rows", ctypes.c_int64),
         ("channels", ctypes.c_int32), ("out_channels", ctypes.c_int32),
-        ("norm_scale", ctypes.c_int32), ("gelu_from", ctypes.c_int32), ("tile", ctypes.c_int32),
-        ("producer", ctypes.c_int32), ("rms", ctypes.c_int32), ("epsilon", ctypes.c_float),
+        ("norm_scale", ctypes.c_int32), ("activation", ctypes.c_int32), ("activation_from", ctypes.c_int32),
+        ("tile", ctypes.c_int32), ("producer", ctypes.c_int32), ("producer_activation", ctypes.c_int32),
+        ("halves", ctypes.c_int32), ("rms", ctypes.c_int32), ("epsilon", ctypes.c_float),
         ("gain_rows", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in
           ("x", "gain", "shift", "gate", "weight", "lora_down", "bias",
@@ -51,7 +52,8 @@ class _WeightCall(_Sized):
         ("struct_bytes", ctypes.c_int32), ("fp16", ctypes.c_int32), ("metadata_layout", ctypes.c_int32),
         ("rows", ctypes.c_int64),
         ("channels", ctypes.c_int32), ("out_channels", ctypes.c_int32),
-        ("gelu_from", ctypes.c_int32), ("tile", ctypes.c_int32),
+        ("activation", ctypes.c_int32), ("activation_from", ctypes.c_int32), ("gated", ctypes.c_int32),
+        ("tile", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("x", "values", "metadata", "bias", "y", "workspace")),
     ]  # fmt: skip
 
@@ -95,7 +97,7 @@ class SparseLinear:
 
     Args:
         weight: [N, padded_width(K, rank)]. lora_down: [max(rank, 1), K]. bias: [N]. All of x's dtype, bf16 or fp16.
-        gelu_from: first output channel that goes through GELU, a multiple of 64; none by default.
+        activation: 0 none, or a GELU, for the output channels from ``activation_from`` on, a multiple of 64.
         producer: what x is made into before it is pruned.
 
     Raises:
@@ -112,7 +114,8 @@ class SparseLinear:
         rows: int,
         rank: int = 0,
         norm_scale: bool = False,
-        gelu_from: int | None = None,
+        activation: int = 0,
+        activation_from: int = 0,
         producer: Norm | Gelu | Gated | None = None,
     ) -> None:
         channels, out_channels = lora_down.shape[1], len(bias)
@@ -125,9 +128,10 @@ class SparseLinear:
         self._library = library
         self._call = _Call(
             fp16=DTYPES[weight.dtype], rank=rank, rows=rows, channels=channels, out_channels=out_channels,
-            norm_scale=norm_scale, gelu_from=out_channels if gelu_from is None else gelu_from, tile=ANY_TILE,
+            norm_scale=norm_scale, activation=activation, activation_from=activation_from, tile=ANY_TILE,
             weight=weight.data_ptr(), lora_down=lora_down.data_ptr(), bias=bias.data_ptr(),
         )  # fmt: skip
+        self._x_channels = channels
         self._set_producer(producer)
         self.y = torch.empty(rows, out_channels, dtype=weight.dtype, device=weight.device)
         size = library.lynx_workspace_bytes(self._call)
@@ -145,14 +149,19 @@ class SparseLinear:
             call.producer, call.rms, call.epsilon = 1, producer.rms, producer.epsilon
             call.gain_rows = len(producer.gain)
         elif isinstance(producer, Gelu):
-            call.producer = 2
+            call.producer, call.producer_activation = 2, producer.activation
         elif isinstance(producer, Gated):
-            _check("gate", producer.gate, (call.rows, call.channels), dtype)
-            call.producer, call.gate = 3, producer.gate.data_ptr()
+            self._x_channels *= 2 if producer.halves else 1
+            _check("gate", producer.gate, (call.rows, self._x_channels), dtype)
+            call.producer, call.producer_activation, call.halves = 3, producer.activation, producer.halves
+            call.gate = producer.gate.data_ptr()
         self._producer = producer  # the call holds its addresses
 
     def __call__(self, x: torch.Tensor, tile: int = ANY_TILE) -> torch.Tensor:
-        """y [rows, N] for x [rows, K]; the same tensor at every call. On torch's current stream."""
+        """y [rows, N] for x [rows, K], or [rows, 2 K] with its gate; the same tensor at every call.
+
+        On torch's current stream.
+        """
         return self._run("lynx_sparse_linear", x, tile)
 
     def prune(self, x: torch.Tensor) -> None:
@@ -164,7 +173,7 @@ class SparseLinear:
         return self._run("lynx_pruned_gemm", x, tile)
 
     def _run(self, function: str, x: torch.Tensor, tile: int) -> torch.Tensor:
-        _check("x", x, (self._call.rows, self._call.channels), self.y.dtype)
+        _check("x", x, (self._call.rows, self._x_channels), self.y.dtype)
         self._call.x, self._call.tile = x.data_ptr(), tile
         _launch(self._library, function, self._call, x)
         return self.y
@@ -176,7 +185,8 @@ class SparseWeightLinear:
     Args:
         values: [Np, K / 2]. metadata: int32 [K / 64, Np / 64, 128], as ``pack_weight`` makes them. bias: [N].
         metadata_layout: 80 or 90.
-        gelu_from: first output channel that goes through GELU, a multiple of 64; none by default.
+        activation: 0 none, or one of ``ACTIVATIONS``, for the weight's rows from ``activation_from`` on, a multiple of
+            64. gated: whether two of them make an output channel; without, the activation is a GELU.
 
     Raises:
         InputError: a tensor is not a contiguous CUDA tensor of the right shape and dtype.
@@ -191,7 +201,9 @@ class SparseWeightLinear:
         *,
         rows: int,
         metadata_layout: int,
-        gelu_from: int | None = None,
+        activation: int = 0,
+        activation_from: int = 0,
+        gated: bool = False,
     ) -> None:
         channels, out_channels = 2 * values.shape[1], len(bias)
         padded = -(-out_channels // STEP) * STEP
@@ -201,10 +213,11 @@ class SparseWeightLinear:
         self._library = library
         self._call = _WeightCall(
             fp16=DTYPES[values.dtype], metadata_layout=metadata_layout, rows=rows, channels=channels,
-            out_channels=out_channels, gelu_from=out_channels if gelu_from is None else gelu_from,
+            out_channels=out_channels, activation=activation, activation_from=activation_from, gated=gated,
             values=values.data_ptr(), metadata=metadata.data_ptr(), bias=bias.data_ptr(),
         )  # fmt: skip
-        self.y = torch.empty(rows, out_channels, dtype=values.dtype, device=values.device)
+        y_channels = activation_from + (out_channels - activation_from) // 2 if gated else out_channels
+        self.y = torch.empty(rows, y_channels, dtype=values.dtype, device=values.device)
         size = library.lynx_weight_workspace_bytes(self._call)
         self._workspace = torch.empty(size, dtype=torch.uint8, device=values.device)
         self._call.y, self._call.workspace = self.y.data_ptr(), self._workspace.data_ptr()

@@ -17,13 +17,14 @@ import torch
 from lynx_compile.errors import EngineError
 from lynx_compile.ops import fp8, sparse_linear, sparse_weight_linear
 from lynx_compile.ops.fp8 import Rounded
-from lynx_compile.ops.sparse_linear import Gated, Gelu, Norm, produce
+from lynx_compile.ops.sparse_linear import GELU_TANH, SILU, Gated, Gelu, Norm, produce
 from lynx_compile.ops.sparse_weight_linear import MetadataLayout
 from lynx_compile.torch_ops.bindings import ANY_TILE, DTYPES, LIBRARY, _Call, _WeightCall
 from lynx_compile.torch_ops.fp8_bindings import OPERANDS, _Fp8Call, load_fp8_library
 
 ALIGNMENT = 16  # bytes, of every tensor that a kernel reads
 PRODUCERS = ("none", "norm", "gelu", "gated")  # by their numbers in c_api.h
+ACTIVATION_OF = {"gelu": GELU_TANH, "gated": SILU}
 
 
 @torch.library.custom_op("lynx::sparse_weight_linear", mutates_args=(), device_types="cpu")
@@ -59,7 +60,7 @@ def _(
         return y
     call = _WeightCall(
         fp16=DTYPES[x.dtype], metadata_layout=metadata_layout, rows=len(x), channels=x.shape[1],
-        out_channels=len(bias), gelu_from=gelu_from, tile=ANY_TILE,
+        out_channels=len(bias), tile=ANY_TILE, **_gelu(gelu_from, bias),
         x=x.data_ptr(), values=values.data_ptr(), metadata=metadata.data_ptr(), bias=bias.data_ptr(), y=y.data_ptr(),
     )  # fmt: skip
     workspace = _workspace(_library().lynx_weight_workspace_bytes(call), x)
@@ -117,10 +118,11 @@ def _(
     gain, shift, gate = (None if t is None else _ready(t) for t in (gain, shift, gate))
     call = _Call(
         fp16=DTYPES[x.dtype], rank=rank, rows=len(x), channels=x.shape[1], out_channels=len(bias),
-        norm_scale=norm_scale, gelu_from=gelu_from, tile=ANY_TILE, producer=PRODUCERS.index(producer), rms=rms,
-        epsilon=epsilon, gain_rows=0 if gain is None else len(gain), x=x.data_ptr(), gain=_address(gain),
-        shift=_address(shift), gate=_address(gate), weight=weight.data_ptr(), lora_down=lora_down.data_ptr(),
-        bias=bias.data_ptr(), y=y.data_ptr(),
+        norm_scale=norm_scale, tile=ANY_TILE, **_gelu(gelu_from, bias), producer=PRODUCERS.index(producer),
+        producer_activation=ACTIVATION_OF.get(producer, 0), rms=rms, epsilon=epsilon,
+        gain_rows=0 if gain is None else len(gain), x=x.data_ptr(), gain=_address(gain), shift=_address(shift),
+        gate=_address(gate), weight=weight.data_ptr(), lora_down=lora_down.data_ptr(), bias=bias.data_ptr(),
+        y=y.data_ptr(),
     )  # fmt: skip
     workspace = _workspace(_library().lynx_workspace_bytes(call), x)
     call.workspace = workspace.data_ptr()
@@ -307,6 +309,11 @@ def _ready(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous, and where the kernels can read 16 bytes at once."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+def _gelu(gelu_from: int, bias: torch.Tensor) -> dict[str, int]:
+    """The epilogue of a call in 16 bits."""
+    return {"activation": GELU_TANH, "activation_from": gelu_from} if gelu_from < len(bias) else {}
 
 
 def _workspace(size: int, x: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "sparse24.h"
+#include "traits.h"
 
 #if defined(__CUDACC__)
 #include "warp.h"
@@ -24,12 +25,47 @@ LYNX_HOST_DEVICE float gelu_tanh(float x) {
   return 0.5f * x * (1.0f + tanh);
 }
 
+// GELU by the error function: x / 2 (1 + erf(x / sqrt(2))).
+LYNX_HOST_DEVICE float gelu_erf(float x) {
+#if defined(__CUDA_ARCH__)
+  const float erf = erff(x * 0.70710678118654752f);
+#else
+  const float erf = std::erf(x * 0.70710678118654752f);
+#endif
+  return 0.5f * x * (1.0f + erf);
+}
+
 LYNX_HOST_DEVICE float silu(float x) {
 #if defined(__CUDA_ARCH__)
   return __fdividef(x, 1.0f + __expf(-x));
 #else
   return x / (1.0f + std::exp(-x));
 #endif
+}
+
+struct GeluTanh {
+  LYNX_HOST_DEVICE float operator()(float x) const { return gelu_tanh(x); }
+};
+struct GeluErf {
+  LYNX_HOST_DEVICE float operator()(float x) const { return gelu_erf(x); }
+};
+struct Silu {
+  LYNX_HOST_DEVICE float operator()(float x) const { return silu(x); }
+};
+
+// Calls `use` with the function, and not at all with kNone: a loop over many values then branches once.
+template <class Use>
+LYNX_HOST_DEVICE void with_activation(Activation activation, const Use& use) {
+  switch (activation) {
+    case Activation::kNone:
+      return;
+    case Activation::kGeluTanh:
+      return use(GeluTanh());
+    case Activation::kGeluErf:
+      return use(GeluErf());
+    case Activation::kSilu:
+      return use(Silu());
+  }
 }
 
 }  // namespace lynx

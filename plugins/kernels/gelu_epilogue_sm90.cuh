@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the epilogues of all wgmma GEMMs share: GELU on the way out.
+// What the epilogues of all wgmma GEMMs share: an activation on the way out.
 #pragma once
 
 #include "cute/tensor.hpp"
@@ -10,14 +10,17 @@
 
 namespace lynx {
 
-// Epilogue node: GELU on the output channels from `from` on, and the conversion to the output's type. kMode
-// is the mode of D (m: 0, n: 1) that output channels lie on. The elements of a fragment lie in one run of
-// kGeluMultiple channels, so that its first one speaks for all and the branch is a warp's.
-template <class Element, int kMode>
+// Epilogue node: an activation on the output channels from `from` on, and the conversion to the output's
+// type. kMode is the mode of D (m: 0, n: 1) that output channels lie on. The elements of a fragment lie in
+// one run of kGeluMultiple channels, so that its first one speaks for all and the branch is a warp's.
+// kAny: whether it may be another activation than the tanh GELU, which those in FP8 have alone: the others
+// would take registers that they lack.
+template <class Element, int kMode, bool kAny = false>
 struct GeluFrom : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
   struct SharedStorage {};
   struct Arguments {
     int from;
+    Activation activation = Activation::kGeluTanh;
   };
   using Params = Arguments;
 
@@ -46,7 +49,8 @@ struct GeluFrom : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
 
   template <class Coordinates>
   struct Callbacks : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
-    CUTLASS_DEVICE Callbacks(const Coordinates& at, int from) : at(at), from(from) {}
+    CUTLASS_DEVICE Callbacks(const Coordinates& at, int from, Activation activation)
+        : at(at), from(from), activation(activation) {}
 
     template <class Accumulator, int kCount>
     CUTLASS_DEVICE cutlass::Array<Element, kCount> visit(const cutlass::Array<Accumulator, kCount>&,
@@ -54,21 +58,29 @@ struct GeluFrom : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
                                                          const cutlass::Array<float, kCount>& input) {
       cutlass::Array<float, kCount> value = input;
       if (cute::get<kMode>(at(cute::_, cute::_, cute::_, epi_m, epi_n)(epi_v * kCount)) >= from) {
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kCount; ++i) value[i] = gelu_tanh(input[i]);
+        const auto apply = [&](auto activate) {
+          CUTLASS_PRAGMA_UNROLL
+          for (int i = 0; i < kCount; ++i) value[i] = activate(input[i]);
+        };
+        if constexpr (kAny) {
+          with_activation(activation, apply);
+        } else {
+          apply(GeluTanh());
+        }
       }
       return cutlass::NumericArrayConverter<Element, float, kCount>{}(value);
     }
 
     Coordinates at;  // of the thread's elements, relative to its first
     int from;        // relative to the thread's first element
+    Activation activation;
   };
 
   template <bool kReferenceSource, class... Args>
   CUTLASS_DEVICE auto get_consumer_store_callbacks(
       const cutlass::epilogue::fusion::ConsumerStoreArgs<Args...>& args) {
     const int first = cute::get<kMode>(args.problem_shape_mnkl) - int(cute::get<kMode>(args.residue_tCcD));
-    return Callbacks<decltype(args.tCcD)>(args.tCcD, params.from - first);
+    return Callbacks<decltype(args.tCcD)>(args.tCcD, params.from - first, params.activation);
   }
 };
 

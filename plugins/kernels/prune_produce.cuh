@@ -75,26 +75,31 @@ __device__ __forceinline__ void apply_norm(Block& z, const PruneArgs& args, int 
   }
 }
 
-template <class Element>
-__device__ __forceinline__ void apply_activation(Block& z, const Tile& tile, unsigned at) {
-  if (tile.gate == nullptr) {
-#pragma unroll
-    for (int i = 0; i < kBlock / 2; ++i) {
-      z[i] = pair_of<Element>(gelu_tanh(low_of<Element>(z[i])), gelu_tanh(high_of<Element>(z[i])));
-    }
-    return;
-  }
+template <class Element, class Activate>
+__device__ __forceinline__ void apply_gate(Block& z, const uint16_t* from, const Activate& activate) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const uint4 gate = load_half(tile.gate + at, half);
+    const uint4 gate = load_half(from, half);
     const uint32_t gates[] = {gate.x, gate.y, gate.z, gate.w};
 #pragma unroll
     for (int i = 0; i < kBlock / 4; ++i) {
       uint32_t& pair = z[half * (kBlock / 4) + i];
-      pair = pair_of<Element>(silu(low_of<Element>(pair)) * low_of<Element>(gates[i]),
-                              silu(high_of<Element>(pair)) * high_of<Element>(gates[i]));
+      pair = pair_of<Element>(activate(low_of<Element>(pair)) * low_of<Element>(gates[i]),
+                              activate(high_of<Element>(pair)) * high_of<Element>(gates[i]));
     }
   }
+}
+
+template <class Element>
+__device__ __forceinline__ void apply_activation(Block& z, const PruneArgs& args, const Tile& tile,
+                                                 unsigned at) {
+  with_activation(args.activation, [&](auto activate) {
+    if (tile.gate != nullptr) return apply_gate<Element>(z, tile.gate + at, activate);
+#pragma unroll
+    for (int i = 0; i < kBlock / 2; ++i) {
+      z[i] = pair_of<Element>(activate(low_of<Element>(z[i])), activate(high_of<Element>(z[i])));
+    }
+  });
 }
 
 // z of one block: rows beyond M and channels beyond K are zero.
@@ -103,10 +108,10 @@ __device__ __forceinline__ void load_z(Block& z, const PruneArgs& args, const Ti
                                        int channel, const BlockStatistics* statistics) {
   // fault: last row
   if (row >= tile.rows || channel >= args.channels) return clear_block(z);
-  const unsigned at = unsigned(row * args.channels + channel);
+  const unsigned at = unsigned(row * args.x_stride + channel);
   load_block(z, tile.x + at);
   if constexpr (kVariant == Variant::kNorm) apply_norm<Element>(z, args, channel, statistics->row[row]);
-  if constexpr (kVariant == Variant::kAct) apply_activation<Element>(z, tile, at);
+  if constexpr (kVariant == Variant::kAct) apply_activation<Element>(z, args, tile, at);
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ constexpr int kRows = kPruneRows;  // of a thread block
 enum class Variant {
   kPlain,  // x as it is
   kNorm,   // norm(x) * gain + shift
-  kAct,    // gelu(x) or silu(x) * gate
+  kAct,    // activation(x), perhaps times a gate
 };
 
 // The warps of a thread block that prunes with up to `kRankCap` ranks.
@@ -44,8 +44,10 @@ struct Warps {
 };
 
 struct PruneArgs {
-  const uint16_t* x;      // [rows, channels]
-  const uint16_t* gate;   // [rows, channels] or null: gelu(x) instead of silu(x) * gate
+  const uint16_t* x;     // [rows, channels], x_stride apart
+  const uint16_t* gate;  // the same, or null: no gate
+  int x_stride;
+  Activation activation;
   const uint16_t* gain;   // [rows / rows_per_gain, channels]
   const uint16_t* shift;  // the same
   int64_t rows_per_gain;
@@ -78,7 +80,7 @@ using Block = uint32_t[kBlock / 2];  // 16 channels, two per word
 struct Tile {
   int first_row;
   int rows;                  // that are not padding; none or less: all are
-  const uint16_t *x, *gate;  // [kRows, channels]
+  const uint16_t *x, *gate;  // [kRows, channels], x_stride apart
   uint16_t* values;          // [kRows, width / 2]
   int begin, end;            // channels, in steps
   int part;                  // of all parts of the shared tiles; negative: a whole tile
@@ -95,8 +97,8 @@ __device__ __forceinline__ Tile tile_of(const PruneArgs& args, int block) {
   tile.end = min(whole ? args.channels : tile.begin + args.part_channels, args.channels);
   tile.first_row = (grid.whole + shared) * kRows;  // fault: shared tile
   tile.rows = int(min(int64_t(kRows), args.rows - tile.first_row));
-  tile.x = args.x + int64_t(tile.first_row) * args.channels;  // fault: address of a tile
-  tile.gate = args.gate == nullptr ? nullptr : args.gate + int64_t(tile.first_row) * args.channels;
+  tile.x = args.x + int64_t(tile.first_row) * args.x_stride;  // fault: address of a tile
+  tile.gate = args.gate == nullptr ? nullptr : args.gate + int64_t(tile.first_row) * args.x_stride;
   tile.values = args.values + int64_t(tile.first_row) * (args.width / 2);
   return tile;
 }

@@ -154,8 +154,15 @@ PruneArgs args_of(const SparseLinearParams& params, const CompressedOperand& out
     args.epsilon = params.epsilon;
     args.rms = params.rms;
   }
-  if (params.producer == Producer::kGated) args.gate = static_cast<const uint16_t*>(params.gate);
   args.x = static_cast<const uint16_t*>(params.x);
+  args.x_stride = params.channels;
+  args.activation = params.producer_activation;
+  if (params.producer == Producer::kGated) {
+    args.gate = static_cast<const uint16_t*>(params.gate);
+    if (params.halves != Halves::kApart) args.x_stride *= 2;
+    if (params.halves == Halves::kXFirst) args.gate += params.channels;
+    if (params.halves == Halves::kGateFirst) args.x += params.channels;
+  }
   args.lora_down = static_cast<const uint16_t*>(params.lora_down);
   args.values = static_cast<uint16_t*>(out.values);
   args.metadata = out.metadata;

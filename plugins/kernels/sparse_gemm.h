@@ -20,11 +20,18 @@ struct SparseGemmCall {
   const void* dense;         // T [n, width]
   const float* scale;        // [padded_rows(m)]: y = scale * D + bias; kActivation only
   const void* bias;          // T [output channels]
-  int gelu_from;             // first output channel that goes through GELU, a multiple of kGeluMultiple
+  Activation activation;     // of the output channels
+  int activation_from;       // from here on, a multiple of kGeluMultiple
+  bool gated;                // kWeight only: as SparseWeightParams says
   void* y;                   // T [tokens, output channels]
   void* workspace;           // gemm_workspace_bytes, 256-byte aligned
   size_t workspace_bytes;
 };
+
+// Of a call with a sparse weight.
+constexpr int y_channels(const SparseGemmCall& call) {
+  return call.gated ? call.activation_from + (call.m - call.activation_from) / 2 : call.m;
+}
 
 // Bytes of workspace that every configuration can do with, for up to m x n.
 int64_t gemm_workspace_bytes(InstructionSet set, int64_t m, int64_t n);

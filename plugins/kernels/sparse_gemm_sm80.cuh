@@ -21,9 +21,9 @@ namespace lynx {
 // ------------------------------------------------------
 
 // VisitorAuxStore whose bound is the true number of rows (the GEMM's M is padded, y is not), and that applies
-// GELU on the way. A thread stores 8 neighbouring columns, so its first one speaks for all.
+// an activation on the way. A thread stores 8 neighbouring columns, so its first one speaks for all.
 template <class ThreadMap, class Element, class Stride>
-struct GeluStore
+struct ActivatedStore
     : cutlass::epilogue::threadblock::VisitorAuxStore<ThreadMap, Element,
                                                       cutlass::FloatRoundStyle::round_to_nearest, Stride> {
   using Base =
@@ -33,7 +33,8 @@ struct GeluStore
   struct Arguments {
     typename Base::Arguments store;
     int rows = 0;
-    int gelu_from = 0;
+    Activation activation = Activation::kNone;
+    int activation_from = 0;
   };
   using Params = Arguments;
 
@@ -42,14 +43,14 @@ struct GeluStore
     return args;
   }
 
-  CUTLASS_HOST_DEVICE GeluStore() {}
-  CUTLASS_HOST_DEVICE GeluStore(const Params& params, const typename Base::SharedStorage& shared)
-      : Base(params.store, shared), rows(params.rows), gelu_from(params.gelu_from) {}
+  CUTLASS_HOST_DEVICE ActivatedStore() {}
+  CUTLASS_HOST_DEVICE ActivatedStore(const Params& params, const typename Base::SharedStorage& shared)
+      : Base(params.store, shared), params(params) {}
 
   template <class BaseCallbacks>
   struct Callbacks : BaseCallbacks {
-    CUTLASS_DEVICE Callbacks(const BaseCallbacks& base, int gelu_from)
-        : BaseCallbacks(base), gelu_from(gelu_from) {}
+    CUTLASS_DEVICE Callbacks(const BaseCallbacks& base, const Params& params)
+        : BaseCallbacks(base), activation(params.activation), activation_from(params.activation_from) {}
 
     template <class Accumulator, int kCount>
     CUTLASS_DEVICE auto visit(int iteration, int row, int column, int fragment,
@@ -57,24 +58,27 @@ struct GeluStore
                               const cutlass::Array<float, kCount>& input) {
       cutlass::Array<float, kCount> value = input;
       const auto at = cute::filter(this->tC_cAux(cute::_, cute::_, cute::_, iteration));
-      if (cute::get<1>(at(fragment)) >= gelu_from) {
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < kCount; ++i) value[i] = gelu_tanh(input[i]);
+      if (cute::get<1>(at(fragment)) >= activation_from) {
+        with_activation(activation, [&](auto activate) {
+          CUTLASS_PRAGMA_UNROLL
+          for (int i = 0; i < kCount; ++i) value[i] = activate(input[i]);
+        });
       }
       return BaseCallbacks::visit(iteration, row, column, fragment, accumulator, value);
     }
 
-    int gelu_from;
+    Activation activation;
+    int activation_from;
   };
 
   template <class ProblemShape>
   CUTLASS_DEVICE auto get_callbacks(cutlass::gemm::GemmCoord tile, int thread, ProblemShape shape) {
-    const auto base =
-        Base::get_callbacks(tile, thread, cute::make_shape(rows, cute::get<1>(shape), cute::get<2>(shape)));
-    return Callbacks<std::remove_const_t<decltype(base)>>(base, gelu_from);
+    const auto base = Base::get_callbacks(
+        tile, thread, cute::make_shape(params.rows, cute::get<1>(shape), cute::get<2>(shape)));
+    return Callbacks<std::remove_const_t<decltype(base)>>(base, params);
   }
 
-  int rows, gelu_from;
+  Params params;
 };
 
 template <class Element, TileIndex kIndex>
@@ -85,7 +89,8 @@ struct ActivationGemmSm80 {
   using InstructionShape = cutlass::gemm::GemmShape<16, 8, 32>;
   static constexpr int kAlignment = 8;  // 16 bytes
 
-  // Epilogue tree: store(gelu(multiply_add(scale[m], accumulator, bias[n]))), in float32 until the store.
+  // Epilogue tree: store(activation(multiply_add(scale[m], accumulator, bias[n]))), in float32 until the
+  // store.
   using ThreadMap = cutlass::epilogue::threadblock::OutputTileThreadLayout<TileShape, WarpShape, Element,
                                                                            kAlignment, /*Stages=*/1>;
   using Scale = cutlass::epilogue::threadblock::VisitorColBroadcast<
@@ -98,7 +103,7 @@ struct ActivationGemmSm80 {
   using Affine =
       cutlass::epilogue::threadblock::Sm80EVT<MultiplyAdd, Scale,
                                               cutlass::epilogue::threadblock::VisitorAccFetch, Bias>;
-  using Store = GeluStore<ThreadMap, Element, cute::Stride<int64_t, cute::_1, cute::_0>>;
+  using Store = ActivatedStore<ThreadMap, Element, cute::Stride<int64_t, cute::_1, cute::_0>>;
   using Tree = cutlass::epilogue::threadblock::Sm80EVT<Store, Affine>;
 
   // Neighbouring thread blocks share a strip of 8 tiles, so that both operands stay in L2.
@@ -113,8 +118,10 @@ struct ActivationGemmSm80 {
   static typename Tree::Arguments epilogue(const SparseGemmCall& call) {
     const typename Scale::Arguments scale{call.scale, 0.0f, {}};
     const typename Bias::Arguments bias{static_cast<const Element*>(call.bias), Element(0), {}};
-    const typename Store::Arguments store{
-        {static_cast<Element*>(call.y), {call.n, cute::_1{}, cute::_0{}}}, call.m, call.gelu_from};
+    const typename Store::Arguments store{{static_cast<Element*>(call.y), {call.n, cute::_1{}, cute::_0{}}},
+                                          call.m,
+                                          call.activation,
+                                          call.activation_from};
     return {{scale, {}, bias, {}}, store};
   }
 };
@@ -122,9 +129,10 @@ struct ActivationGemmSm80 {
 // ---- Sparse weights: an epilogue of our own, D column-major
 // ---------------------------------------------------
 
-// y[token, channel] = gelu(D[channel, token] + bias[channel]), straight from the accumulators: CUTLASS has no
-// column-major store for this GEMM. movmatrix turns an 8 x 8 block so that a lane holds two neighbouring
-// channels.
+// y[token, channel] = activation(D[channel, token] + bias[channel]), straight from the accumulators: CUTLASS
+// has no column-major store for this GEMM. movmatrix turns an 8 x 8 block so that a lane holds two
+// neighbouring channels. Where gated, y has one channel for rows 8 apart of D, whose accumulators a lane
+// holds both.
 template <class Mma, class Element>
 class TransposedEpilogue {
  public:
@@ -139,7 +147,10 @@ class TransposedEpilogue {
     struct Arguments {
       const Element* bias;
       Element* y;
-      int channels, tokens, gelu_from;
+      int channels, y_channels, tokens;  // rows of D, channels of y
+      Activation activation;
+      int activation_from;
+      bool gated;
     };
     using Params = Arguments;
 
@@ -166,38 +177,58 @@ class TransposedEpilogue {
     for (int row = 0; row < kRows; ++row) {
       const int channel = first_channel + row * 16;
       const float bias[2] = {bias_at(channel + lane_ / 4), bias_at(channel + 8 + lane_ / 4)};
-      const bool gelu = channel >= params_.gelu_from;
       CUTLASS_PRAGMA_UNROLL
       for (int column = 0; column < kColumns; ++column) {
         const float* const d = &accumulators[(row + column * kRows) * 4];
-        CUTLASS_PRAGMA_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          store(d + 2 * half, bias[half], gelu, channel + 8 * half, first_token + column * 8);
-        }
+        Pair low, high;  // of rows lane / 4 and the one 8 below
+        low[0] = d[0] + bias[0], low[1] = d[1] + bias[0], high[0] = d[2] + bias[1], high[1] = d[3] + bias[1];
+        finish(low, high, channel, first_token + column * 8);
       }
     }
   }
 
  private:
+  using Pair = cutlass::Array<float, 2>;  // this lane's of an 8 x 8 block: columns 2 (lane % 4) and the next
+
   CUTLASS_DEVICE float bias_at(int channel) const {
     return channel < params_.channels ? float(params_.bias[channel]) : 0.0f;
   }
 
-  // One 8 x 8 block of D: this lane's two values lie in row lane / 4, columns 2 (lane % 4) and the next.
-  CUTLASS_DEVICE void store(const float* d, float bias, bool gelu, int channel, int token) const {
-    cutlass::Array<float, 2> value;
-    value[0] = d[0] + bias, value[1] = d[1] + bias;
-    if (gelu) value[0] = gelu_tanh(value[0]), value[1] = gelu_tanh(value[1]);
+  // 16 rows of D from `channel` on. All lanes turn both blocks, and store what there is.
+  CUTLASS_DEVICE void finish(Pair low, Pair high, int channel, int token) const {
+    const int from = params_.activation_from;
+    const bool behind = channel >= from, gated = behind && params_.gated;
+    if (behind) {
+      with_activation(params_.activation, [&](auto activate) {
+        low[0] = activate(low[0]), low[1] = activate(low[1]);
+        if (!gated) high[0] = activate(high[0]), high[1] = activate(high[1]);
+      });
+    }
+    if (gated) low[0] *= high[0], low[1] *= high[1];
+    __syncwarp();  // no branch above may take the turning of blocks into it
+    const uint32_t first = turned(low), second = turned(high);
+    store(first, gated ? from + (channel - from) / 2 : channel, token);
+    if (!gated) store(second, channel + 8, token);
+  }
+
+  // Of an 8 x 8 block, of which a lane holds two neighbouring tokens of a row: two neighbouring rows of a
+  // token.
+  static CUTLASS_DEVICE uint32_t turned(const Pair& value) {
     const cutlass::Array<Element, 2> pair = cutlass::NumericArrayConverter<Element, float, 2>{}(value);
-    uint32_t turned;
-    // Volatile: all lanes must be there, and the compiler may otherwise move it under the condition of the
+    uint32_t out;
+    // Volatile: all lanes must be there, and the compiler may otherwise move it under the condition of a
     // store.
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;"
-                 : "=r"(turned)
+                 : "=r"(out)
                  : "r"(reinterpret_cast<const uint32_t&>(pair)));
+    return out;
+  }
+
+  // Into y, of channels from `channel` on.
+  CUTLASS_DEVICE void store(uint32_t pair, int channel, int token) const {
     token += lane_ / 4, channel += lane_ % 4 * 2;
-    if (channel < params_.channels && token < params_.tokens) {
-      *reinterpret_cast<uint32_t*>(params_.y + int64_t(token) * params_.channels + channel) = turned;
+    if (channel < params_.y_channels && token < params_.tokens) {
+      *reinterpret_cast<uint32_t*>(params_.y + int64_t(token) * params_.y_channels + channel) = pair;
     }
   }
 
@@ -222,8 +253,14 @@ struct WeightGemmSm80 {
   using Kernel = cutlass::gemm::kernel::SparseGemmWithEpilogueVisitor<Mma, Epilogue, Swizzle>;
 
   static typename Epilogue::Params epilogue(const SparseGemmCall& call) {
-    return {static_cast<const Element*>(call.bias), static_cast<Element*>(call.y), call.m, call.n,
-            call.gelu_from};
+    return {static_cast<const Element*>(call.bias),
+            static_cast<Element*>(call.y),
+            call.m,
+            y_channels(call),
+            call.n,
+            call.activation,
+            call.activation_from,
+            call.gated};
   }
 };
 

@@ -14,15 +14,20 @@
 #include "cutlass/util/packed_stride.hpp"
 
 #include "cutlass_element.h"
+#include "gated_epilogue_sm90.cuh"
 #include "gelu_epilogue_sm90.cuh"
 #include "sparse_gemm.h"
 
 namespace lynx {
 
-template <class Element, TileIndexSm90 kIndex, Operand kOperand>
+// What a GEMM makes. kGated: of a sparse weight whose rows come in pairs.
+enum class Form { kActivation, kWeight, kGated };
+
+template <class Element, TileIndexSm90 kIndex, Form kForm>
 struct SparseGemmSm90 {
   static constexpr TileConfigSm90 kTile = kTilesSm90[kIndex];
-  static constexpr bool kSparseWeight = kOperand == Operand::kWeight;
+  static constexpr bool kSparseWeight = kForm != Form::kActivation;
+  static constexpr bool kGated = kForm == Form::kGated;
   using TileShape = cute::Shape<cute::Int<kTile.m>, cute::Int<kTile.n>, cute::Int<kTile.k>>;
   using ClusterShape = cute::Shape<cute::Int<kTile.cluster_m>, cute::_1, cute::_1>;
   using Schedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
@@ -31,8 +36,8 @@ struct SparseGemmSm90 {
   static constexpr int kAlignment = 8;  // 16 bytes, what TMA wants
   static constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
 
-  // Epilogue trees, in float32 until the store: gelu(scale[m] * accumulator + bias[n]), or with a sparse
-  // weight gelu(accumulator + bias[m]).
+  // Epilogue trees, in float32 until the store: activation(scale[m] * accumulator + bias[n]), or with
+  // a sparse weight activation(accumulator + bias[m]).
   template <template <class> class Function, class... Children>
   using Compute = cutlass::epilogue::fusion::Sm90EVT<
       cutlass::epilogue::fusion::Sm90Compute<Function, float, float, kRound>, Children...>;
@@ -42,18 +47,19 @@ struct SparseGemmSm90 {
   using ColumnBias = cutlass::epilogue::fusion::Sm90ColBroadcast<0, TileShape, Element, float>;
   using Affine = std::conditional_t<kSparseWeight, Compute<cutlass::plus, Accumulator, ColumnBias>,
                                     Compute<cutlass::homogeneous_multiply_add, Scale, Accumulator, RowBias>>;
-  using Tree = cutlass::epilogue::fusion::Sm90EVT<GeluFrom<Element, kSparseWeight ? 0 : 1>, Affine>;
+  using Last =
+      std::conditional_t<kGated, GatedStore<Element>, GeluFrom<Element, kSparseWeight ? 0 : 1, true>>;
+  using Tree = cutlass::epilogue::fusion::Sm90EVT<Last, Affine>;
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, TileShape, ClusterShape,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, LayoutD, kAlignment, Element,
-      LayoutD, kAlignment, cutlass::epilogue::TmaWarpSpecializedCooperative, Tree>::CollectiveOp;
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, LayoutD, kAlignment,
+      std::conditional_t<kGated, void, Element>, LayoutD, kAlignment,
+      cutlass::epilogue::TmaWarpSpecializedCooperative, Tree>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Element, cutlass::layout::RowMajor,
       2 * kAlignment, Element, cutlass::layout::ColumnMajor, kAlignment, float, TileShape, ClusterShape,
-      cutlass::gemm::collective::StageCountAutoCarveout<int(sizeof(typename Epilogue::SharedStorage))>,
-      Schedule>::CollectiveOp;
-  static_assert(Mainloop::DispatchPolicy::Stages == kTile.stages, "tile_config.h states the stages that fit");
+      cutlass::gemm::collective::StageCount<kTile.stages>, Schedule>::CollectiveOp;
   using Scheduler =
       std::conditional_t<kTile.stream_k, cutlass::gemm::StreamKScheduler, cutlass::gemm::PersistentScheduler>;
   using Kernel =
@@ -93,7 +99,7 @@ struct SparseGemmSm90 {
     args.mainloop.ptr_E = reinterpret_cast<const typename Mainloop::ElementE*>(call.metadata);
     args.mainloop.layout_e = SparseConfig::fill_layoutE(shape);
     args.epilogue.thread = tree_arguments(call);
-    args.epilogue.ptr_D = static_cast<Element*>(call.y);
+    if constexpr (!kGated) args.epilogue.ptr_D = static_cast<Element*>(call.y);
     args.epilogue.dD =
         cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, cute::make_shape(call.m, call.n, 1));
     args.hw_info.device_id = device;
@@ -109,27 +115,42 @@ struct SparseGemmSm90 {
 
   static typename Tree::Arguments tree_arguments(const SparseGemmCall& call) {
     const Element* const bias = static_cast<const Element*>(call.bias);
-    if constexpr (kSparseWeight) {
-      return {{{}, {bias, Element(0), {}}, {}}, {call.gelu_from}};
+    if constexpr (kGated) {
+      return {
+          {{}, {bias, Element(0), {}}, {}},
+          {call.activation, call.activation_from, static_cast<Element*>(call.y), y_channels(call), call.n}};
+    } else if constexpr (kSparseWeight) {
+      return {{{}, {bias, Element(0), {}}, {}}, {call.activation_from, call.activation}};
     } else {
-      return {{{call.scale, 0.0f, {}}, {}, {bias, Element(0), {}}, {}}, {call.gelu_from}};
+      return {{{call.scale, 0.0f, {}}, {}, {bias, Element(0), {}}, {}},
+              {call.activation_from, call.activation}};
     }
   }
 };
 
+template <class Type, Form kForm>
+cudaError_t launch_form(const SparseGemmCall& call, int tile, int device, cudaStream_t stream) {
+  switch (tile) {
+    case kWide:
+      return SparseGemmSm90<Type, kWide, kForm>::launch(call, device, stream);
+    case kTall:
+      return SparseGemmSm90<Type, kTall, kForm>::launch(call, device, stream);
+    case kNarrow:
+      return SparseGemmSm90<Type, kNarrow, kForm>::launch(call, device, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+// In a file of its own.
+template <class Element>
+cudaError_t launch_gated_gemm(const SparseGemmCall& call, int tile, int device, cudaStream_t stream);
+
 template <InstructionSet kSet, class Element, Operand kOperand>
 cudaError_t launch_gemm(const SparseGemmCall& call, int tile, int device, cudaStream_t stream) {
   static_assert(kSet == InstructionSet::kWgmmaSp);
-  using Type = CutlassElement<Element>;
-  switch (tile) {
-    case kWide:
-      return SparseGemmSm90<Type, kWide, kOperand>::launch(call, device, stream);
-    case kTall:
-      return SparseGemmSm90<Type, kTall, kOperand>::launch(call, device, stream);
-    case kNarrow:
-      return SparseGemmSm90<Type, kNarrow, kOperand>::launch(call, device, stream);
-  }
-  return cudaErrorInvalidValue;
+  constexpr Form kForm = kOperand == Operand::kWeight ? Form::kWeight : Form::kActivation;
+  if (call.gated) return launch_gated_gemm<Element>(call, tile, device, stream);
+  return launch_form<CutlassElement<Element>, kForm>(call, tile, device, stream);
 }
 
 }  // namespace lynx

@@ -38,19 +38,41 @@ template <class Params>
 bool sizes_fit(const Params& p, int step) {
   return p.rows > 0 && p.rows <= kMaxRows && p.channels > 0 && p.channels <= kMaxChannels &&
          p.channels % step == 0 && p.out_channels > 0 && p.out_channels <= kMaxRows &&
-         p.out_channels % 8 == 0 && p.gelu_from >= 0 &&
-         (p.gelu_from >= p.out_channels || p.gelu_from % kGeluMultiple == 0);
+         p.out_channels % 8 == 0;
+}
+
+bool is_gelu(Activation activation) {
+  return activation == Activation::kGeluTanh || activation == Activation::kGeluErf;
+}
+bool is_activation(Activation activation) { return is_gelu(activation) || activation == Activation::kSilu; }
+
+template <class Params>
+bool activation_fits(const Params& p) {
+  return p.activation_from >= 0 && p.activation_from < p.out_channels &&
+         p.activation_from % kGeluMultiple == 0;
+}
+
+bool epilogue_fits(const SparseLinearParams& p) {
+  return p.activation == Activation::kNone || (is_gelu(p.activation) && activation_fits(p));
+}
+
+bool epilogue_fits(const SparseWeightParams& p) {
+  if (!p.gated) return p.activation == Activation::kNone || (is_gelu(p.activation) && activation_fits(p));
+  return is_activation(p.activation) && activation_fits(p) &&
+         (p.out_channels - p.activation_from) % kGatedMultiple == 0;
 }
 
 bool producer_fits(const SparseLinearParams& p) {
   switch (p.producer) {
     case Producer::kNone:
-    case Producer::kGelu:
       return true;
+    case Producer::kGelu:
+      return is_gelu(p.producer_activation);
     case Producer::kNorm:
       return p.gain && p.shift && p.gain_rows > 0 && p.rows % p.gain_rows == 0 && p.epsilon > 0.0f;
     case Producer::kGated:
-      return p.gate != nullptr;
+      return p.gate != nullptr && is_activation(p.producer_activation) && p.halves >= Halves::kApart &&
+             p.halves <= Halves::kGateFirst;
   }
   return false;
 }
@@ -58,7 +80,7 @@ bool producer_fits(const SparseLinearParams& p) {
 cudaError_t check(const SparseWeightParams& p) {
   const bool present =
       p.x && p.values && p.metadata && p.bias && p.y && (p.workspace || weight_workspace_bytes(p) == 0);
-  if (!sizes_fit(p, kWidthMultiple) || !present) return cudaErrorInvalidValue;
+  if (!sizes_fit(p, kWidthMultiple) || !epilogue_fits(p) || !present) return cudaErrorInvalidValue;
   const void* const pointers[] = {p.x, p.values, p.metadata, p.bias, p.y, p.workspace};
   for (const void* pointer : pointers) {
     if (misaligned(pointer)) return cudaErrorMisalignedAddress;
@@ -96,7 +118,7 @@ size_t weight_workspace_bytes(const SparseWeightParams& params) {
 
 cudaError_t check_arguments(const SparseLinearParams& p) {
   const bool sizes_ok = sizes_fit(p, kBlock) && p.rank >= 0 && p.rank <= kMaxRank &&
-                        p.rank % kRankMultiple == 0 && producer_fits(p);
+                        p.rank % kRankMultiple == 0 && producer_fits(p) && epilogue_fits(p);
   const bool present = p.x && p.weight && p.bias && p.y && p.workspace && (p.rank == 0 || p.lora_down);
   if (!sizes_ok || !present) return cudaErrorInvalidValue;
   const void* const pointers[] = {p.x,     p.weight, p.lora_down, p.bias,     p.gain,
@@ -122,7 +144,8 @@ cudaError_t launch_pruned_gemm(const SparseLinearParams& params, const Compresse
   call.m = int(params.rows), call.n = params.out_channels;
   call.width = int(padded_width(params.channels, params.rank));
   call.values = a.values, call.metadata = a.metadata, call.dense = params.weight;
-  call.scale = a.scale, call.bias = params.bias, call.gelu_from = params.gelu_from, call.y = params.y;
+  call.scale = a.scale, call.bias = params.bias, call.y = params.y;
+  call.activation = params.activation, call.activation_from = params.activation_from, call.gated = false;
   call.workspace = a.gemm, call.workspace_bytes = a.gemm_bytes;
   return launch_sparse_gemm(a.set, params.dtype, Operand::kActivation, call, tile, stream);
 }
@@ -133,7 +156,9 @@ cudaError_t launch_sparse_weight_linear(const SparseWeightParams& params, int ti
   SparseGemmCall call;
   call.m = params.out_channels, call.n = int(params.rows), call.width = params.channels;
   call.values = params.values, call.metadata = params.metadata, call.dense = params.x;
-  call.scale = nullptr, call.bias = params.bias, call.gelu_from = params.gelu_from, call.y = params.y;
+  call.scale = nullptr, call.bias = params.bias, call.y = params.y;
+  call.activation = params.activation, call.activation_from = params.activation_from;
+  call.gated = params.gated;
   call.workspace = params.workspace, call.workspace_bytes = weight_workspace_bytes(params);
   return launch_sparse_gemm(params.set, params.dtype, Operand::kWeight, call, tile, stream);
 }

@@ -16,8 +16,15 @@ namespace lynx {
 enum class Producer {
   kNone,   // x
   kNorm,   // norm(x) * gain + shift: LayerNorm or RMSNorm over the channels, without weights of its own
-  kGelu,   // gelu(x), tanh approximation
-  kGated,  // silu(x) * gate
+  kGelu,   // gelu(x)
+  kGated,  // activation(x) * gate
+};
+
+// kGated: where x and the gate lie.
+enum class Halves {
+  kApart,      // in a tensor each, of K channels
+  kXFirst,     // x in the first half of its tensor's 2 K channels, the gate in the second half of its own
+  kGateFirst,  // the other way round
 };
 
 // Of both operands: CUTLASS multiplies the rows by the 64 channels of a metadata atom in an int
@@ -35,17 +42,20 @@ struct SparseLinearParams {
   int rank;          // r, a multiple of 16 up to 128, or 0
   bool norm_scale;   // s = norm scale instead of 1
 
-  int gelu_from;  // output channels from here on go through GELU (tanh); a multiple of 64, N for none
+  Activation activation;  // of the output; kNone or a GELU
+  int activation_from;    // first output channel that it applies to, a multiple of 64
 
   Producer producer;
-  bool rms;           // kNorm: RMSNorm instead of LayerNorm
-  float epsilon;      // kNorm
+  Activation producer_activation;  // kGelu: a GELU; kGated: any
+  Halves halves;                   // kGated
+  bool rms;                        // kNorm: RMSNorm instead of LayerNorm
+  float epsilon;                   // kNorm
   int64_t gain_rows;  // kNorm: a divisor of M; each row of gain and shift serves as many consecutive tokens
   const void* gain;   // kNorm: T [gain_rows, K]
   const void* shift;  // kNorm: T [gain_rows, K]
-  const void* gate;   // kGated: T [M, K]
+  const void* gate;   // kGated: T [M, K], or [M, 2 K] where it is a half
 
-  const void* x;          // T [M, K]
+  const void* x;          // T [M, K], or [M, 2 K] where x is a half
   const void* weight;     // T [N, K'], K' = padded_width(K, r): W' | B in pairs (B_2j, B_2j+1, 0, 0) | 0
   const void* lora_down;  // T [r, K]; not read when r = 0
   const void* bias;       // T [N]
@@ -100,14 +110,19 @@ struct SparseWeightParams {
   int64_t rows;        // M, tokens; up to kMaxRows
   int channels;        // K, a multiple of 64, up to kMaxChannels
   int out_channels;    // N, a multiple of 8
-  int gelu_from;       // as above
   InstructionSet set;  // whose metadata layout the weight has
+
+  // Of the output; with `gated`, which wants any but kNone, rows of W come in pairs from activation_from on:
+  // in each 16 of them, activation(row i) * (row i + 8) becomes one output channel, i < 8.
+  Activation activation;
+  int activation_from;  // a row of W, a multiple of 64
+  bool gated;
 
   const void* x;             // T [M, K]
   const void* values;        // T [Np, K / 2]; rows N .. Np are zero
   const uint32_t* metadata;  // in the layout of `set`, Np rows by K channels
   const void* bias;          // T [N]
-  void* y;                   // T [M, N]
+  void* y;                   // T [M, N], or where gated [M, activation_from + (N - activation_from) / 2]
   void* workspace;           // weight_workspace_bytes, 256-byte aligned
 };
 

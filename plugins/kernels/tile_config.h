@@ -102,9 +102,13 @@ constexpr bool atoms_agree() {
 static_assert(atoms_agree(),
               "all tiles of sm_90a must read the metadata layout that the pruning pass writes");
 
-// Output channels from which an epilogue applies GELU come in multiples of this: a warp's part of a tile is
-// not split.
+// Output channels from which an epilogue applies an activation come in multiples of this: a warp's part of a
+// tile is not split.
 constexpr int kGeluMultiple = 64;
+
+// Rows of a gated weight come in runs of this many, half of them activated and half of them gates: a thread
+// has the accumulators of rows 8 apart.
+constexpr int kGatedMultiple = 16;
 
 // Estimated time: waves of thread blocks over the SMs times a tile's time. Less than a wave takes as long as
 // one.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The element types and the instruction sets that multiply them: a row each. What a new one takes besides its
-// row: its files of instantiations (sparse_gemm_*.cu, prune_*.cu), which CMakeLists.txt lists by their names;
-// a type also its arithmetic in sparse24.h and its CUTLASS type in cutlass_element.h, an instruction set its
-// tiles in tile_config.h.
+// The element types and the instruction sets that multiply them, a row each, and the activations. What a new
+// one takes besides its row: its files of instantiations (sparse_gemm_*.cu, prune_*.cu), which CMakeLists.txt
+// lists by their names; a type also its arithmetic in sparse24.h and its CUTLASS type in cutlass_element.h,
+// an instruction set its tiles in tile_config.h.
 #pragma once
 
 #include <climits>
@@ -10,6 +10,9 @@
 namespace lynx {
 
 enum class DType { kBf16, kFp16 };
+
+// Numbered as nodes and the C functions call them.
+enum class Activation { kNone, kGeluTanh, kGeluErf, kSilu };
 
 // Sparse tensor-core instructions; the pruning pass writes the order of metadata that they read.
 enum class InstructionSet { kMmaSp, kWgmmaSp };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the pruning pass and the sparse GEMM on a GPU and holds them against the host code of sparse24.h
-// (bytes) and a float64 statement of the op (tolerance below). Stand-alone: needs no TensorRT, and no CUDA
+// Runs the pruning pass and the sparse GEMM on a GPU and holds them against reference.h: the operand byte by
+// byte, the result within its tolerance. Stand-alone: needs no TensorRT, and no CUDA
 // library but the driver.
 //
 //   device_test            all cases; exit 1 when one fails, 77 when there is no GPU
@@ -22,10 +22,10 @@
 #include <vector>
 
 #include "guarded.h"
-#include "kernels/activation.h"
 #include "kernels/sparse24.h"
 #include "kernels/sparse_gemm.h"
 #include "kernels/sparse_linear.h"
+#include "reference.h"
 
 namespace {
 
@@ -47,12 +47,6 @@ lynx::InstructionSet set;  // under test
 
 const char* set_name() { return lynx::traits_of(set).name; }
 
-int64_t metadata_word(int64_t m, int64_t block, int64_t rows) {
-  return set == lynx::InstructionSet::kWgmmaSp
-             ? lynx::Sm90Metadata<lynx::kAtomWidthSm90>::word(m, block, rows)
-             : lynx::Sm80Metadata::word(m, block, rows);
-}
-
 enum class Special { kNone, kTies, kZeroRows, kInfinity, kNan };
 
 struct Case {
@@ -60,25 +54,23 @@ struct Case {
   int rows = 300, channels = 192, out_channels = 576, rank = 16;
   bool norm_scale = true;
   Special special = Special::kNone;
-  int gelu_from = INT_MAX;  // output channel
+  int activation = 0, activation_from = 0;
+
+  const reference::Rounding& value() const {
+    return dtype == lynx::DType::kBf16 ? reference::bf16() : reference::fp16();
+  }
 
   std::string name() const {
     static const char* const kSpecial[] = {"", ", ties", ", zero rows", ", infinities", ", NaNs"};
     return std::string(dtype == lynx::DType::kBf16 ? "bf16" : "fp16") + " " + std::to_string(rows) + " x " +
            std::to_string(channels) + " -> " + std::to_string(out_channels) + ", rank " +
            std::to_string(rank) + (norm_scale ? ", norm scale" : "") +
-           (gelu_from < out_channels ? ", GELU from " + std::to_string(gelu_from) : "") +
-           kSpecial[int(special)];
+           (activation == 0   ? ""
+            : activation == 1 ? ", GELU from "
+                              : ", GELU by erf from ") +
+           (activation == 0 ? "" : std::to_string(activation_from)) + kSpecial[int(special)];
   }
 };
-
-float to_float(lynx::DType dtype, uint16_t bits) {
-  return dtype == lynx::DType::kBf16 ? lynx::Bf16::to_float(bits) : lynx::Fp16::to_float(bits);
-}
-
-uint16_t from_float(lynx::DType dtype, float value) {
-  return dtype == lynx::DType::kBf16 ? lynx::Bf16::from_float(value) : lynx::Fp16::from_float(value);
-}
 
 // Unit roundoff: half the distance of neighbours, relative.
 double roundoff(lynx::DType dtype) { return dtype == lynx::DType::kBf16 ? 0x1p-8 : 0x1p-11; }
@@ -90,10 +82,10 @@ struct Inputs {
   Halves x, weight, lora_down, bias;
 };
 
-Halves normal_values(std::mt19937& random, size_t count, float deviation, lynx::DType dtype) {
+Halves normal_values(std::mt19937& random, size_t count, float deviation, const Case& c) {
   std::normal_distribution<float> normal(0.0f, deviation);
   Halves out(count);
-  for (uint16_t& value : out) value = from_float(dtype, normal(random));
+  for (uint16_t& value : out) value = c.value().nearest(normal(random));
   return out;
 }
 
@@ -102,13 +94,13 @@ void make_special(Halves& x, const Case& c, std::mt19937& random) {
   for (int row = 0; row < c.rows; ++row) {
     if (c.special == Special::kTies) {  // few values, both signs, many zeros
       for (int k = 0; k < c.channels; ++k)
-        at(row, k) = from_float(c.dtype, float(int(random() % 5) - 2) * 0.5f);
+        at(row, k) = c.value().nearest(float(int(random() % 5) - 2) * 0.5f);
     } else if (row % 3 != 0) {
       continue;
     } else if (c.special == Special::kZeroRows) {
       for (int k = 0; k < c.channels; ++k) at(row, k) = random() % 2 ? 0x8000 : 0;
     } else if (c.special == Special::kInfinity) {
-      at(row, int(random() % c.channels)) = from_float(c.dtype, row % 2 ? INFINITY : -INFINITY);
+      at(row, int(random() % c.channels)) = c.value().nearest(row % 2 ? INFINITY : -INFINITY);
     } else if (c.special == Special::kNan) {
       for (int i = 0; i < 4; ++i) at(row, int(random() % c.channels)) = row % 2 ? 0x7fff : 0xffff;
     }
@@ -119,131 +111,67 @@ Inputs make_inputs(const Case& c) {
   std::mt19937 random(unsigned(c.rows + 3 * c.channels + 5 * c.out_channels + 7 * c.rank));
   const int width = int(lynx::padded_width(c.channels, c.rank));
   Inputs in;
-  in.x = normal_values(random, size_t(c.rows) * c.channels, 1.0f, c.dtype);
+  in.x = normal_values(random, size_t(c.rows) * c.channels, 1.0f, c);
   make_special(in.x, c, random);
   const float deviation = 1.0f / std::sqrt(float(c.channels));
-  in.weight = normal_values(random, size_t(c.out_channels) * width, deviation, c.dtype);
+  in.weight = normal_values(random, size_t(c.out_channels) * width, deviation, c);
   for (int n = 0; n < c.out_channels; ++n) {  // B's pairs, zeros elsewhere
     for (int k = c.channels; k < width; ++k) {
       const bool is_b = k < c.channels + 2 * c.rank && (k - c.channels) % 4 < 2;
       if (!is_b) in.weight[size_t(n) * width + k] = 0;
     }
   }
-  in.lora_down = normal_values(random, size_t(std::max(c.rank, 1)) * c.channels, deviation, c.dtype);
-  in.bias = normal_values(random, size_t(c.out_channels), 1.0f, c.dtype);
+  in.lora_down = normal_values(random, size_t(std::max(c.rank, 1)) * c.channels, deviation, c);
+  in.bias = normal_values(random, size_t(c.out_channels), 1.0f, c);
   return in;
 }
 
 // ---- Expectations
 // -------------------------------------------------------------------------------------------
 
-// What the pruning pass must leave, but for the scale and U, whose sums may be taken in another order.
+// What the pruning pass must leave: U, within its tolerance, and all other bytes.
 struct Expected {
-  Halves values;                   // [rows_padded, width / 2], U left zero
-  std::vector<uint32_t> metadata;  // in the layout of `set`
-  std::vector<double> scale;       // [rows]
+  reference::Operand operand;  // U left zero
+  std::vector<double> scale;   // [rows]
 };
 
-template <class Element>
-double squares(const uint16_t* values, int count) {
-  double sum = 0.0;
-  for (int i = 0; i < count; ++i)
-    sum += double(Element::to_float(values[i])) * double(Element::to_float(values[i]));
-  return sum;
+reference::Row row_of(const Case& c, const Inputs& in, int m) {
+  reference::Row z;
+  for (int k = 0; k < c.channels; ++k) z.push_back(c.value()[in.x[size_t(m) * c.channels + k]]);
+  return z;
 }
 
-template <class Element>
 Expected expected_operand(const Case& c, const Inputs& in) {
-  const int64_t rows_padded = lynx::padded_rows(c.rows), width = lynx::padded_width(c.channels, c.rank);
-  Expected out;
-  out.values.assign(size_t(rows_padded * width / 2), 0);
-  out.metadata.assign(size_t(lynx::Sm80Metadata::bytes(rows_padded, width) / 4), lynx::kEmptyMetadataPair);
-  out.scale.assign(size_t(c.rows), 1.0);
-  for (int64_t m = 0; m < c.rows; ++m) {
-    double all = 0.0, kept = 0.0;
-    for (int64_t block = 0; block < c.channels / lynx::kBlock; ++block) {
-      const uint16_t* z = &in.x[size_t(m * c.channels + block * 16)];
-      uint16_t* values = &out.values[size_t(m * width / 2 + block * 8)];
-      uint32_t words[8];
-      std::memcpy(words, z, sizeof words);
-      const lynx::CompressedBlock compressed = lynx::compress_block<Element>(words, nullptr);
-      std::memcpy(values, compressed.values, sizeof compressed.values);
-      uint32_t& word = out.metadata[size_t(metadata_word(m & ~int64_t(8), block, rows_padded))];
-      const int shift = m & 8 ? 16 : 0;
-      word = (word & ~(0xffffu << shift)) | compressed.metadata << shift;
-      all += squares<Element>(z, 16);
-      kept += squares<Element>(values, 8);
+  const auto index = [](int64_t m, int64_t block, int64_t rows) {
+    return set == lynx::InstructionSet::kWgmmaSp ? reference::sm90_index(m, block, rows, lynx::kAtomWidthSm90)
+                                                 : reference::sm80_index(m, block, rows);
+  };
+  Expected out{{lynx::padded_rows(c.rows), lynx::padded_width(c.channels, c.rank), index}, {}};
+  for (int m = 0; m < c.rows; ++m) {
+    for (int group = 0; group < c.channels / 4; ++group) {
+      out.operand.set_group(m, group, &in.x[size_t(m) * c.channels + 4 * group], c.value());
     }
-    if (c.norm_scale) out.scale[size_t(m)] = std::sqrt(all / (kept + 1e-8));
+    const reference::Row z = row_of(c, in, m);
+    out.scale.push_back(c.norm_scale ? reference::norm_scale(z, reference::pruned(z)) : 1.0);
   }
   return out;
 }
 
-// One row of the op in float64, and how far float32 sums and 16-bit roundings may take the device from it.
+// One row of the op.
 struct ExpectedRow {
-  std::vector<double> u, u_tolerance;  // [rank]
-  std::vector<double> y, y_tolerance;  // [out_channels]
+  std::vector<reference::Near> u, y;
 };
 
-// Sums of n terms in float32 stay within this much of the sum of magnitudes: a random walk of n roundings,
-// times 4, since tensor cores truncate where they align addends.
-double sum_error(int64_t terms) { return 4.0 * 0x1p-23 * std::sqrt(double(terms)); }
-
-// z of row m, and the same with the dropped channels zero, as the metadata say.
-void decode_row(const Case& c, const Inputs& in, const Expected& operand, int m, std::vector<double>& z,
-                std::vector<double>& pruned) {
-  z.resize(size_t(c.channels));
-  pruned.assign(size_t(c.channels), 0.0);
-  for (int k = 0; k < c.channels; ++k) z[size_t(k)] = to_float(c.dtype, in.x[size_t(m) * c.channels + k]);
-  for (int group = 0; group < c.channels / 4; ++group) {
-    const int64_t word = metadata_word(m & ~8, group / 4, lynx::padded_rows(c.rows));
-    const uint32_t nibble = operand.metadata[size_t(word)] >> ((m & 8 ? 16 : 0) + 4 * (group % 4)) & 15u;
-    for (const uint32_t position : {nibble & 3u, nibble >> 2})
-      pruned[group * 4 + position] = z[group * 4 + position];
-  }
-}
-
-ExpectedRow expected_row(const Case& c, const Inputs& in, const Expected& operand, int m) {
-  const int64_t width = lynx::padded_width(c.channels, c.rank);
-  const double scale = operand.scale[size_t(m)], half = roundoff(c.dtype);
-  const auto value = [&](uint16_t bits) { return double(to_float(c.dtype, bits)); };
-  std::vector<double> z, pruned;
-  decode_row(c, in, operand, m, z, pruned);
-  ExpectedRow out;
-  for (int j = 0; j < c.rank; ++j) {
-    double t = 0.0, magnitude = 0.0;
-    for (int k = 0; k < c.channels; ++k) {
-      const double term = z[size_t(k)] * value(in.lora_down[size_t(j) * c.channels + k]);
-      t += term, magnitude += std::fabs(term);
-    }
-    const double exact = scale > 0.0 ? t / scale : 0.0;
-    const double tolerance = 2.0 * half * std::fabs(exact) + sum_error(c.channels) * magnitude / scale + 1e-7;
-    out.u.push_back(value(from_float(c.dtype, float(exact))));
-    out.u_tolerance.push_back(scale > 0.0 ? tolerance : 0.0);
-  }
-  for (int n = 0; n < c.out_channels; ++n) {
-    const uint16_t* weight = &in.weight[size_t(n) * width];
-    double sum = 0.0, magnitude = 0.0, from_u = 0.0;
-    for (int k = 0; k < c.channels; ++k) {
-      if (pruned[size_t(k)] == 0.0) continue;
-      const double term = pruned[size_t(k)] * value(weight[k]);
-      sum += term, magnitude += std::fabs(term);
-    }
-    for (int j = 0; j < c.rank; ++j) {
-      const double b = value(weight[c.channels + j / 2 * 4 + j % 2]);
-      sum += out.u[size_t(j)] * b, magnitude += std::fabs(out.u[size_t(j)] * b);
-      from_u += out.u_tolerance[size_t(j)] * std::fabs(b);
-    }
-    double y = scale * sum + value(in.bias[size_t(n)]);
-    double tolerance = std::fabs(scale) * (sum_error(width) * magnitude + from_u) + 1e-6;
-    if (n >= c.gelu_from) {  // its slope is at most 1.13; activation.h has the error of the device's tanh
-      tolerance = 1.13 * tolerance + 0x1p-12 * std::fabs(y);
-      y = 0.5 * y * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (y + 0.044715 * y * y * y)));
-    }
-    out.y.push_back(y);
-    out.y_tolerance.push_back(1.01 * half * std::fabs(y) + tolerance);
-  }
-  return out;
+ExpectedRow expected_row(const Case& c, const Inputs& in, const Expected& wanted, int m) {
+  const reference::SparseLinear op = {c.value(),        roundoff(c.dtype),
+                                      c.channels,       c.out_channels,
+                                      c.rank,           lynx::padded_width(c.channels, c.rank),
+                                      in.weight.data(), in.lora_down.data(),
+                                      in.bias.data(),   {c.activation, c.activation_from, false}};
+  const reference::Row z = row_of(c, in, m);
+  const double scale = wanted.scale[size_t(m)];
+  const std::vector<reference::Near> u = op.low_rank(z, scale);
+  return {u, op.y(reference::pruned(z), scale, u)};
 }
 
 bool within(double found, double wanted, double tolerance) {
@@ -315,7 +243,7 @@ class DeviceProblem {
     p.dtype = c.dtype;
     p.rows = c.rows, p.channels = c.channels, p.out_channels = c.out_channels, p.rank = c.rank;
     p.norm_scale = c.norm_scale;
-    p.gelu_from = std::min(c.gelu_from, c.out_channels);
+    p.activation = lynx::Activation(c.activation), p.activation_from = c.activation_from;
     return p;
   }
 
@@ -349,15 +277,16 @@ std::string check_operand(const Case& c, const DeviceProblem& problem, const Exp
                           const std::vector<int>& rows, const std::vector<ExpectedRow>& row_values) {
   const size_t half_width = size_t(lynx::padded_width(c.channels, c.rank) / 2);
   const lynx::CompressedOperand operand = problem.operand();
-  Halves values = from_device<uint16_t>(operand.values, wanted.values.size());
-  const auto metadata = from_device<uint32_t>(operand.metadata, wanted.metadata.size());
+  Halves values = from_device<uint16_t>(operand.values, wanted.operand.values.size());
+  const auto metadata = from_device<uint16_t>(operand.metadata, wanted.operand.metadata.size());
   const auto scale = from_device<float>(operand.scale, size_t(c.rows));
   for (size_t i = 0; i < rows.size(); ++i) {
     const uint16_t* u = &values[size_t(rows[i]) * half_width + size_t(c.channels) / 2];
     for (size_t j = 0; j < size_t(c.rank); ++j) {
-      if (!within(to_float(c.dtype, u[j]), row_values[i].u[j], row_values[i].u_tolerance[j])) {
+      const reference::Near& due = row_values[i].u[j];
+      if (!within(c.value()[u[j]], due.value, due.tolerance)) {
         return "U[" + std::to_string(rows[i]) + "," + std::to_string(j) + "] is " +
-               std::to_string(to_float(c.dtype, u[j])) + ", not " + std::to_string(row_values[i].u[j]);
+               std::to_string(c.value()[u[j]]) + ", not " + std::to_string(due.value);
       }
     }
   }
@@ -369,12 +298,13 @@ std::string check_operand(const Case& c, const DeviceProblem& problem, const Exp
     }
   }
   for (size_t i = 0; i < values.size(); ++i) {
-    if (values[i] != wanted.values[i]) {
+    if (values[i] != wanted.operand.values[i]) {
       return "value [" + std::to_string(i / half_width) + "," + std::to_string(i % half_width) + "] differs";
     }
   }
   for (size_t i = 0; i < metadata.size(); ++i) {
-    if (metadata[i] != wanted.metadata[i]) return "metadata word " + std::to_string(i) + " differs";
+    if (metadata[i] != wanted.operand.metadata[i])
+      return "metadata halfword " + std::to_string(i) + " differs";
   }
   return "";
 }
@@ -384,8 +314,8 @@ std::string check_result(const Case& c, const Halves& y, const std::vector<int>&
                          const std::vector<ExpectedRow>& wanted, double* worst) {
   for (size_t i = 0; i < rows.size(); ++i) {
     for (size_t n = 0; n < size_t(c.out_channels); ++n) {
-      const double found = to_float(c.dtype, y[size_t(rows[i]) * size_t(c.out_channels) + n]);
-      const double due = wanted[i].y[n], tolerance = wanted[i].y_tolerance[n];
+      const double found = c.value()[y[size_t(rows[i]) * size_t(c.out_channels) + n]];
+      const double due = wanted[i].y[n].value, tolerance = wanted[i].y[n].tolerance;
       if (!within(found, due, tolerance)) {
         return "y[" + std::to_string(rows[i]) + "," + std::to_string(n) + "] is " + std::to_string(found) +
                ", not " + std::to_string(due) + " +- " + std::to_string(tolerance);
@@ -412,8 +342,7 @@ std::string check_tiles(const Case& c, DeviceProblem& problem, const std::vector
 
 void run_case(const Case& c) {
   const Inputs in = make_inputs(c);
-  const Expected operand = c.dtype == lynx::DType::kBf16 ? expected_operand<lynx::Bf16>(c, in)
-                                                         : expected_operand<lynx::Fp16>(c, in);
+  const Expected operand = expected_operand(c, in);
   const std::vector<int> rows = sample_rows(c);
   std::vector<ExpectedRow> wanted;
   for (const int row : rows) wanted.push_back(expected_row(c, in, operand, row));
@@ -442,10 +371,10 @@ void run_case(const Case& c) {
 void run_negative_control() {
   Case c;
   const Inputs in = make_inputs(c);
-  const Expected operand = expected_operand<lynx::Bf16>(c, in);
+  const Expected operand = expected_operand(c, in);
   Inputs other = in;
   for (size_t i = 0; i < in.x.size(); i += 4) {
-    const auto size = [&](size_t k) { return std::fabs(lynx::Bf16::to_float(in.x[i + k])); };
+    const auto size = [&](size_t k) { return std::fabs(c.value()[in.x[i + k]]); };
     std::array<size_t, 4> order = {0, 1, 2, 3};
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return size(a) > size(b); });
     other.x[i + order[0]] = other.x[i + order[1]] = 0;
@@ -536,7 +465,8 @@ void run_refusals() {
   ok &= refused(cudaErrorInvalidValue, [](Params& p) { p.channels = 200; });
   ok &= refused(cudaErrorInvalidValue, [](Params& p) { p.out_channels = 12; });
   ok &= refused(cudaErrorInvalidValue, [](Params& p) { p.rows = 0; });
-  ok &= refused(cudaErrorInvalidValue, [](Params& p) { p.gelu_from = 8; });
+  ok &= refused(cudaErrorInvalidValue,
+                [](Params& p) { p.activation = lynx::Activation::kGeluTanh, p.activation_from = 8; });
   ok &= refused(cudaErrorInvalidValue, [](Params& p) { p.y = nullptr; });
   ok &= refused(cudaErrorMisalignedAddress, [](Params& p) { p.x = static_cast<const char*>(p.x) + 2; });
   report(ok, "wrong sizes and pointers are refused before any launch");
@@ -557,7 +487,11 @@ std::vector<Case> all_cases() {
     for (const bool norm_scale : {false, true})
       add([=](Case& c) { c.rank = rank, c.norm_scale = norm_scale; });
   }
-  for (const int from : {0, 64, 512}) add([=](Case& c) { c.gelu_from = from; });
+  for (const int activation : {1, 2}) {
+    for (const int from : {0, 64, 512}) {
+      add([=](Case& c) { c.activation = activation, c.activation_from = from; });
+    }
+  }
   for (const int rows : {1, 33, 64, 127, 129}) add([=](Case& c) { c.rows = rows; });
   for (const int channels : {16, 48, 208, 768, 960, 3072}) add([=](Case& c) { c.channels = channels; });
   for (const int out_channels : {8, 192, 200, 264, 3072})

@@ -52,9 +52,18 @@ struct Case {
   bool norm_scale = true;
   Special special = Special::kNone;
   Producer producer = Producer::kNone;
+  lynx::Activation activation = lynx::Activation::kNone;  // the producer's
+  lynx::Halves halves = lynx::Halves::kApart;
   bool rms = false;
   int gain_rows = 1;
   int sm_count = 132;  // few: the tiles take several waves, and those behind the last full one may be shared
+
+  // With the activation that it has as a rule.
+  void produce(Producer by) {
+    producer = by;
+    if (by == Producer::kGelu) activation = lynx::Activation::kGeluTanh;
+    if (by == Producer::kGated) activation = lynx::Activation::kSilu;
+  }
 
   int64_t rows_padded() const { return (rows + 63) / 64 * 64; }
   int64_t width() const { return (channels + 2 * rank + 63) / 64 * 64; }
@@ -65,14 +74,17 @@ struct Case {
   std::string name() const {
     static const char* const kSpecial[] = {"",       ", ties",       ", zero rows", ", infinities",
                                            ", NaNs", ", subnormals", ", huge",      ", any bits"};
-    static const char* const kProducer[] = {"", "", ", GELU", ", gated"};
+    static const char* const kProducer[] = {"", "", ", activated", ", gated"};
+    static const char* const kActivation[] = {"", " by GELU", " by GELU (erf)", " by SiLU"};
+    static const char* const kHalves[] = {"", ", x first", ", gate first"};
     return traits_of(set).name + std::string(" ") + (dtype == DType::kBf16 ? "bf16 " : "fp16 ") +
            std::to_string(rows) + " x " + std::to_string(channels) + ", rank " + std::to_string(rank) +
            (norm_scale ? ", norm scale" : "") +
            (producer == Producer::kNorm
                 ? (rms ? ", RMSNorm, gains " : ", LayerNorm, gains ") + std::to_string(gain_rows)
                 : kProducer[int(producer)]) +
-           kSpecial[int(special)] + (sm_count == 132 ? "" : ", " + std::to_string(sm_count) + " SMs");
+           kActivation[int(activation)] + kHalves[int(halves)] + kSpecial[int(special)] +
+           (sm_count == 132 ? "" : ", " + std::to_string(sm_count) + " SMs");
   }
 };
 
@@ -173,8 +185,7 @@ Range operator*(Range a, Range b) {
 }
 
 struct Expected {
-  Halves values;                   // [rows_padded, width / 2], U left 0
-  Halves metadata;                 // [rows_padded, width / 16], as the layout deals them
+  reference::Operand operand;      // U left 0
   std::vector<Range> z;            // [rows, channels], only behind a producer: then the above hold none of it
   std::vector<Range> squares;      // [rows]: their sum over z
   std::vector<double> t, t_error;  // [rows, rank]: T, and how far float32 sums may be off
@@ -217,11 +228,10 @@ Halves exact_z(const Case& c, const Inputs& in, int64_t m) {
 // norm(x) of row m before gain and shift, in float32.
 std::vector<Range> normalized(const Case& c, const std::vector<double>& x) {
   const double count = double(x.size());
-  double mean = 0.0, size = 0.0, squares = 0.0;
-  for (const double each : x) mean += each / count, size += std::fabs(each) / count;
-  if (c.rms) mean = size = 0.0;
+  const auto [mean, squares] = reference::moments(x, c.rms);
+  double size = 0.0;
+  for (const double each : x) size += c.rms ? 0.0 : std::fabs(each) / count;
   const double mean_error = roundings(c) * size;
-  for (const double each : x) squares += (each - mean) * (each - mean) / count;
   const double variance_error = 2.0 * roundings(c) * squares + mean_error * mean_error;
   const Range scale = {
       (1.0 - 0x1p-22) / std::sqrt(squares + variance_error + double(kEpsilon)),
@@ -250,34 +260,17 @@ std::vector<Range> produced_z(const Case& c, const Inputs& in, int64_t m) {
       z[k] = z[k] * Range{gain, gain};
       const double error = 0x1p-22 * (std::fabs(z[k].high) + std::fabs(z[k].low) + std::fabs(shift));
       z[k] = Range{z[k].low + shift, z[k].high + shift}.widened(error);
-    } else if (c.producer == Producer::kGelu) {
-      const double inner = std::sqrt(2.0 / M_PI) * (x[k] + 0.044715 * x[k] * x[k] * x[k]);
-      const double gelu = 0.5 * x[k] * (1.0 + std::tanh(inner));
-      z[k] = Range{gelu, gelu}.widened(0x1p-21 * std::fabs(x[k]));
     } else {
-      const double silu = x[k] / (1.0 + std::exp(-x[k])), gate = value[in.gate[row + k]];
-      z[k] = Range{silu * gate, silu * gate}.widened(0x1p-21 * std::fabs(silu * gate));
+      const double activated = reference::activate(int(c.activation), x[k]);
+      const double gate = c.producer == Producer::kGated ? value[in.gate[row + k]] : 1.0;
+      const double size =
+          c.activation == lynx::Activation::kSilu ? activated : x[k];  // GELU: of its two addends
+      z[k] = Range{activated * gate, activated * gate}.widened(0x1p-21 * std::fabs(size * gate));
     }
     const auto rounded = [&](double each) { return value[value.nearest(float(each))]; };
     z[k] = {rounded(z[k].low), rounded(z[k].high)};
   }
   return z;
-}
-
-// Keeps 2 of group `group` of row m.
-void expect_group(const Case& c, const Halves& z, int64_t m, int64_t group, Expected& out) {
-  const reference::Rounding& value = c.value();
-  std::array<double, 4> score;
-  for (size_t i = 0; i < 4; ++i) {
-    score[i] = std::fabs(value[z[size_t(4 * group) + i]]);
-  }
-  const auto kept = reference::kept_positions(score);
-  for (size_t i = 0; i < 2; ++i) {
-    out.values[size_t(m * c.width() / 2 + 2 * group) + i] = z[size_t(4 * group + kept[i])];
-  }
-  uint16_t& metadata = out.metadata[size_t(metadata_index(c, m, group / 4))];
-  const auto shift = 4 * (group % 4);
-  metadata = uint16_t((metadata & ~(15 << shift)) | (kept[0] | kept[1] << 2) << shift);
 }
 
 // T of a row, and how far the device's may be off.
@@ -295,14 +288,15 @@ void expect_t(const Case& c, const Inputs& in, const std::vector<Range>& z, Expe
 }
 
 Expected expect(const Case& c, const Inputs& in) {
-  Expected out;
-  out.values.assign(size_t(c.rows_padded() * c.width() / 2), 0);
-  out.metadata.assign(size_t(c.rows_padded() * c.width() / 16), 0x4444);
+  const auto index = [c](int64_t m, int64_t block, int64_t) { return metadata_index(c, m, block); };
+  Expected out{{c.rows_padded(), c.width(), index}, {}, {}, {}, {}};
   for (int64_t m = 0; m < c.rows_padded(); ++m) {
     std::vector<Range> z;
     if (c.producer == Producer::kNone || m >= c.rows) {
       const Halves exact = exact_z(c, in, m);
-      for (int64_t group = 0; group < c.channels / 4; ++group) expect_group(c, exact, m, group, out);
+      for (int64_t group = 0; group < c.channels / 4; ++group) {
+        out.operand.set_group(m, group, &exact[size_t(4 * group)], c.value());
+      }
       for (const uint16_t bits : exact) z.push_back({c.value()[bits], c.value()[bits]});
     } else {
       z = produced_z(c, in, m);
@@ -382,14 +376,29 @@ std::vector<T> contents(const Buffer& from) {
 
 const void* address(const std::unique_ptr<Buffer>& buffer) { return buffer ? buffer->data() : nullptr; }
 
+// Two tensors [rows, channels] as one of twice the channels.
+Halves side_by_side(const Case& c, const Halves& left, const Halves& right) {
+  Halves out;
+  for (int row = 0; row < c.rows; ++row) {
+    for (const Halves* each : {&left, &right}) {
+      const auto begin = each->begin() + int64_t(row) * c.channels;
+      out.insert(out.end(), begin, begin + c.channels);
+    }
+  }
+  return out;
+}
+
 // Runs launch_prune under a schedule, its outputs filled with `fill` before; returns what went wrong.
 std::string prune(const Case& c, const Inputs& in, Schedule schedule, int fill, Found& found) {
   emulation::schedule = schedule;
   emulation::sm_count = c.sm_count;
-  const auto x = input("x", in.x), lora_down = input("lora_down", in.lora_down);
+  const Halves both =
+      c.halves == lynx::Halves::kXFirst ? side_by_side(c, in.x, in.gate) : side_by_side(c, in.gate, in.x);
+  const bool apart = c.halves == lynx::Halves::kApart;
+  const auto x = input("x", apart ? in.x : both), lora_down = input("lora_down", in.lora_down);
   const bool norm = c.producer == Producer::kNorm;
   const auto gain = input("gain", in.gain, norm), shift = input("shift", in.shift, norm);
-  const auto gate = input("gate", in.gate, c.producer == Producer::kGated);
+  const auto gate = input("gate", apart ? in.gate : both, c.producer == Producer::kGated);
   const size_t elements = size_t(c.rows_padded() * c.width());
   Buffer values("values", elements), metadata("metadata", elements / 8);
   Buffer scale("scale", size_t(c.rows_padded()) * sizeof(float));
@@ -400,6 +409,7 @@ std::string prune(const Case& c, const Inputs& in, Schedule schedule, int fill, 
   params.dtype = c.dtype, params.rows = c.rows, params.channels = c.channels, params.rank = c.rank;
   params.norm_scale = c.norm_scale;
   params.x = address(x), params.lora_down = address(lora_down);
+  params.producer_activation = c.activation, params.halves = c.halves;
   params.producer = c.producer, params.rms = c.rms, params.epsilon = kEpsilon, params.gain_rows = c.gain_rows;
   params.gain = address(gain), params.shift = address(shift), params.gate = address(gate);
   lynx::CompressedOperand operand = {};
@@ -463,13 +473,13 @@ std::string compare_row(const Case& c, const Expected& wanted, const Found& foun
         return "U" + place(m, j) + " is " + std::to_string(c.value()[bits]) + ", not within " +
                std::to_string(u.low) + " .. " + std::to_string(u.high);
       }
-    } else if (bits != wanted.values[size_t(m * half_width + k)]) {
+    } else if (bits != wanted.operand.values[size_t(m * half_width + k)]) {
       return "value " + place(m, k) + " differs";
     }
   }
   for (int64_t block = produced ? c.channels / 16 : 0; block < c.width() / 16; ++block) {
     const auto at = size_t(metadata_index(c, m, block));
-    if (found.metadata[at] != wanted.metadata[at])
+    if (found.metadata[at] != wanted.operand.metadata[at])
       return "metadata of row, block " + place(m, block) + " differ";
   }
   return compare_scale(c, wanted, found, m);
@@ -565,7 +575,7 @@ void run_workspace() {
              b = input("bias", bias);
   lynx::SparseLinearParams params = {};
   params.dtype = c.dtype, params.rows = c.rows, params.channels = c.channels, params.rank = c.rank;
-  params.out_channels = params.gelu_from = kOutChannels, params.norm_scale = c.norm_scale;
+  params.out_channels = kOutChannels, params.norm_scale = c.norm_scale;
   params.x = x->data(), params.weight = w->data(), params.lora_down = lora_down->data(),
   params.bias = b->data();
   Buffer workspace("workspace", lynx::workspace_bytes(params));
@@ -592,7 +602,8 @@ void run_workspace() {
   refused(cudaErrorInvalidValue, [](Params& p) { p.out_channels = 12; });
   refused(cudaErrorInvalidValue, [](Params& p) { p.rows = 0; });
   refused(cudaErrorInvalidValue, [](Params& p) { p.y = nullptr; });
-  refused(cudaErrorInvalidValue, [](Params& p) { p.gelu_from = 8; });
+  refused(cudaErrorInvalidValue,
+          [](Params& p) { p.activation = lynx::Activation::kGeluErf, p.activation_from = 8; });
   refused(cudaErrorInvalidValue, [](Params& p) { p.producer = Producer::kGated; });  // and no gate
   refused(cudaErrorMisalignedAddress, [](Params& p) { p.x = static_cast<const char*>(p.x) + 2; });
   if (wrong.empty() && contents<uint16_t>(y) != whole.values) wrong = "a refused call wrote y";
@@ -648,22 +659,32 @@ std::vector<Case> base_cases() {
     }
     for (const Producer producer : {Producer::kNorm, Producer::kGelu, Producer::kGated}) {
       add([=, rank = rank](Case& c) {
-        c.rows = 18, c.channels = 3088, c.rank = rank, c.producer = producer, c.gain_rows = 2;
+        c.rows = 18, c.channels = 3088, c.rank = rank, c.produce(producer), c.gain_rows = 2;
       });
     }
   }
   for (const Producer producer : {Producer::kNorm, Producer::kGelu, Producer::kGated}) {
     for (const int rank : {0, 16, 32, 48, 128}) {
-      add([=](Case& c) { c.producer = producer, c.rank = rank, c.rows = 30, c.gain_rows = rank ? 3 : 1; });
+      add([=](Case& c) { c.produce(producer), c.rank = rank, c.rows = 30, c.gain_rows = rank ? 3 : 1; });
     }
     for (const int channels : {16, 80, 528}) {
-      add([=](Case& c) {
-        c.producer = producer, c.channels = channels, c.rows = 17, c.rms = channels != 528;
-      });
+      add([=](Case& c) { c.produce(producer), c.channels = channels, c.rows = 17, c.rms = channels != 528; });
     }
     for (const Special special : {Special::kTies, Special::kZeroRows, Special::kNan}) {
       add([=](Case& c) {
-        c.producer = producer, c.special = special, c.rows = 20, c.rms = special == Special::kTies;
+        c.produce(producer), c.special = special, c.rows = 20, c.rms = special == Special::kTies;
+      });
+    }
+  }
+  for (const lynx::Activation activation : {lynx::Activation::kGeluTanh, lynx::Activation::kGeluErf}) {
+    for (const Producer producer : {Producer::kGelu, Producer::kGated}) {
+      add([=](Case& c) { c.rows = 30, c.producer = producer, c.activation = activation; });
+    }
+  }
+  for (const lynx::Halves halves : {lynx::Halves::kXFirst, lynx::Halves::kGateFirst}) {
+    for (const int channels : {80, 3088}) {  // the latter shared by thread blocks
+      add([=](Case& c) {
+        c.rows = 20, c.produce(Producer::kGated), c.halves = halves, c.channels = channels;
       });
     }
   }
@@ -685,9 +706,12 @@ std::vector<Case> quick_cases() {
   add([](Case& c) { c.rows = 20, c.special = Special::kZeroRows; });
   add([](Case& c) { c.rows = 124, c.channels = 4112, c.rank = 32, c.sm_count = 2; });
   add([](Case& c) { c.rows = 20, c.special = Special::kTies; });
-  add([](Case& c) { c.rows = 18, c.producer = Producer::kNorm, c.gain_rows = 2; });
-  add([](Case& c) { c.rows = 18, c.producer = Producer::kGated, c.rank = 0; });
-  add([](Case& c) { c.rows = 18, c.producer = Producer::kGelu, c.channels = 528, c.rank = 32; });
+  add([](Case& c) { c.rows = 18, c.produce(Producer::kNorm), c.gain_rows = 2; });
+  add([](Case& c) { c.rows = 18, c.produce(Producer::kGated), c.rank = 0; });
+  add([](Case& c) { c.rows = 18, c.produce(Producer::kGelu), c.channels = 528, c.rank = 32; });
+  add([](Case& c) {
+    c.rows = 18, c.produce(Producer::kGated), c.halves = lynx::Halves::kGateFirst, c.rank = 0;
+  });
   return cases;
 }
 

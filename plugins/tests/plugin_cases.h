@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "kernels/sparse24.h"
+#include "tests/reference.h"
 
 namespace lynx::test {
 
@@ -37,16 +38,18 @@ struct Problem {
   std::vector<double> y, tolerance;  // [rows, out_channels]
   std::vector<double> unpruned;      // y if nothing were dropped: must not pass for y
 
+  // Of a token.
+  void add(const std::vector<reference::Near>& due, const std::vector<reference::Near>& dense) {
+    for (const reference::Near& each : due) y.push_back(each.value), tolerance.push_back(each.tolerance);
+    for (const reference::Near& each : dense) unpruned.push_back(each.value);
+  }
+
   DataType type() const { return inputs[0].type; }
   int64_t rows() const { return inputs[0].dims[0] * inputs[0].dims[1]; }
 };
 
-inline float to_float(DataType type, uint16_t bits) {
-  return type == DataType::kBF16 ? Bf16::to_float(bits) : Fp16::to_float(bits);
-}
-
-inline uint16_t from_float(DataType type, double value) {
-  return type == DataType::kBF16 ? Bf16::from_float(float(value)) : Fp16::from_float(float(value));
+inline const reference::Rounding& rounding(DataType type) {
+  return type == DataType::kBF16 ? reference::bf16() : reference::fp16();
 }
 
 // Half the distance of neighbouring numbers, relative.
@@ -60,9 +63,10 @@ class Values {
     for (const int64_t extent : dims_) count *= extent;
     bits_.resize(size_t(count));
   }
-  void set(int64_t i, double value) { bits_[size_t(i)] = from_float(type_, value); }
-  double operator[](int64_t i) const { return to_float(type_, bits_[size_t(i)]); }
+  void set(int64_t i, double value) { bits_[size_t(i)] = rounding(type_).nearest(float(value)); }
+  double operator[](int64_t i) const { return rounding(type_)[bits_[size_t(i)]]; }
   uint16_t bits(int64_t i) const { return bits_[size_t(i)]; }
+  const uint16_t* data() const { return bits_.data(); }
   int64_t count() const { return int64_t(bits_.size()); }
 
   template <class Draw>
@@ -95,16 +99,20 @@ struct SparseLinearCase {
   DataType type = DataType::kBF16;
   int64_t batch = 2, length = 33, channels = 192, out_channels = 192, rank = 16;
   bool norm_scale = true, rms = false;
-  int64_t gelu_from = -1;  // none
+  int activation = 0, producer_activation = 0, halves = 0;
+  int64_t activation_from = 0;
+
+  bool norm() const { return plugin == "LynxNormSparseLinear"; }
+  bool gated() const { return plugin == "LynxGatedSparseLinear"; }
+  bool produced() const { return plugin != "LynxSparseLinear"; }
 };
 
-inline double gelu(double x) {
-  return 0.5 * x * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (x + 0.044715 * x * x * x)));
+inline std::string epilogue_name(const reference::Epilogue& epilogue) {
+  static const char* const kNames[] = {"", "GELU", "GELU by erf", "SiLU"};
+  if (epilogue.activation == 0) return "";
+  return std::string(", ") + kNames[epilogue.activation] + " from " + std::to_string(epilogue.from) +
+         (epilogue.gated ? ", gated" : "");
 }
-
-// Sums of n float32 terms stay within this much of the sum of their magnitudes: a random walk, times 4, since
-// tensor cores cut off where they align addends.
-inline double sum_error(int64_t terms) { return 4.0 * 0x1p-23 * std::sqrt(double(terms)); }
 
 // x for a fused producer: in each group two channels much larger than the others, and positive, so that the
 // last bit of the producer's result decides nothing.
@@ -114,35 +122,40 @@ inline double separated(std::mt19937& random, int64_t k, int64_t row) {
   return kSizes[size_t(k + k / 4 + row) % 4] * spread(random);
 }
 
-// z of one row, exact, before its rounding to the element type.
-inline std::vector<double> producer_row(const SparseLinearCase& c, const Values& x, const Values& first,
-                                        const Values& second, int64_t row, int64_t gain_row, double epsilon) {
-  const int64_t k_count = c.channels;
-  std::vector<double> z(static_cast<size_t>(k_count));
-  for (int64_t k = 0; k < k_count; ++k) z[size_t(k)] = x[row * k_count + k];
-  if (c.plugin == "LynxNormSparseLinear") {
-    double mean = 0.0, square = 0.0;
-    for (const double value : z) mean += c.rms ? 0.0 : value / double(k_count);
-    for (const double value : z) square += (value - mean) * (value - mean) / double(k_count);
-    for (int64_t k = 0; k < k_count; ++k) {
-      double& value = z[size_t(k)];
-      const double normed = (value - mean) / std::sqrt(square + epsilon);
-      value = normed * first[gain_row * k_count + k] + second[gain_row * k_count + k];
+// z of one row, exact, before its rounding to the element type. `first`: gain or gate; `second`: shift.
+inline reference::Row producer_row(const SparseLinearCase& c, const Values& x, const Values& first,
+                                   const Values& second, int64_t row, int64_t gain_row, double epsilon) {
+  reference::Row z(static_cast<size_t>(c.channels));
+  for (int64_t k = 0; k < c.channels; ++k) z[size_t(k)] = x[row * c.channels + k];
+  const reference::Moments moments = reference::moments(z, c.rms);
+  for (int64_t k = 0; k < c.channels; ++k) {
+    double& value = z[size_t(k)];
+    if (c.norm()) {
+      const double normed = (value - moments.mean) / std::sqrt(moments.variance + epsilon);
+      value = normed * first[gain_row * c.channels + k] + second[gain_row * c.channels + k];
+    } else if (c.produced()) {
+      value = reference::activate(c.producer_activation, value);
+      if (c.gated()) value *= first[row * c.channels + k];
     }
-  } else if (c.plugin == "LynxGeluSparseLinear") {
-    for (double& value : z) value = gelu(value);
-  } else if (c.plugin == "LynxGatedSparseLinear") {
-    for (int64_t k = 0; k < k_count; ++k)
-      z[size_t(k)] *= first[row * k_count + k] / (1.0 + std::exp(-z[size_t(k)]));
   }
   return z;
+}
+
+// x and its gate as the halves of one tensor, in the order that the case has.
+inline Values halves_of(const SparseLinearCase& c, const Values& x, const Values& gate) {
+  const bool x_first = c.halves == 1;
+  Values out(c.type, {c.batch, c.length, 2 * c.channels});
+  return out.fill([&](int64_t i) {
+    const int64_t row = i / (2 * c.channels), k = i % (2 * c.channels);
+    const bool first = k < c.channels;
+    return (first == x_first ? x : gate)[row * c.channels + (first ? k : k - c.channels)];
+  });
 }
 
 inline Problem sparse_linear(const SparseLinearCase& c) {
   std::mt19937 random(unsigned(c.channels + 3 * c.out_channels + 5 * c.rank + 7 * c.length));
   std::normal_distribution<double> normal;
-  const bool produced = c.plugin != "LynxSparseLinear", norm = c.plugin == "LynxNormSparseLinear";
-  const bool gated = c.plugin == "LynxGatedSparseLinear";
+  const bool produced = c.produced(), norm = c.norm(), gated = c.gated();
   const int64_t rows = c.batch * c.length, width = padded_width(c.channels, c.rank);
   const int64_t down_rows = std::max<int64_t>(c.rank, 1);
   const double deviation = 1.0 / std::sqrt(double(c.channels)), epsilon = 1e-6;
@@ -172,66 +185,33 @@ inline Problem sparse_linear(const SparseLinearCase& c) {
   out.title = c.plugin + (c.type == DataType::kBF16 ? " bf16 " : " fp16 ") + std::to_string(rows) + " x " +
               std::to_string(c.channels) + " -> " + std::to_string(c.out_channels) + ", rank " +
               std::to_string(c.rank) + (c.norm_scale ? ", norm scale" : "") + (c.rms ? ", RMS" : "") +
-              (c.gelu_from >= 0 ? ", GELU from " + std::to_string(c.gelu_from) : "");
+              (c.producer_activation ? ", of activation " + std::to_string(c.producer_activation) : "") +
+              (c.halves ? ", halves " + std::to_string(c.halves) : "") +
+              epilogue_name({c.activation, c.activation_from, false});
   out.attributes = {{"rank", double(c.rank)},
                     {"norm_scale", double(c.norm_scale)},
-                    {"activation", double(c.gelu_from >= 0)},
-                    {"activation_from", double(std::max<int64_t>(c.gelu_from, 0))}};
+                    {"activation", double(c.activation)},
+                    {"activation_from", double(c.activation_from)}};
   if (norm) out.attributes["rms"] = double(c.rms), out.attributes["epsilon"] = epsilon;
-  out.inputs = {x.tensor(), weight.tensor(), down.tensor(), bias.tensor()};
-  if (norm || gated) out.inputs.push_back(first.tensor());
+  if (produced && !norm) out.attributes["producer_activation"] = double(c.producer_activation);
+  if (gated) out.attributes["halves"] = double(c.halves);
+  const HostTensor both = c.halves ? halves_of(c, x, first).tensor() : HostTensor();
+  out.inputs = {c.halves ? both : x.tensor(), weight.tensor(), down.tensor(), bias.tensor()};
+  if (norm || gated) out.inputs.push_back(c.halves ? both : first.tensor());
   if (norm) out.inputs.push_back(second.tensor());
   out.out_channels = c.out_channels;
 
-  const double half = roundoff(c.type);
-  const auto rounded = [&](double value) { return double(to_float(c.type, from_float(c.type, value))); };
+  const reference::SparseLinear op = {rounding(c.type), roundoff(c.type),
+                                      c.channels,       c.out_channels,
+                                      c.rank,           width,
+                                      weight.data(),    down.data(),
+                                      bias.data(),      {c.activation, c.activation_from, false}};
   for (int64_t m = 0; m < rows; ++m) {
-    std::vector<double> z = producer_row(c, x, first, second, m, m / c.length, epsilon);
-    for (double& value : z) value = rounded(value);
-    std::vector<double> kept(z.size(), 0.0);
-    double all_squares = 0.0, kept_squares = 0.0;
-    for (int64_t group = 0; group < c.channels; group += 4) {
-      int64_t position[4] = {group, group + 1, group + 2, group + 3};
-      const auto score = [&](int64_t k) {  // in float32, as the op says
-        return float(std::fabs(z[size_t(k)]));
-      };
-      std::stable_sort(position, position + 4, [&](int64_t a, int64_t b) { return score(a) > score(b); });
-      for (int i = 0; i < 2; ++i) kept[size_t(position[i])] = z[size_t(position[i])];
-    }
-    for (size_t k = 0; k < z.size(); ++k) all_squares += z[k] * z[k], kept_squares += kept[k] * kept[k];
-    const double scale = c.norm_scale ? std::sqrt(all_squares / (kept_squares + 1e-8)) : 1.0;
-    std::vector<double> u, u_error;
-    for (int64_t j = 0; j < c.rank; ++j) {
-      double sum = 0.0, magnitude = 0.0;
-      for (int64_t k = 0; k < c.channels; ++k) {
-        const double term = z[size_t(k)] * down[j * c.channels + k];
-        sum += term, magnitude += std::fabs(term);
-      }
-      u.push_back(rounded(sum / scale));
-      u_error.push_back(2.0 * half * std::fabs(sum / scale) + sum_error(c.channels) * magnitude / scale +
-                        1e-7);
-    }
-    for (int64_t n = 0; n < c.out_channels; ++n) {
-      double sum = 0.0, dense = 0.0, magnitude = 0.0, square = 0.0, error = 0.0;
-      for (int64_t k = 0; k < c.channels; ++k) {
-        const double w = weight[n * width + k], term = kept[size_t(k)] * w;
-        sum += term, dense += z[size_t(k)] * w, magnitude += std::fabs(term), square += term * term;
-      }
-      for (int64_t j = 0; j < c.rank; ++j) {
-        const double b = weight[n * width + c.channels + j / 2 * 4 + j % 2];
-        sum += u[size_t(j)] * b, dense += u[size_t(j)] * b, magnitude += std::fabs(u[size_t(j)] * b);
-        error += u_error[size_t(j)] * std::fabs(b);
-      }
-      if (produced) error += 8.0 * half * std::sqrt(square);  // z may be off by one bit where it was rounded
-      error = scale * (error + sum_error(width) * magnitude) + 1e-6;
-      double y = scale * sum + bias[n], unpruned = dense + bias[n];
-      if (c.gelu_from >= 0 && n >= c.gelu_from) {  // slope at most 1.13; the hardware's tanh is off by 2^-11
-        error = 1.13 * error + 0x1p-12 * std::fabs(y);
-        y = gelu(y), unpruned = gelu(unpruned);
-      }
-      out.y.push_back(y), out.unpruned.push_back(unpruned);
-      out.tolerance.push_back(error + 1.01 * half * std::fabs(y));
-    }
+    reference::Row z = producer_row(c, x, first, second, m, m / c.length, epsilon);
+    for (double& value : z) value = op.rounded(value);
+    const reference::Row kept = reference::pruned(z);
+    const double scale = c.norm_scale ? reference::norm_scale(z, kept) : 1.0;
+    out.add(op.y(kept, scale, op.low_rank(z, scale)), op.y(z, 1.0, op.low_rank(z, 1.0)));
   }
   return out;
 }
@@ -239,7 +219,8 @@ inline Problem sparse_linear(const SparseLinearCase& c) {
 // What can be said of the plugin with 2:4 weights.
 struct SparseWeightCase {
   DataType type = DataType::kBF16;
-  int64_t batch = 2, length = 33, channels = 192, out_channels = 200, layout = 80, gelu_from = -1;
+  int64_t batch = 2, length = 33, channels = 192, out_channels = 200, layout = 80;
+  reference::Epilogue epilogue;
 };
 
 inline Problem sparse_weight(const SparseWeightCase& c) {
@@ -263,10 +244,10 @@ inline Problem sparse_weight(const SparseWeightCase& c) {
         values.set(slot++, dense[at]);
         pruned[size_t(at)] = dense[at];
       }
-      const int64_t block = group / 4, shift = 4 * (group % 4) + (n & 8 ? 16 : 0), row = n & ~int64_t(8);
-      const int64_t word = c.layout == 90 ? Sm90Metadata<64>::word(row, block, padded)
-                                          : Sm80Metadata::word(row, block, padded);
-      int32_t& to = metadata[size_t(word)];
+      const int64_t block = group / 4, at = c.layout == 90 ? reference::sm90_index(n, block, padded, 64)
+                                                           : reference::sm80_index(n, block, padded);
+      const int64_t shift = 4 * (group % 4) + (at % 2 ? 16 : 0);  // of a word of two
+      int32_t& to = metadata[size_t(at / 2)];
       to = int32_t((uint32_t(to) & ~(15u << shift)) | nibble << shift);
     }
   }
@@ -274,31 +255,30 @@ inline Problem sparse_weight(const SparseWeightCase& c) {
   out.plugin = "LynxSparseWeightLinear";
   out.title = out.plugin + (c.type == DataType::kBF16 ? " bf16 " : " fp16 ") + std::to_string(rows) + " x " +
               std::to_string(c.channels) + " -> " + std::to_string(c.out_channels) + ", layout " +
-              std::to_string(c.layout) +
-              (c.gelu_from >= 0 ? ", GELU from " + std::to_string(c.gelu_from) : "");
+              std::to_string(c.layout) + epilogue_name(c.epilogue);
   out.attributes = {{"out_channels", double(c.out_channels)},
                     {"metadata_layout", double(c.layout)},
-                    {"activation", double(c.gelu_from >= 0)},
-                    {"activation_from", double(std::max<int64_t>(c.gelu_from, 0))}};
+                    {"activation", double(c.epilogue.activation)},
+                    {"activation_from", double(c.epilogue.from)},
+                    {"gated", double(c.epilogue.gated)}};
   out.inputs = {x.tensor(), values.tensor(), int_tensor({c.channels / 64, padded / 64, 128}, metadata),
                 bias.tensor()};
-  out.out_channels = c.out_channels;
+  const int64_t behind = c.out_channels - c.epilogue.from;
+  out.out_channels = c.epilogue.gated ? c.epilogue.from + behind / 2 : c.out_channels;
   for (int64_t m = 0; m < rows; ++m) {
+    std::vector<reference::Near> y, unpruned;
     for (int64_t n = 0; n < c.out_channels; ++n) {
-      double y = bias[n], unpruned = bias[n], magnitude = 0.0;
+      reference::Sum sum;
+      double whole = bias[n];
       for (int64_t k = 0; k < c.channels; ++k) {
-        const double term = x[m * c.channels + k] * pruned[size_t(n * c.channels + k)];
-        y += term, magnitude += std::fabs(term);
-        unpruned += x[m * c.channels + k] * dense[n * c.channels + k];
+        const double of_x = x[m * c.channels + k];
+        sum.add(of_x * pruned[size_t(n * c.channels + k)]), whole += of_x * dense[n * c.channels + k];
       }
-      double error = sum_error(c.channels) * magnitude + 1e-6;
-      if (c.gelu_from >= 0 && n >= c.gelu_from) {
-        error = 1.13 * error + 0x1p-12 * std::fabs(y);
-        y = gelu(y), unpruned = gelu(unpruned);
-      }
-      out.y.push_back(y), out.unpruned.push_back(unpruned);
-      out.tolerance.push_back(error + 1.01 * roundoff(c.type) * std::fabs(y));
+      y.push_back({sum.value + bias[n], reference::sum_error(c.channels) * sum.magnitude + 1e-6});
+      unpruned.push_back({whole, 0.0});
     }
+    out.add(reference::stored(reference::finish(y, c.epilogue), roundoff(c.type)),
+            reference::finish(unpruned, c.epilogue));
   }
   return out;
 }
@@ -319,9 +299,16 @@ inline std::vector<Problem> problems_of(const std::string& plugin) {
         SparseWeightCase c;
         c.type = type, c.layout = layout;
         out.push_back(sparse_weight(c));
-        SparseWeightCase gelu_behind = c;
-        gelu_behind.channels = 256, gelu_behind.out_channels = 256, gelu_behind.gelu_from = 128;
-        out.push_back(sparse_weight(gelu_behind));
+        SparseWeightCase behind = c;
+        behind.channels = 256, behind.out_channels = 256;
+        for (const reference::Epilogue& epilogue : {reference::Epilogue{1, 128, false},
+                                                    {2, 64, false},
+                                                    {1, 0, true},
+                                                    {2, 64, true},
+                                                    {3, 64, true}}) {
+          behind.epilogue = epilogue;
+          out.push_back(sparse_weight(behind));
+        }
         c.channels = 8256;  // long enough for stream-K
         out.push_back(sparse_weight(c));
       }
@@ -334,6 +321,7 @@ inline std::vector<Problem> problems_of(const std::string& plugin) {
   for (const DataType type : {DataType::kBF16, DataType::kHALF}) {
     SparseLinearCase c;
     c.plugin = plugin, c.type = type;
+    if (c.produced() && !c.norm()) c.producer_activation = c.gated() ? 3 : 1;
     out.push_back(sparse_linear(c));
     SparseLinearCase bare = c;
     bare.rank = 0, bare.norm_scale = false, bare.length = 1;
@@ -344,9 +332,17 @@ inline std::vector<Problem> problems_of(const std::string& plugin) {
     SparseLinearCase deep = c;  // long enough for stream-K
     deep.channels = 8208, deep.out_channels = 72, deep.length = 5;
     out.push_back(sparse_linear(deep));
-    SparseLinearCase gelu_behind = c;
-    gelu_behind.gelu_from = 64;
-    out.push_back(sparse_linear(gelu_behind));
+    for (const int activation : {1, 2}) {
+      SparseLinearCase behind = c;
+      behind.activation = activation, behind.activation_from = 64;
+      if (behind.produced() && !behind.norm()) behind.producer_activation = activation;
+      out.push_back(sparse_linear(behind));
+    }
+    for (const int halves : {1, 2}) {
+      SparseLinearCase halved = c;
+      halved.halves = halves;
+      if (c.gated()) out.push_back(sparse_linear(halved));
+    }
   }
   return out;
 }

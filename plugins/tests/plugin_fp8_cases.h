@@ -99,12 +99,12 @@ inline std::vector<double> fp8_producer_row(const Fp8Case& c, const Values& x, c
   SparseLinearCase like;
   like.channels = c.channels, like.rms = c.rms;
   if (c.makes("Norm")) like.plugin = "LynxNormSparseLinear";
-  if (c.makes("Gelu")) like.plugin = "LynxGeluSparseLinear";
+  if (c.makes("Gelu")) like.plugin = "LynxGeluSparseLinear", like.producer_activation = 1;
   if (!c.makes("Gated")) return producer_row(like, x, first, second, row, row / c.length, epsilon);
   std::vector<double> z;
   for (int64_t k = 0; k < c.channels; ++k) {
     const double value = x[row * 2 * c.channels + k];
-    z.push_back(value / (1.0 + std::exp(-value)) * x[(row * 2 + 1) * c.channels + k]);
+    z.push_back(reference::activate(3, value) * x[(row * 2 + 1) * c.channels + k]);
   }
   return z;
 }
@@ -158,14 +158,15 @@ inline Problem fp8_linear(const Fp8Case& c) {
   out.inputs.push_back(packed.scale), out.inputs.push_back(bias.tensor());
   if (c.makes("Norm")) out.inputs.push_back(first.tensor()), out.inputs.push_back(second.tensor());
 
-  const auto rounded = [&](double value) { return double(to_float(c.type, from_float(c.type, value))); };
+  const reference::Rounding& type = rounding(c.type);
   for (int64_t m = 0; m < rows; ++m) {
     std::vector<double> z = fp8_producer_row(c, x, first, second, m, epsilon), raw;
-    for (double& value : z) value = rounded(value);
+    for (double& value : z) value = type[type.nearest(float(value))];
     for (int64_t k = 0; k < c.channels; ++k) raw.push_back(x[m * halves * c.channels + k]);
     const Fp8Row token = round_row(z, c.prune ? kept_of(z) : std::vector<bool>(z.size(), true));
     const bool plain = !c.produced() && !c.prune;
     const std::vector<double> other = plain ? z : round_row(raw, std::vector<bool>(raw.size(), true)).values;
+    std::vector<reference::Near> due, dense_due;
     for (int64_t n = 0; n < c.out_channels; ++n) {
       double y = bias[n], unpruned = bias[n], square = 0.0;
       for (size_t k = 0; k < z.size(); ++k) {
@@ -175,14 +176,12 @@ inline Problem fp8_linear(const Fp8Case& c) {
       }
       // The tensor cores' short sums; and what else a producer rounds up where we round down, above all of
       // the largest, which scales all the others.
-      double error = (0x1p-7 + (c.produced() ? 0.1 : 0.0)) * std::sqrt(square) + 1e-6;
-      if (c.gelu_from >= 0 && n >= c.gelu_from) {
-        error = 1.13 * error + 0x1p-12 * std::fabs(y);
-        y = gelu(y), unpruned = gelu(unpruned);
-      }
-      out.y.push_back(y), out.unpruned.push_back(unpruned);
-      out.tolerance.push_back(error + 1.01 * roundoff(c.type) * std::fabs(y));
+      const double error = (0x1p-7 + (c.produced() ? 0.1 : 0.0)) * std::sqrt(square) + 1e-6;
+      due.push_back({y, error}), dense_due.push_back({unpruned, 0.0});
     }
+    const reference::Epilogue epilogue = {c.gelu_from >= 0 ? 1 : 0, c.gelu_from, false};
+    out.add(reference::stored(reference::finish(due, epilogue), roundoff(c.type)),
+            reference::finish(dense_due, epilogue));
   }
   return out;
 }

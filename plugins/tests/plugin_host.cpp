@@ -217,7 +217,7 @@ size_t wrong_elements(const Problem& problem, const std::vector<uint16_t>& y, co
                       double* worst) {
   size_t wrong = 0;
   for (size_t i = 0; i < y.size(); ++i) {
-    const double error = std::fabs(lynx::test::to_float(problem.type(), y[i]) - due[i]);
+    const double error = std::fabs(lynx::test::rounding(problem.type())[y[i]] - due[i]);
     wrong += !(error <= problem.tolerance[i]);  // a NaN is wrong
     *worst = std::max(*worst, error / problem.tolerance[i]);
   }

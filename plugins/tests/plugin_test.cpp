@@ -71,6 +71,8 @@ constexpr bool kWhole = LYNX_WHOLE_LIBRARY;
 
 lynx::Creator<lynx::SparseLinearOp<Producer::kNone>> linear_creator;
 lynx::Creator<lynx::SparseLinearOp<Producer::kNorm>> norm_creator;
+lynx::Creator<lynx::SparseLinearOp<Producer::kGelu>> gelu_creator;
+lynx::Creator<lynx::SparseLinearOp<Producer::kGated>> gated_creator;
 lynx::Creator<lynx::SparseWeightOp> weight_creator;
 lynx::Creator<lynx::Fp8Op<false, Producer::kNone>> fp8_creator;
 lynx::Creator<lynx::Fp8Op<false, Producer::kNorm>> norm_fp8_creator;
@@ -162,9 +164,10 @@ std::string run(IPluginV3& plugin, const Problem& problem, size_t workspace_byte
   if (!workspace.intact() || !y.intact()) return "bytes outside a buffer were written";
   const auto* found = static_cast<const uint16_t*>(y.data());
   for (size_t i = 0; i < problem.y.size(); ++i) {
-    if (!(std::fabs(to_float(problem.type(), found[i]) - problem.y[i]) <= problem.tolerance[i])) {
-      return "y[" + std::to_string(i) + "] is " + std::to_string(to_float(problem.type(), found[i])) +
-             ", not " + std::to_string(problem.y[i]);
+    const double value = rounding(problem.type())[found[i]];
+    if (!(std::fabs(value - problem.y[i]) <= problem.tolerance[i])) {
+      return "y[" + std::to_string(i) + "] is " + std::to_string(value) + ", not " +
+             std::to_string(problem.y[i]);
     }
   }
   return "";
@@ -193,6 +196,30 @@ void check_workspace() {
                    std::to_string(problem.rows()) + " of 300 rows, built on " + std::to_string(built_on) +
                        ", run on " + std::to_string(runs_on));
       }
+    }
+  }
+}
+
+// Everything that plugin_host runs on a GPU, every producer and epilogue among it.
+void check_problems() {
+  const std::pair<const char*, nvinfer1::IPluginCreatorV3One*> plugins[] = {
+      {"LynxSparseLinear", &linear_creator},
+      {"LynxNormSparseLinear", &norm_creator},
+      {"LynxGeluSparseLinear", &gelu_creator},
+      {"LynxGatedSparseLinear", &gated_creator},
+      {"LynxSparseWeightLinear", &weight_creator}};
+  for (const auto& [name, creator] : plugins) {
+    for (const Problem& problem : problems_of(name)) {
+      const auto layout = problem.attributes.find("metadata_layout");
+      const bool for_90 = layout != problem.attributes.end() && layout->second == 90;
+      if (!kWhole && (for_90 || problem.type() != DataType::kBF16)) continue;
+      emulation::compute_capability = for_90 ? 90 : 80;
+      const auto plugin = make(*creator, problem.attributes);
+      if (plugin == nullptr) {
+        report(false, problem.title);
+        continue;
+      }
+      report_run(*plugin, problem, workspace_of(*plugin, dynamic_descs(problem)), problem.title);
     }
   }
 }
@@ -535,6 +562,7 @@ int main() {
   emulation::compute_capability = 90;
   if (kWhole) check_workspace(), check_dynamic_axes();
   check_workspace_grows();
+  check_problems();
   check_fields();
   check_tactics();
   check_cache_id();

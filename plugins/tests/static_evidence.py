@@ -174,8 +174,9 @@ WGMMA_NAME = re.compile(
 )
 # Which of our epilogues a GEMM has tells its operand. With sparse weights, output channels lie along D's rows.
 EPILOGUES = {
-    "activation": re.compile(r"lynx::GeluStore<|lynx::GeluFrom<cutlass::\w+, 1>"),
-    "weight": re.compile(r"lynx::TransposedEpilogue<|lynx::GeluFrom<cutlass::\w+, 0>"),
+    "activation": re.compile(r"lynx::ActivatedStore<|lynx::GeluFrom<cutlass::\w+, 1[,>]"),
+    "weight": re.compile(r"lynx::TransposedEpilogue<|lynx::GeluFrom<cutlass::\w+, 0[,>]"),
+    "gated": re.compile(r"lynx::GatedStore<"),
 }
 FP8_NAME = re.compile(
     r"MainloopSm90TmaGmmaWarpSpecialized(Sparse)?<\d+, .*?FP8FastAccum>, "
@@ -303,8 +304,9 @@ def _roles_due(arch: str, gemms: set[tuple[str, str]]) -> Counter[str]:
                 due.update(Role("prune", element, layout, rank, variant).title for variant in VARIANTS)
         if arch != "90":
             family, tiles = ("wgmma.sp", WGMMA_TILES) if arch == "90a" else ("mma.sp", MMA_TILES)
+            operands = (*OPERANDS, "gated") if arch == "90a" else OPERANDS  # mma.sp's weight kernel gates too
             for tile in tiles:
-                due.update(Role(family, element, tile=tile, operand=operand).title for operand in OPERANDS)
+                due.update(Role(family, element, tile=tile, operand=operand).title for operand in operands)
     return due
 
 
@@ -330,7 +332,8 @@ def _check_instructions(kernel: Kernel, role: Role) -> Iterator[str]:
         yield f"no HMMA.SP of {role.element} with float32 accumulation"
     if role.family in ("mma.sp", "wgmma.sp") and kernel.count(r"HG?MMA(?!\.SP)"):
         yield "dense tensor-core instructions beside the sparse ones"
-    if role.family == "mma.sp" and role.operand == "weight":  # all lanes must take part in turning a block
+    # All lanes must take part in turning a block.
+    if (role.family, role.operand) in (("mma.sp", "weight"), ("wgmma.sp", "gated")):
         if not kernel.count("[@?]*MOVM"):
             yield "no MOVM: nothing turns the result"
         if kernel.count("@[?]?MOVM") or kernel.count("[?]MOVM"):
@@ -405,30 +408,35 @@ def parse_resources(lines: Iterable[str]) -> Iterator[Kernel]:
 
 
 INSTRUCTION = re.compile(
-    r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?((?:HMMA|QMMA|HGMMA|QGMMA|LDL|STL|MOVM|BSSY|BSYNC)\b[.\w]*)"
+    r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?((?:HMMA|QMMA|HGMMA|QGMMA|LDL|STL|MOVM|BSSY|BRA|BSYNC)\b[.\w]*)"
 )
 
 
 def parse_sass(lines: Iterable[str]) -> dict[tuple[str, str], Counter[str]]:
     """By architecture and symbol, the tensor-core and local-memory instructions in ``cuobjdump -sass``.
 
-    BSSY and BSYNC enclose what the lanes of a warp go through apart.
+    BSSY and BSYNC enclose what the lanes of a warp go through apart, from the first branch of some lanes on.
     """
     opcodes: dict[tuple[str, str], Counter[str]] = {}
-    arch, current, apart = "", Counter[str](), 0
+    arch, current = "", Counter[str]()
+    apart: list[bool] = []  # of the regions that are open, whether there was a branch
     for line in lines:
         if match := INSTRUCTION.search(line):
             predicate, opcode = match.groups()
-            if opcode.startswith(("BSSY", "BSYNC")):
-                apart += 1 if opcode.startswith("BSSY") else -1
+            if opcode.startswith("BSSY"):
+                apart.append(False)
+            elif opcode.startswith("BSYNC"):
+                apart = apart[:-1]
+            elif opcode.startswith("BRA"):
+                apart = [branched or bool(predicate) for branched in apart]
             elif opcode.startswith("MOVM"):
-                current[("@" if predicate else "") + ("?" if apart > 0 else "") + opcode] += 1
+                current[("@" if predicate else "") + ("?" if any(apart) else "") + opcode] += 1
             else:
                 current[opcode] += 1
         elif match := re.match(r"arch = sm_(\w+)", line):
             arch = match[1]
         elif match := re.match(r"\s*Function : (\S+)", line):
-            current, apart = opcodes.setdefault((arch, match[1]), Counter()), 0
+            current, apart = opcodes.setdefault((arch, match[1]), Counter()), []
     return opcodes
 
 

@@ -9,7 +9,21 @@ import pytest
 import torch
 
 from lynx_compile.errors import InputError
-from lynx_compile.ops.sparse_linear import Gated, Gelu, Norm, expand_low_rank, keep_mask, sparse_linear
+from lynx_compile.ops.sparse_linear import (
+    GATE_FIRST,
+    GELU_ERF,
+    GELU_TANH,
+    SILU,
+    X_FIRST,
+    Gated,
+    Gelu,
+    Norm,
+    activate,
+    expand_low_rank,
+    keep_mask,
+    produce,
+    sparse_linear,
+)
 from lynx_compile.ops.sparse_weight_linear import pack_weight
 from lynx_compile.tools import bench
 from lynx_compile.torch_ops.bindings import DTYPES as CODES
@@ -75,13 +89,16 @@ def _guarded(rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor,
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("rows", "channels", "out_channels", "gelu_from"),
+    ("rows", "channels", "out_channels", "options"),
     [
-        (1, 64, 8, None),
-        (33, 192, 576, 512),
-        (129, 128, 200, 64),
-        (300, 3072, 72, 0),
-        (512, 3072, 9216, None),
+        (1, 64, 8, {}),
+        (33, 192, 576, {"activation": GELU_TANH, "activation_from": 512}),
+        (129, 128, 200, {"activation": GELU_ERF, "activation_from": 64}),
+        (300, 3072, 72, {"activation": GELU_TANH}),
+        (512, 3072, 9216, {}),
+        (129, 192, 592, {"activation": SILU, "activation_from": 64, "gated": True}),
+        (33, 256, 272, {"activation": GELU_ERF, "gated": True}),
+        (512, 3072, 9216 + 6144, {"activation": SILU, "activation_from": 9216, "gated": True}),
         (4608, 3072, 3072, 1536),
         (512, 12288, 3072, None),
     ],
@@ -92,23 +109,21 @@ def test_sparse_weight_equals_the_definition(
     rows: int,
     channels: int,
     out_channels: int,
-    gelu_from: int | None,
+    options: dict[str, int],
 ) -> None:
     x, wide, _, bias = _operands(rows, channels, out_channels, 0, dtype)
     weight = wide[:, :channels]
     keep = keep_mask(weight)
     wanted = torch.nn.functional.linear(x.double(), (weight * keep).double(), bias.double())
-    if gelu_from is not None:
-        wanted[:, gelu_from:] = torch.nn.functional.gelu(wanted[:, gelu_from:], approximate="tanh")
+    start, gated = options.get("activation_from", 0), bool(options.get("gated"))
+    wanted = activate(wanted, options.get("activation", 0), start, gated)
     bound = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
     best = library.lynx_metadata_layout(CODES[dtype])
     for layout in {80, best}:
         values, metadata = pack_weight(weight, keep, layout)
-        op = SparseWeightLinear(
-            library, values, metadata, bias, rows=rows, metadata_layout=layout, gelu_from=gelu_from
-        )
+        op = SparseWeightLinear(library, values, metadata, bias, rows=rows, metadata_layout=layout, **options)
         for tile in range(-1, library.lynx_tile_count(CODES[dtype]) if layout == best else 2):
-            whole, op.y = _guarded(rows, out_channels, dtype)
+            whole, op.y = _guarded(rows, wanted.shape[1], dtype)
             op._call.y = op.y.data_ptr()
             y = op(x, tile).double()
             assert (y - wanted).norm() < bound * wanted.norm(), (layout, tile)
@@ -128,13 +143,15 @@ def test_wrong_metadata_layout_gives_another_result(library: ctypes.CDLL) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gelu_from", [0, 512])
-def test_gelu_in_the_epilogue(library: ctypes.CDLL, dtype: torch.dtype, gelu_from: int) -> None:
+@pytest.mark.parametrize("activation", [GELU_TANH, GELU_ERF])
+@pytest.mark.parametrize("start", [0, 512])
+def test_gelu_in_the_epilogue(library: ctypes.CDLL, dtype: torch.dtype, start: int, activation: int) -> None:
     x, weight, down, bias = _operands(300, 768, 1152, 16, dtype)
-    op = SparseLinear(library, weight, down, bias, rows=300, rank=16, gelu_from=gelu_from)
+    gelu = {"activation": activation, "activation_from": start}
+    op = SparseLinear(library, weight, down, bias, rows=300, rank=16, **gelu)
     wanted = sparse_linear(
         x.double(), weight.double(), down.double(), bias.double(),
-        rank=16, activation=1, activation_from=gelu_from,
+        rank=16, **gelu,
     )  # fmt: skip
     bound = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
     for tile in range(-1, library.lynx_tile_count(CODES[dtype])):
@@ -143,7 +160,9 @@ def test_gelu_in_the_epilogue(library: ctypes.CDLL, dtype: torch.dtype, gelu_fro
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [0, 16, 32, 64, 128])
-@pytest.mark.parametrize("kind", ["layer norm", "rms norm", "gelu", "gated"])
+@pytest.mark.parametrize(
+    "kind", ["layer norm", "rms norm", "gelu", "gelu erf", "gated", "gated by gelu", "x first", "gate first"]
+)
 @pytest.mark.parametrize(("rows", "channels"), [(1, 64), (130, 208), (130, 3840), (4608, 3072)])
 def test_fused_producer(
     library: ctypes.CDLL, dtype: torch.dtype, rank: int, kind: str, rows: int, channels: int
@@ -157,10 +176,20 @@ def test_fused_producer(
     )
     gate = torch.randn_like(x)
     wide = x.double()
-    if kind == "gelu":
-        producer, produced = Gelu(), torch.nn.functional.gelu(wide, approximate="tanh")
-    elif kind == "gated":
-        producer, produced = Gated(gate), torch.nn.functional.silu(wide) * gate.double()
+    acting = {
+        "gelu": Gelu(),
+        "gelu erf": Gelu(GELU_ERF),
+        "gated": Gated(gate),
+        "gated by gelu": Gated(gate, GELU_ERF),
+        "x first": Gated(torch.cat((x, gate), 1), SILU, X_FIRST),
+        "gate first": Gated(torch.cat((gate, x), 1), GELU_TANH, GATE_FIRST),
+    }
+    source = x
+    if kind in acting:
+        producer = acting[kind]
+        apart = producer if isinstance(producer, Gelu) else Gated(gate.double(), producer.activation)
+        produced = produce(wide, apart)
+        source = producer.gate if "first" in kind else x
     else:
         producer = Norm(gain, shift, rms=kind == "rms norm")
         centred = wide if producer.rms else wide - wide.mean(1, keepdim=True)
@@ -172,7 +201,7 @@ def test_fused_producer(
         produced.to(dtype).double(), weight.double(), down.double(), bias.double(), rank=rank, norm_scale=True
     )
     # A sum in float32 may round z another way, and so decide a close call otherwise: few do.
-    assert (op(x).double() - wanted).norm() < 2.0**-5 * wanted.norm()
+    assert (op(source).double() - wanted).norm() < 2.0**-5 * wanted.norm()
     plain = SparseLinear(library, weight, down, bias, rows=rows, rank=rank, norm_scale=True)
     assert (plain(x).double() - wanted).norm() > 2.0**-3 * wanted.norm()
 
@@ -180,7 +209,7 @@ def test_fused_producer(
 def test_what_the_kernels_cannot_do_is_refused(library: ctypes.CDLL) -> None:
     x, weight, down, bias = _operands(64, 128, 192, 0, torch.bfloat16)
     with pytest.raises(InputError, match="CUDA error"):
-        SparseLinear(library, weight, down, bias, rows=64, gelu_from=8)(x)
+        SparseLinear(library, weight, down, bias, rows=64, activation=1, activation_from=8)(x)
     values, metadata = pack_weight(weight, keep_mask(weight), 80)
     with pytest.raises(InputError, match="CUDA error"):
         SparseWeightLinear(library, values, metadata, bias, rows=64, metadata_layout=80)(x, tile=99)

@@ -14,7 +14,18 @@ import torch
 from onnx import TensorProto
 
 from lynx_compile.ops.functions import DOMAIN, GATED_OP, GELU_OP, NORM_OP, OP, WEIGHT_OP, lynx_functions
-from lynx_compile.ops.sparse_linear import Gated, Gelu, Norm, expand_low_rank, produce, sparse_linear
+from lynx_compile.ops.sparse_linear import (
+    GATE_FIRST,
+    GELU_ERF,
+    GELU_TANH,
+    X_FIRST,
+    Gated,
+    Gelu,
+    Norm,
+    expand_low_rank,
+    produce,
+    sparse_linear,
+)
 
 CHANNELS, OUT_CHANNELS = 80, 136
 Producers = Norm | Gelu | Gated
@@ -25,6 +36,11 @@ def _x() -> torch.Tensor:
     x = (torch.randn(3, 8, CHANNELS) + torch.randn(3, 8, 1)) * torch.logspace(-4, 1, 8)[:, None]
     x[0, 0], x[1, 3] = 0, 2.5
     return x
+
+
+def _x_of(producer: Producers) -> torch.Tensor:
+    """Twice as wide where the gate is a half."""
+    return torch.cat((_x(), _x()), -1) if isinstance(producer, Gated) and producer.halves else _x()
 
 
 def _norm(*leading: int, rms: bool = False) -> Norm:
@@ -38,7 +54,12 @@ PRODUCERS = {
     "layer norm with a row per token": lambda: _norm(3, 8),
     "rms norm": lambda: _norm(3, 1, rms=True),
     "gelu": Gelu,
+    "gelu erf": lambda: Gelu(GELU_ERF),
     "gated": lambda: Gated(torch.randn(3, 8, CHANNELS)),
+    "gated by gelu": lambda: Gated(torch.randn(3, 8, CHANNELS), GELU_TANH),
+    "gated by gelu erf": lambda: Gated(torch.randn(3, 8, CHANNELS), GELU_ERF),
+    "gated halves": lambda: Gated(torch.randn(3, 8, 2 * CHANNELS), halves=X_FIRST),
+    "gated halves, gate first": lambda: Gated(torch.randn(3, 8, 2 * CHANNELS), GELU_ERF, GATE_FIRST),
 }
 
 
@@ -60,13 +81,24 @@ def test_produce_is_what_torch_computes() -> None:
         (replace(norm, rms=True), functional.rms_norm(x, shape, eps=1e-6) * gain + shift),
         (replace(norm, epsilon=1e-2), functional.layer_norm(x, shape, eps=1e-2) * gain + shift),
         (Gelu(), functional.gelu(x, approximate="tanh")),
+        (Gelu(GELU_ERF), functional.gelu(x)),
         (Gated(gate), functional.silu(x) * gate),
+        (Gated(gate, GELU_TANH), functional.gelu(x, approximate="tanh") * gate),
+        (Gated(gate, GELU_ERF), functional.gelu(x) * gate),
     ):
         torch.testing.assert_close(produce(x, producer), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_halves_are_x_and_its_gate() -> None:
+    x, gate = torch.randn(2, 4, CHANNELS)
+    apart = produce(x, Gated(gate))
+    both, turned = torch.cat((x, gate), -1), torch.cat((gate, x), -1)
+    assert torch.equal(produce(both, Gated(both, halves=X_FIRST)), apart)
+    assert torch.equal(produce(turned, Gated(turned, halves=GATE_FIRST)), apart)
+
+
 def test_produce_rounds_once(producer: Producers) -> None:
-    x = _x().bfloat16()
+    x = _x_of(producer).bfloat16()
     assert torch.equal(produce(x, producer), produce(x.float(), producer).bfloat16())
 
 
@@ -93,7 +125,10 @@ def _op(producer: Producers) -> tuple[str, dict[str, torch.Tensor], dict[str, in
     if isinstance(producer, Norm):
         attributes = {"rms": int(producer.rms), "epsilon": producer.epsilon}
         return NORM_OP, {"gain": producer.gain, "shift": producer.shift}, attributes
-    return (GATED_OP, {"gate": producer.gate}, {}) if isinstance(producer, Gated) else (GELU_OP, {}, {})
+    activation = {"producer_activation": producer.activation}
+    if isinstance(producer, Gelu):
+        return GELU_OP, {}, activation
+    return GATED_OP, {"gate": producer.gate}, {**activation, "halves": producer.halves}
 
 
 def _model(op: str, feed: dict[str, torch.Tensor], attributes: dict[str, int | float]) -> onnx.ModelProto:
@@ -126,7 +161,7 @@ def _error(y: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("rank", [0, 16])
 def test_function_equals_the_definition(producer: Producers, rank: int, options: dict[str, int]) -> None:
     torch.manual_seed(rank)
-    x, operands = _x(), _operands(rank)
+    x, operands = _x_of(producer), _operands(rank)
     op, inputs, attributes = _op(producer)
     y = _evaluate(op, {"x": x, **operands, **inputs}, {"rank": rank, "norm_scale": 0} | options | attributes)
     expected = sparse_linear(produce(x, producer), **operands, rank=rank, **options).numpy()  # type: ignore[arg-type]

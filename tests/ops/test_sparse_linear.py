@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -73,15 +74,25 @@ def test_sparse_linear_is_its_formula(rank: int, norm_scale: bool) -> None:
     assert torch.allclose(y, expected, rtol=1e-10, atol=1e-10)
 
 
+def _gelu_tanh(y: torch.Tensor) -> torch.Tensor:
+    return 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+
+
+def _gelu_erf(y: torch.Tensor) -> torch.Tensor:
+    return 0.5 * y * torch.special.erfc(-y / math.sqrt(2))
+
+
 @pytest.mark.parametrize("start", [0, 8, 24])
-def test_activation_is_the_tanh_gelu_of_the_last_channels(start: int) -> None:
+@pytest.mark.parametrize(("activation", "formula"), [(1, _gelu_tanh), (2, _gelu_erf)])
+def test_activation_is_a_gelu_of_the_last_channels(
+    activation: int, formula: Callable[[torch.Tensor], torch.Tensor], start: int
+) -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(5, 64).double(), torch.randn(24, 64).double(), torch.randn(24).double()
     down = torch.zeros(1, 64).double()
     y = sparse_linear(x, weight, down, bias)
-    gelu = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
-    expected = torch.cat((y[:, :start], gelu[:, start:]), 1)
-    got = sparse_linear(x, weight, down, bias, activation=1, activation_from=start)
+    expected = torch.cat((y[:, :start], formula(y)[:, start:]), 1)
+    got = sparse_linear(x, weight, down, bias, activation=activation, activation_from=start)
     assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(sparse_linear(x, weight, down, bias, activation_from=start), y)
 

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import onnx.helper as oh
 import onnxruntime as ort
@@ -76,6 +79,27 @@ def test_the_op_is_its_formula(dtype: torch.dtype, layout: MetadataLayout) -> No
     torch.testing.assert_close(got.double(), y, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("activation", "function"),
+    [
+        (1, partial(torch.nn.functional.gelu, approximate="tanh")),
+        (2, torch.nn.functional.gelu),
+        (3, torch.nn.functional.silu),
+    ],
+)
+def test_gated_rows_are_pairs_eight_apart(
+    activation: int, function: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    weight, keep = _weight(16 + 32, 128)
+    values, metadata = pack_weight(weight.double(), keep, 80)
+    x, bias = torch.randn(5, 128).double(), torch.randn(48).double()
+    options = {"metadata_layout": 80, "activation": activation, "activation_from": 16}
+    got = sparse_weight_linear(x, values, metadata, bias, gated=True, **options)
+    y = x @ weight.double().T + bias
+    first, second = function(y[:, 16:24]) * y[:, 24:32], function(y[:, 32:40]) * y[:, 40:48]
+    torch.testing.assert_close(got, torch.cat((y[:, :16], first, second), 1), rtol=1e-10, atol=1e-10)
+
+
 def test_the_other_layout_gives_another_result() -> None:
     weight, keep = _weight(128, 128)
     values, metadata = pack_weight(weight, keep, 80)
@@ -111,19 +135,30 @@ def _run(feed: dict[str, torch.Tensor], **attributes: int) -> np.ndarray:
 @each_layout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("out_channels", "channels"), SHAPES)
-@pytest.mark.parametrize("gelu_from", [None, 0, 8])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation": 1},
+        {"activation": 1, "activation_from": 8},
+        {"activation": 2, "activation_from": 8},
+        {"activation": 3, "activation_from": 8, "gated": 1},
+        {"activation": 2, "gated": 1},
+    ],
+    ids=str,
+)
 def test_function_equals_the_definition(
-    out_channels: int, channels: int, gelu_from: int | None, dtype: torch.dtype, layout: MetadataLayout
+    out_channels: int, channels: int, options: dict[str, int], dtype: torch.dtype, layout: MetadataLayout
 ) -> None:
+    out_channels += options.get("gated", 0) * ((options.get("activation_from", 0) - out_channels) % 16)
     weight, keep = _weight(out_channels, channels)
     values, metadata = pack_weight(weight.to(dtype), keep, layout)
     feed = {"x": torch.randn(2, 5, channels).to(dtype), "values": values, "metadata": metadata}
     feed |= {"bias": torch.randn(out_channels).to(dtype)}
-    gelu = {} if gelu_from is None else {"activation": 1, "activation_from": gelu_from}
-    y = _run(feed, metadata_layout=layout, out_channels=out_channels, **gelu)
-    expected = sparse_weight_linear(**feed, metadata_layout=layout, **gelu).numpy()
+    y = _run(feed, metadata_layout=layout, out_channels=out_channels, **options)
+    expected = sparse_weight_linear(**feed, metadata_layout=layout, **options).numpy()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-3
-    np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance * max(1, np.abs(expected).max()))
 
 
 def test_the_function_heeds_the_layout() -> None:

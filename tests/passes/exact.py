@@ -145,3 +145,35 @@ def fp8_weights(module: torch.nn.Module, plan: SparsityPlan, folder: Path) -> li
         files.append(folder / f"{index}.fp8.safetensors")
         save_weights(files[-1], solved)
     return files
+
+
+def two_of_four(module: torch.nn.Module, plan: SparsityPlan) -> None:
+    """Leave two of four of the plan's weights, of each group of channels those that are largest."""
+    for linear in (linear for group in plan.groups for linear in group.linears):
+        weight = module.get_submodule(linear.path).weight
+        weight.data *= keep_mask(weight.data)
+
+
+def two_of_four_weights(module: torch.nn.Module, plan: SparsityPlan, folder: Path) -> list[Path]:
+    """One file a group of 2:4 weights: what ``two_of_four`` has left."""
+    files = []
+    for index, group in enumerate(plan.groups):
+        linears = [module.get_submodule(linear.path) for linear in group.linears]
+        biases = [
+            torch.zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears
+        ]
+        weight = torch.cat([linear.weight.detach().float() for linear in linears])
+        solved = SparseLinearWeights(
+            linears=tuple(linear.path for linear in group.linears),
+            out_channels=tuple(len(linear.weight) for linear in linears),
+            weight=weight,
+            lora_down=torch.zeros(1, weight.shape[1]),
+            bias=torch.cat([bias.detach().float() for bias in biases]),
+            rank=0,
+            norm_scale=False,
+            errors=(0.0,) * len(linears),
+            operand="weight",
+        )
+        files.append(folder / f"{index}.safetensors")
+        save_weights(files[-1], solved)
+    return files

@@ -70,6 +70,7 @@ def _block(dtype: torch.dtype = torch.float32, **sizes: int) -> Any:
         dtype=dtype,
         inputs={name: value.to(dtype) for name, value in inputs.items()},
         arguments={name: value.to(dtype) for name, value in inputs.items()},
+        axes=(),
         groups=groups,
         linears=[linear for group in groups for linear in group.linears],
     )
@@ -151,7 +152,7 @@ def test_norm_and_gate_are_fused_and_gelu_goes_into_the_epilogue(dense: DenseOnn
     assert fused.plugins == {
         OP: (),
         NORM_OP: ("activation", "activation_from", "rms", "epsilon"),
-        GATED_OP: (),
+        GATED_OP: ("producer_activation", "halves"),
     }
     assert _error(pair, dit) < 2e-5
 

@@ -27,6 +27,8 @@ KINDS = {
     "affine modulated": (None, 0), "rms": ("rms norm", 1), "rms weighted": ("rms norm", 1),
     "rms scaled": ("rms norm", BATCH), "rms modulated": ("rms norm", BATCH), "gated": ("gated", 0),
     "first axis": (None, 0), "shared": (None, 0), "of other rows": (None, 0), "for each token": ("rms norm", 8 * BATCH),
+    "rms weighted in float32": ("rms norm", 1), "affine in float32": ("layer norm", 1),
+    "modulated in float32": ("layer norm", BATCH),
 }  # fmt: skip
 
 
@@ -62,6 +64,14 @@ class Norms(torch.nn.Module):
             "shared": shared,
             "of other rows": _rms(x + 11) * self.weight + shift,
             "for each token": _rms(x + 12) * x,
+            "rms weighted in float32": (_rms((x + 13).float()) * self.weight.float()).to(x.dtype),
+            "affine in float32": functional.layer_norm(
+                (x + 14).float(), (SIZE,), self.weight.float(), self.bias.float(), 1e-6
+            ).to(x.dtype),
+            "modulated in float32": (
+                functional.layer_norm((x + 15).float(), (SIZE,), eps=1e-6) * (1 + scale[:, None].float())
+                + shift.float()
+            ).to(x.dtype),
         }
         (linears,) = self.blocks
         return (*(linear(values[kind]) for kind, linear in zip(KINDS, linears, strict=True)), shared)
@@ -127,6 +137,20 @@ def test_gain_and_shift_have_as_many_rows(norms: SimpleNamespace) -> None:
 
 
 def test_casts_to_float32_and_back_belong_to_a_norm(tmp_path: Path) -> None:
-    """As half-precision models have them; only what is multiplied in float32 itself stays outside."""
-    half = _producers(_rewritten(tmp_path, torch.bfloat16).lynx)
-    assert half == {kind: producer for kind, (producer, _) in KINDS.items()}
+    """As half-precision models have them; what is multiplied in float32 comes in the op's own dtype."""
+    lynx = _rewritten(tmp_path, torch.bfloat16).lynx
+    assert _producers(lynx) == {kind: producer for kind, (producer, _) in KINDS.items()}
+    model = onnx.shape_inference.infer_shapes(onnx.load(lynx.path))
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    types |= {
+        value.name: value.type.tensor_type.elem_type
+        for value in (*model.graph.value_info, *model.graph.input)
+    }
+    read = {
+        types[name]
+        for node in model.graph.node
+        if node.op_type == NORM_OP
+        for name in node.input
+        if name in types
+    }
+    assert read == {onnx.TensorProto.BFLOAT16}

@@ -217,9 +217,17 @@ def test_each_node_equals_the_definition_on_the_same_input(compiled: Compiled) -
         assert np.abs(y - expected).max() <= 1e-5 * max(np.abs(expected).max(), 1)
 
 
-@pytest.mark.parametrize(("rank", "gelu_from"), [(0, None), (16, 0), (48, 8)])
+@pytest.mark.parametrize(
+    ("rank", "gelu"),
+    [
+        (0, {}),
+        (16, {"activation": 1, "activation_from": 0}),
+        (48, {"activation": 1, "activation_from": 8}),
+        (16, {"activation": 2, "activation_from": 8}),
+    ],
+)
 @pytest.mark.parametrize("norm_scale", [0, 1])
-def test_function_equals_the_definition(rank: int, gelu_from: int | None, norm_scale: int) -> None:
+def test_function_equals_the_definition(rank: int, gelu: dict[str, int], norm_scale: int) -> None:
     """A token of zeros, ties, a NaN token and GELU included."""
     torch.manual_seed(rank + norm_scale)
     channels, out_channels = 80, 24
@@ -229,7 +237,6 @@ def test_function_equals_the_definition(rank: int, gelu_from: int | None, norm_s
     weight = expand_low_rank(torch.randn(out_channels, channels), torch.randn(out_channels, rank))
     down, bias = torch.randn(max(rank, 1), channels), torch.randn(out_channels)
     feed = {"x": x, "weight": weight, "lora_down": down, "bias": bias}
-    gelu = {} if gelu_from is None else {"activation": 1, "activation_from": gelu_from}
     node = _single_node(feed, rank=rank, norm_scale=norm_scale, **gelu)
     y = ort.InferenceSession(node, providers=["CPUExecutionProvider"]).run(
         None, {name: value.numpy() for name, value in feed.items()}

@@ -64,13 +64,13 @@ print(json.dumps(out))
 def sparse_linear_model(path: Path, op: str = "LynxSparseLinear", **wrong: Any) -> tuple[Path, int]:
     """A model of one node; ``wrong`` overrides a dimension, a dtype or an attribute."""
     dtype = wrong.get("dtype", TensorProto.BFLOAT16)
-    channels, out_channels, rank = (
+    channels, out_channels, rank = (  # x: of them, or as wide as its tensor is
         wrong.get("channels", 192),
         wrong.get("out_channels", 576),
         wrong.get("rank", 16),
     )
     shapes: dict[str, tuple[int, list[int | str]]] = {
-        "x": (dtype, [2, "length", channels]),
+        "x": (dtype, [2, "length", wrong.get("x_channels", channels)]),
         "weight": (
             wrong.get("weight_dtype", dtype),
             [out_channels, wrong.get("width", padded_width(channels, rank))],
@@ -86,11 +86,14 @@ def sparse_linear_model(path: Path, op: str = "LynxSparseLinear", **wrong: Any) 
         attributes |= {"rms": 0, "epsilon": 1e-6}
     if op == "LynxGatedSparseLinear":
         shapes["gate"] = (dtype, [2, "length", wrong.get("gate_channels", channels)])
+        attributes |= {"producer_activation": 3, "halves": 0}
+    if op == "LynxGeluSparseLinear":
+        attributes |= {"producer_activation": 1}
     for name in wrong.get("without", ()):
         del shapes[name]
     attributes |= wrong.get("attributes", {})
     output = (dtype, [2, "length", out_channels])
-    return save_model(path, op, shapes, attributes, output), channels
+    return save_model(path, op, shapes, attributes, output), shapes["x"][1][-1]
 
 
 def sparse_weight_model(path: Path, op: str = "LynxSparseWeightLinear", **wrong: Any) -> tuple[Path, int]:
@@ -107,8 +110,9 @@ def sparse_weight_model(path: Path, op: str = "LynxSparseWeightLinear", **wrong:
         "bias": (dtype, wrong.get("bias", [out_channels])),
     }
     attributes = {"metadata_layout": 80, "out_channels": out_channels, "activation": 0, "activation_from": 0}
-    attributes |= wrong.get("attributes", {})
-    return save_model(path, op, shapes, attributes, (dtype, [2, "length", out_channels])), channels
+    attributes |= {"gated": 0} | wrong.get("attributes", {})
+    y_channels = wrong.get("y_channels", out_channels)
+    return save_model(path, op, shapes, attributes, (dtype, [2, "length", y_channels])), channels
 
 
 def save_model(
@@ -149,6 +153,7 @@ def holds(*, fp16: bool, layout: int) -> bool:
 
 
 GELU_FROM_64 = {"activation": 1, "activation_from": 64}
+GATED_FROM_64 = {"activation": 3, "activation_from": 64, "gated": 1}
 NORM, GELU, GATED, WEIGHT = (
     f"Lynx{kind}Linear" for kind in ("NormSparse", "GeluSparse", "GatedSparse", "SparseWeight")
 )
@@ -164,10 +169,12 @@ NORM, GELU, GATED, WEIGHT = (
         (NORM, {"gain": [192], "shift": [1, 192], "dtype": TensorProto.FLOAT16}),
         (NORM, {"rank": 0, "attributes": GELU_FROM_64 | {"rms": 1, "epsilon": 1e-5}}),
         (GELU, {}),
-        (GELU, {"channels": 12288, "dtype": TensorProto.FLOAT16}),
+        (GELU, {"channels": 12288, "dtype": TensorProto.FLOAT16, "attributes": {"producer_activation": 2}}),
         (GATED, {}),
-        (GATED, {"channels": 3072, "rank": 128}),
+        (GATED, {"channels": 3072, "rank": 128, "attributes": {"producer_activation": 2}}),
+        (GATED, {"x_channels": 384, "gate_channels": 384, "attributes": {"halves": 2}}),
         (WEIGHT, {}),
+        (WEIGHT, {"y_channels": 320, "attributes": GATED_FROM_64}),
         (WEIGHT, {"attributes": GELU_FROM_64 | {"metadata_layout": 90}}),
     ],
 )
@@ -178,7 +185,7 @@ def test_node_builds_without_a_gpu(tmp_path: Path, op: str, good: dict[str, Any]
         assert found["engine"] is None and "the plugin library was built without" in found["errors"][0]
         return
     assert found["layers"] == ["LayerType.PLUGIN_V3"]
-    assert found["shape"] == [2, -1, 576]
+    assert found["shape"] == [2, -1, good.get("y_channels", 576)]
     assert found["engine"] and found["errors"] == []
 
 
@@ -193,7 +200,7 @@ def test_node_builds_without_a_gpu(tmp_path: Path, op: str, good: dict[str, Any]
         ("LynxSparseLinear", {"rank": 24}, "rank is 24"),
         ("LynxSparseLinear", {"dtype": TensorProto.FLOAT}, "x is neither bf16 nor fp16"),
         ("LynxSparseLinear", {"weight_dtype": TensorProto.FLOAT16}, "weight has the wrong dtype"),
-        ("LynxSparseLinear", {"attributes": {"activation": 2}}, "a flag is 2"),
+        ("LynxSparseLinear", {"attributes": {"activation": 3}}, "activation is 3"),
         (
             "LynxSparseLinear",
             {"attributes": {"activation": 1, "activation_from": 32}},
@@ -214,6 +221,11 @@ def test_node_builds_without_a_gpu(tmp_path: Path, op: str, good: dict[str, Any]
         (NORM, {"attributes": {"epsilon": 0.0}}, "epsilon is not positive"),
         (GELU, {"width": 192}, "weight has 192 columns where 256 are due"),
         (GATED, {"gate_channels": 96}, "gate has 96 channels where 192 are due"),
+        (GATED, {"x_channels": 385, "gate_channels": 385, "attributes": {"halves": 1}}, "x has no halves"),
+        (GATED, {"x_channels": 384, "attributes": {"halves": 1}}, "gate has 192 channels where 384 are due"),
+        (GATED, {"attributes": {"halves": 3}}, "halves is 3"),
+        (GATED, {"attributes": {"producer_activation": 4}}, "producer_activation is 4"),
+        (GELU, {"attributes": {"producer_activation": 3}}, "producer_activation is 3"),
         (GATED, {"without": ["gate"]}, "the node has 4 inputs instead of 5"),
         (WEIGHT, {"channels": 96}, "x has 96 channels, not a multiple of 64"),
         (WEIGHT, {"values": [576, 192]}, "values has 192 columns where 96 are due"),
@@ -226,6 +238,9 @@ def test_node_builds_without_a_gpu(tmp_path: Path, op: str, good: dict[str, Any]
         (WEIGHT, {"attributes": {"metadata_layout": 86}}, "metadata_layout is 86"),
         (WEIGHT, {"attributes": {"out_channels": 12}}, "out_channels is 12, not a multiple of 8"),
         (WEIGHT, {"attributes": {"activation": 1, "activation_from": 8}}, "activation_from is 8"),
+        (WEIGHT, {"attributes": {"activation": 3}}, "activation is 3"),
+        (WEIGHT, {"attributes": {"gated": 1}}, "activation is 0"),
+        (WEIGHT, {"attributes": GATED_FROM_64 | {"out_channels": 568}}, "gated rows are 504"),
     ],
 )
 def test_wrong_nodes_are_refused_with_a_reason(

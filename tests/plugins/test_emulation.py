@@ -14,7 +14,16 @@ import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 
-from lynx_compile.ops.sparse_linear import expand_low_rank, keep_mask, sparse_linear
+from lynx_compile.ops.sparse_linear import (
+    GATE_FIRST,
+    GELU_ERF,
+    GELU_TANH,
+    SILU,
+    X_FIRST,
+    expand_low_rank,
+    keep_mask,
+    sparse_linear,
+)
 from lynx_compile.torch_ops.bindings import DTYPES, OTHER_VERSION, _Call, _WeightCall, load_library
 
 from .native import PLUGINS, compile_cpp
@@ -45,10 +54,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def run(library: ctypes.CDLL, tensors: dict[str, torch.Tensor], **fields: int | float) -> torch.Tensor:
     """y of lynx_sparse_linear for the tensors by their names in the call."""
     x = tensors["x"]
+    channels = tensors["lora_down"].shape[1]
     call = _Call(
-        fp16=DTYPES[x.dtype], rows=len(x), channels=x.shape[1], out_channels=OUT_CHANNELS, tile=-1, **fields
+        fp16=DTYPES[x.dtype], rows=len(x), channels=channels, out_channels=OUT_CHANNELS, tile=-1, **fields
     )
-    call.gelu_from = fields.get("gelu_from", OUT_CHANNELS)
     for name, tensor in tensors.items():
         setattr(call, name, tensor.data_ptr())
     workspace = torch.full((library.lynx_workspace_bytes(call) + 256,), 255, dtype=torch.uint8)
@@ -105,7 +114,10 @@ def test_equals_the_definition(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["layer norm", "rms norm", "gelu", "gated"])
+@pytest.mark.parametrize(
+    "name",
+    ["layer norm", "rms norm", "gelu", "gelu erf", "gated", "gated by gelu", "x first", "gate first"],
+)
 def test_producers_are_fused(library: ctypes.CDLL, dtype: torch.dtype, name: str) -> None:
     rows, channels = 34, 208
     tensors = operands(rows, channels, 16, dtype)
@@ -128,8 +140,32 @@ def test_producers_are_fused(library: ctypes.CDLL, dtype: torch.dtype, name: str
             {"gain": gain, "shift": shift},
             modulate(rms_norm(x, [channels], eps=EPSILON)),
         ),
-        "gelu": ({"producer": GELU}, {}, gelu(x, approximate="tanh")),
-        "gated": ({"producer": GATED}, {"gate": gate}, silu(x) * gate.double()),
+        "gelu": (
+            {"producer": GELU, "producer_activation": GELU_TANH},
+            {},
+            gelu(x, approximate="tanh"),
+        ),
+        "gelu erf": ({"producer": GELU, "producer_activation": GELU_ERF}, {}, gelu(x)),
+        "gated": (
+            {"producer": GATED, "producer_activation": SILU},
+            {"gate": gate},
+            silu(x) * gate.double(),
+        ),
+        "gated by gelu": (
+            {"producer": GATED, "producer_activation": GELU_ERF},
+            {"gate": gate},
+            gelu(x) * gate.double(),
+        ),
+        "x first": (
+            {"producer": GATED, "producer_activation": SILU, "halves": X_FIRST},
+            dict.fromkeys(("x", "gate"), torch.cat((tensors["x"], gate), 1)),
+            silu(x) * gate.double(),
+        ),
+        "gate first": (
+            {"producer": GATED, "producer_activation": GELU_TANH, "halves": GATE_FIRST},
+            dict.fromkeys(("x", "gate"), torch.cat((gate, tensors["x"]), 1)),
+            gelu(x, approximate="tanh") * gate.double(),
+        ),
     }[name]
     wanted = sparse_linear(**{**tensors, "x": produced.to(dtype)}, rank=16, norm_scale=True)
     library.lynx_emulate(80, 0)
@@ -142,7 +178,7 @@ def refusal(library: ctypes.CDLL, function: str, **fields: int) -> int:
     tensors = operands(34, 192, 0, torch.bfloat16)
     space = torch.zeros(2**20, dtype=torch.uint8)
     pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    good = {"rows": 34, "channels": 192, "out_channels": OUT_CHANNELS, "gelu_from": OUT_CHANNELS, "tile": -1}
+    good = {"rows": 34, "channels": 192, "out_channels": OUT_CHANNELS, "tile": -1}
     at = -(-space.data_ptr() // 256) * 256
     call = _Call(**{**good, **pointers, "y": at, "workspace": at, **fields})
     error = getattr(library, function)(call, None)
@@ -158,7 +194,14 @@ def refusal(library: ctypes.CDLL, function: str, **fields: int) -> int:
         {"producer": NORM, "gain": 256, "shift": 256, "epsilon": EPSILON, "gain_rows": 5},
         {"producer": 4},
         {"producer": -1},
-        {"producer": GATED},  # and no gate
+        {"producer": GATED, "producer_activation": SILU},  # and no gate
+        {"producer": GATED, "gate": 256},  # and no activation
+        {"producer": GATED, "gate": 256, "producer_activation": 4},
+        {"producer": GATED, "gate": 256, "producer_activation": SILU, "halves": 3},
+        {"producer": GELU},
+        {"producer": GELU, "producer_activation": SILU},
+        {"activation": GELU_ERF, "activation_from": 8},
+        {"activation": SILU},
         {"rank": 24},
         {"rows": 0},
         {"rows": 2**25},
@@ -185,7 +228,7 @@ def test_caller_of_another_version_is_refused(library: ctypes.CDLL) -> None:
 def test_unknown_metadata_layout_is_refused(library: ctypes.CDLL) -> None:
     library.lynx_emulate(90, 0)
     space = torch.zeros(2**16, dtype=torch.uint8)
-    good = {"rows": 1, "channels": 64, "out_channels": 64, "gelu_from": 64, "tile": -1}
+    good = {"rows": 1, "channels": 64, "out_channels": 64, "tile": -1}
     pointers = dict.fromkeys(
         ("x", "values", "metadata", "bias", "y", "workspace"), -(-space.data_ptr() // 256) * 256
     )

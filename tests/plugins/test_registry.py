@@ -91,7 +91,7 @@ FIELDS = [
 ]
 FP8 = (FP8_OP, FP8_NORM_OP, FP8_GELU_OP, FP8_GATED_OP)
 FP8_WEIGHT = (FP8_WEIGHT_OP, FP8_NORM_WEIGHT_OP, FP8_GELU_WEIGHT_OP, FP8_GATED_WEIGHT_OP)
-WEIGHT_FIELDS = ["out_channels", "metadata_layout", "activation", "activation_from"]
+WEIGHT_FIELDS = ["out_channels", "metadata_layout", "activation", "activation_from", "gated"]
 # What a node has that uses none of it.
 PLAIN: dict[str, dict[str, int | float]] = {
     **{name: dict.fromkeys(FIELDS, 0) for name in (NONE, NORM, GELU, GATED)},
@@ -101,6 +101,8 @@ PLAIN: dict[str, dict[str, int | float]] = {
 }
 for name in (NORM, FP8_NORM_OP, FP8_NORM_WEIGHT_OP):
     PLAIN[name] |= {"rms": 0, "epsilon": 1e-6}
+PLAIN[GELU] |= {"producer_activation": 1}
+PLAIN[GATED] |= {"producer_activation": 3, "halves": 0}
 Attributes = dict[str, list[dict[str, int | float]]]  # beside the plain ones
 GOOD: Attributes = {
     NONE: [
@@ -108,11 +110,21 @@ GOOD: Attributes = {
         {"rank": 16, "norm_scale": 1},
         {"rank": 128},
         {"activation": 1, "activation_from": 64},
+        {"activation": 2, "activation_from": 64},
     ],
     NORM: [{}, {"rank": 64, "rms": 1, "epsilon": 1e-5}],
-    GELU: [{}, {"rank": 16}],
-    GATED: [{}, {"rank": 16}],
-    WEIGHT: [{"metadata_layout": 90, "out_channels": 64}, {"metadata_layout": 80, "out_channels": 8}],
+    GELU: [{}, {"rank": 16}, {"producer_activation": 2}],
+    GATED: [
+        {},
+        {"rank": 16},
+        {"producer_activation": 1, "halves": 1},
+        {"producer_activation": 2, "halves": 2},
+    ],
+    WEIGHT: [
+        {"metadata_layout": 90, "out_channels": 64},
+        {"metadata_layout": 80, "out_channels": 8},
+        {"metadata_layout": 80, "out_channels": 96, "activation": 3, "activation_from": 64, "gated": 1},
+    ],
     **{name: [{}, {"prune": 1, "activation": 1, "activation_from": 64}] for name in FP8},
     **{
         name: [{"out_channels": 8}, {"out_channels": 136, "activation": 1, "activation_from": 128}]
@@ -126,16 +138,27 @@ BAD: Attributes = {
         {"rank": 144},
         {"norm_scale": 2},
         {"activation": -1},
+        {"activation": 3},
         {"activation_from": -8},
     ],
     NORM: [{"epsilon": 0.0}, {"epsilon": -1e-6}, {"epsilon": float("nan")}, {"rms": 2}],
-    GELU: [{"norm_scale": -1}],
-    GATED: [{"rank": 8}],
+    GELU: [{"norm_scale": -1}, {"producer_activation": 0}, {"producer_activation": 3}],
+    GATED: [
+        {"rank": 8},
+        {"producer_activation": 0},
+        {"producer_activation": 4},
+        {"halves": 3},
+        {"halves": -1},
+    ],
     WEIGHT: [
         {},
         {"metadata_layout": 86, "out_channels": 64},
         {"metadata_layout": 80, "out_channels": 12},
         {"metadata_layout": 80, "out_channels": 64, "activation": 1, "activation_from": 64},
+        {"metadata_layout": 80, "out_channels": 64, "activation": 3},
+        {"metadata_layout": 80, "out_channels": 64, "activation": 3, "gated": 2},
+        {"metadata_layout": 80, "out_channels": 64, "gated": 1},
+        {"metadata_layout": 80, "out_channels": 72, "activation": 3, "gated": 1},
     ],
     **{name: [{"prune": 2}, {"activation": 2}, {"activation_from": -8}] for name in FP8},
     **{

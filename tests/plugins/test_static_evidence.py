@@ -41,10 +41,16 @@ def gemm_kernel(arch: str, element: str, tile: Tile, operand: str) -> Kernel:
         name = (
             f"MainloopSm90TmaGmmaWarpSpecializedSparse<{tile.stages}, {cluster}, "
             f"cutlass::gemm::KernelTmaWarpSpecializedCooperative>, cute::tuple<{shape} >, cutlass::{name}, "
-            f"lynx::GeluFrom<cutlass::{name}, {int(not weight)}>"
+            + (
+                "lynx::GatedStore<"
+                if operand == "gated"
+                else f"lynx::GeluFrom<cutlass::{name}, {int(not weight)}>"
+            )
         )
-        return Kernel(arch, name, 168, 0, 1024, Counter({f"HGMMA.SP.64x{tile.n}x32.F32{suffix}": 2}))
-    epilogue = "TransposedEpilogue<" if weight else "GeluStore<"
+        turned = Counter({"MOVM.16.MT88": 16} if operand == "gated" else {})
+        products = Counter({f"HGMMA.SP.64x{tile.n}x32.F32{suffix}": 2})
+        return Kernel(arch, name, 168, 0, 1024, products + turned)
+    epilogue = "TransposedEpilogue<" if weight else "ActivatedStore<"
     shape = f"cutlass::gemm::GemmShape<{tile.m}, {tile.n}, {tile.k}>"
     name = f"SparseMmaMultistage<{shape}, cutlass::{name}, lynx::{epilogue}"
     turned = Counter({"MOVM.16.MT88": 64} if weight else {})
@@ -92,6 +98,7 @@ def kernels() -> list[Kernel]:
             ]
         for operand in evidence.OPERANDS:
             out += [gemm_kernel("80", element, tile, operand) for tile in evidence.MMA_TILES]
+        for operand in (*evidence.OPERANDS, "gated"):
             out += [gemm_kernel("90a", element, tile, operand) for tile in evidence.WGMMA_TILES]
         out += [fp8_kernel(element, operand, tiles[0]) for operand, tiles in evidence.FP8_TILES.items()]
         out += [fp8_mma_kernel("89", element, operand, 0) for operand in evidence.FP8_OPERANDS]
@@ -217,7 +224,7 @@ def test_tiles_of_as_many_stages_are_told_apart(
     gemms = [
         gemm_kernel("90a", element, tile, operand)
         for element in evidence.ELEMENTS
-        for operand in evidence.OPERANDS
+        for operand in (*evidence.OPERANDS, "gated")
         for tile in doubled
     ]
     assert evidence.check([*others, *gemms]) == []
@@ -265,6 +272,8 @@ arch = sm_90a
         /*19c0*/              @!P1 STL [R1+0x4], R7 ;                           /* 0x0000040701007387 */
         /*19e0*/              @!P2 MOVM.16.MT88 R5, R5 ;
         /*19f0*/                   BSSY B0, 0x1a20 ;
+        /*19f8*/                   MOVM.16.MT88 R5, R5 ;
+        /*19fc*/               @P0 BRA 0x1a10 ;
         /*1a00*/                   MOVM.16.MT88 R5, R5 ;
         /*1a10*/                   BSYNC B0 ;
         /*1a20*/                   MOVM.16.MT88 R5, R5 ;
@@ -278,7 +287,7 @@ arch = sm_90a
         "STL": 1,
         "@MOVM.16.MT88": 1,
         "?MOVM.16.MT88": 1,
-        "MOVM.16.MT88": 1,
+        "MOVM.16.MT88": 2,
     }
     assert opcodes["90a", "_Ztwo"] == {}
     one, two = evidence.parse_resources(resources.splitlines())

@@ -23,7 +23,7 @@ from lynx_compile.errors import InputError
 from lynx_compile.files.digest import written
 from lynx_compile.models.structure import find_structure
 from lynx_compile.ops.sparse_linear import keep_mask
-from lynx_compile.passes.compensate import _save, load_weights
+from lynx_compile.passes.compensate import load_weights, save_weights
 from lynx_compile.passes.describe import _sparse
 from lynx_compile.passes.export import DenseOnnx, export_module
 from lynx_compile.passes.rewrite import LynxOnnx, rewrite
@@ -123,7 +123,7 @@ def _solved(module: nn.Module, form: str, folder: Path) -> tuple[SparsityPlan, l
         for file in files:
             solved = load_weights(file)
             weight = solved.weight[:, : solved.in_channels]
-            _save(file, _replaced(solved, weight * keep_mask(weight)))
+            save_weights(file, _replaced(solved, weight * keep_mask(weight)))
     return plan, files
 
 

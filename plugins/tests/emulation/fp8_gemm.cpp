@@ -39,7 +39,7 @@ cudaError_t multiply(const Fp8GemmCall& call, Fp8Operand operand, const referenc
       for (size_t k = 0; k < x.size(); ++k) sum += x[k] * weight[k];
       sum = sum * double(call.x_scale[token]) * double(call.weight_scale[channel]) + value[bias[channel]];
       if (channel >= call.gelu_from) {
-        sum *= 0.5 * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (sum + 0.044715 * sum * sum * sum)));
+        sum = reference::activate(1, sum);
       }
       static_cast<uint16_t*>(call.y)[token * call.channels + channel] = value.nearest(float(sum));
     }

@@ -11,7 +11,7 @@
 namespace lynx {
 namespace {
 
-using Index = std::function<int64_t(int64_t m, int64_t block, int64_t rows)>;
+using reference::Index;
 
 // One row of the decompressed operand [width], zeros where nothing was kept.
 std::vector<double> decompress(const SparseGemmCall& call, int64_t m, const Index& index,
@@ -27,24 +27,39 @@ std::vector<double> decompress(const SparseGemmCall& call, int64_t m, const Inde
   return row;
 }
 
-cudaError_t multiply(const SparseGemmCall& call, Operand operand, const Index& index,
-                     const reference::Rounding& value) {
-  if (call.workspace_bytes > 0) std::memset(call.workspace, 0xff, call.workspace_bytes);
+// D [m, n] of the call, scaled and with its bias.
+std::vector<double> product(const SparseGemmCall& call, Operand operand, const Index& index,
+                            const reference::Rounding& value) {
   const auto* dense = static_cast<const uint16_t*>(call.dense);
   const auto* bias = static_cast<const uint16_t*>(call.bias);
+  const bool by_token = operand == Operand::kActivation;
+  std::vector<double> d;
   for (int64_t m = 0; m < call.m; ++m) {
     const std::vector<double> row = decompress(call, m, index, value);
     for (int64_t n = 0; n < call.n; ++n) {
       double sum = 0.0;
       for (int64_t k = 0; k < call.width; ++k) sum += row[size_t(k)] * value[dense[n * call.width + k]];
-      const bool by_token = operand == Operand::kActivation;
-      const int64_t channel = by_token ? n : m;
-      if (by_token) sum *= double(call.scale[m]);
-      sum += value[bias[channel]];
-      if (channel >= call.gelu_from) {
-        sum *= 0.5 * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (sum + 0.044715 * sum * sum * sum)));
-      }
-      static_cast<uint16_t*>(call.y)[by_token ? m * call.n + n : n * call.m + m] = value.nearest(float(sum));
+      d.push_back((by_token ? sum * double(call.scale[m]) : sum) + value[bias[by_token ? n : m]]);
+    }
+  }
+  return d;
+}
+
+cudaError_t multiply(const SparseGemmCall& call, Operand operand, const Index& index,
+                     const reference::Rounding& value) {
+  if (call.workspace_bytes > 0) std::memset(call.workspace, 0xff, call.workspace_bytes);
+  const std::vector<double> d = product(call, operand, index, value);
+  const bool by_token = operand == Operand::kActivation;
+  const int64_t tokens = by_token ? call.m : call.n, channels = by_token ? call.n : call.m;
+  auto* y = static_cast<uint16_t*>(call.y);
+  for (int64_t token = 0; token < tokens; ++token) {
+    std::vector<reference::Near> row;
+    for (int64_t n = 0; n < channels; ++n) {
+      row.push_back({d[size_t(by_token ? token * call.n + n : n * call.n + token)], 0.0});
+    }
+    for (const reference::Near& each :
+         reference::finish(row, {int(call.activation), call.activation_from, call.gated})) {
+      *y++ = value.nearest(float(each.value));
     }
   }
   return cudaSuccess;

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+// The end of a wgmma GEMM with a gated sparse weight: y has one channel for two rows of D.
+#pragma once
+
+#include "cute/tensor.hpp"
+#include "cutlass/cutlass.h"
+#include "cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp"
+
+#include "activation.h"
+
+namespace lynx {
+
+// Epilogue node: y[token, channel] straight from the registers, where CUTLASS's store through shared memory
+// and TMA knows only tiles of D itself; the GEMM has no D (void). A thread holds rows 8 apart of the same
+// tokens. movmatrix turns an 8 x 8 block so that a lane has two neighbouring channels; a warp writes 16 bytes
+// of a token at a time.
+template <class Element>
+struct GatedStore : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
+  using ElementAux = Element;  // CUTLASS asks for the type of a D that it does not write
+
+  struct SharedStorage {};
+  struct Arguments {
+    Activation activation;
+    int from;  // first row of D that is activated
+    Element* y;
+    int channels, tokens;  // of y
+  };
+  using Params = Arguments;
+
+  template <class ProblemShape>
+  static constexpr Params to_underlying_arguments(const ProblemShape&, const Arguments& args, void*) {
+    return args;
+  }
+  template <class ProblemShape>
+  static bool can_implement(const ProblemShape&, const Arguments&) {
+    return true;
+  }
+  template <class ProblemShape>
+  static size_t get_workspace_size(const ProblemShape&, const Arguments&) {
+    return 0;
+  }
+  template <class ProblemShape>
+  static cutlass::Status initialize_workspace(const ProblemShape&, const Arguments&, void*, cudaStream_t,
+                                              cutlass::CudaHostAdapter* = nullptr) {
+    return cutlass::Status::kSuccess;
+  }
+
+  CUTLASS_HOST_DEVICE GatedStore() {}
+  CUTLASS_HOST_DEVICE GatedStore(const Params& params, const SharedStorage&) : params(params) {}
+
+  Params params;
+
+  template <class Coordinates>
+  struct Callbacks : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
+    CUTLASS_DEVICE Callbacks(const Coordinates& at, int row, int token, const Params& params)
+        : at(at), row(row), token(token), params(params) {}
+
+    template <class Accumulator, int kCount>
+    CUTLASS_DEVICE cutlass::Array<Element, kCount> visit(const cutlass::Array<Accumulator, kCount>&,
+                                                         int epi_v, int epi_m, int epi_n,
+                                                         const cutlass::Array<float, kCount>& d) {
+      static_assert(comes_in_pairs<kCount>(), "a thread's elements are rows 8 apart of neighbouring tokens");
+      const auto here = at(cute::_, cute::_, cute::_, epi_m, epi_n)(epi_v * kCount);
+      const int lane = int(threadIdx.x) % 32;
+      const int block_row = row + int(cute::get<0>(here)) - lane / 4;  // the same for all of the warp
+      const bool gated = block_row >= params.from;
+      cutlass::Array<float, kCount> value = d;
+      if (gated) {
+        with_activation(params.activation, [&](auto activate) {
+          CUTLASS_PRAGMA_UNROLL
+          for (int i = 0; i < kCount; i += 4) {
+            value[i] = activate(d[i]) * d[i + 2], value[i + 1] = activate(d[i + 1]) * d[i + 3];
+          }
+        });
+      }
+      const int channel = (gated ? params.from + (block_row - params.from) / 2 : block_row) + lane % 4 * 2;
+      int to = token + int(cute::get<1>(here)) - lane % 4 * 2 + lane / 4;
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kCount; i += 4, to += 8) {
+        __syncwarp();  // no branch above may take the turning of blocks into it
+        const uint32_t first = turned(value[i], value[i + 1]);
+        const uint32_t second = turned(value[i + 2], value[i + 3]);
+        Element* const y = params.y + int64_t(to) * params.channels + channel;
+        if (to < params.tokens && channel < params.channels) *reinterpret_cast<uint32_t*>(y) = first;
+        if (to < params.tokens && !gated && channel + 8 < params.channels) {
+          *reinterpret_cast<uint32_t*>(y + 8) = second;
+        }
+      }
+      return {};
+    }
+
+   private:
+    // Whether elements i .. i + 3 of every fragment are those of (row, token), (row, token + 1), (row + 8,
+    // token) and (row + 8, token + 1).
+    template <int kCount>
+    static constexpr bool comes_in_pairs() {
+      using Layout = decltype(Coordinates{}.layout());
+      const auto is = [](auto element, auto before, int rows, int tokens) {
+        const auto here = Layout{}(element);
+        const auto there = Layout{}(before);
+        return int(cute::get<0>(here)) - int(cute::get<0>(there)) == rows &&
+               int(cute::get<1>(here)) - int(cute::get<1>(there)) == tokens;
+      };
+      return kCount % 4 == 0 && is(cute::Int<1>{}, cute::Int<0>{}, 0, 1) &&
+             is(cute::Int<2>{}, cute::Int<0>{}, 8, 0) && is(cute::Int<3>{}, cute::Int<0>{}, 8, 1) &&
+             is(cute::Int<5>{}, cute::Int<4>{}, 0, 1) && is(cute::Int<6>{}, cute::Int<4>{}, 8, 0) &&
+             is(cute::Int<4>{}, cute::Int<0>{}, 0, 8) &&
+             is(cute::Int<kCount - 4>{}, cute::Int<0>{}, 0, 2 * (kCount - 4));
+    }
+
+    // Of an 8 x 8 block, of which a lane holds two neighbouring tokens of a row: two neighbouring rows of a
+    // token.
+    static CUTLASS_DEVICE uint32_t turned(float first, float second) {
+      cutlass::Array<float, 2> value;
+      value[0] = first, value[1] = second;
+      const cutlass::Array<Element, 2> pair = cutlass::NumericArrayConverter<Element, float, 2>{}(value);
+      uint32_t out;
+      // Volatile: all lanes must be there, and the compiler may otherwise move it under the condition of a
+      // store.
+      asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;"
+                   : "=r"(out)
+                   : "r"(reinterpret_cast<const uint32_t&>(pair)));
+      return out;
+    }
+
+    Coordinates at;  // of the thread's elements, relative to its first
+    int row, token;  // of its first
+    const Params& params;
+  };
+
+  template <bool kReferenceSource, class... Args>
+  CUTLASS_DEVICE auto get_consumer_store_callbacks(
+      const cutlass::epilogue::fusion::ConsumerStoreArgs<Args...>& args) {
+    const int row = cute::get<0>(args.problem_shape_mnkl) - int(cute::get<0>(args.residue_tCcD));
+    const int token = cute::get<1>(args.problem_shape_mnkl) - int(cute::get<1>(args.residue_tCcD));
+    return Callbacks<decltype(args.tCcD)>(args.tCcD, row, token, params);
+  }
+};
+
+}  // namespace lynx
