@@ -31,6 +31,7 @@ model:
   dtype: bf16
 calibration: {recording: calls}
 sparsity: {operand: weight}
+compensation: {tune: false}
 """
 
 
