@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from sklearn.datasets import load_digits
 
 HERE = Path(__file__).parent
 CONDITIONING = HERE / "conditioning.safetensors"
@@ -26,6 +25,8 @@ SPLIT_SEED = 0
 
 def digits(split: Literal["train", "held_out"]) -> tuple[torch.Tensor, torch.Tensor]:
     """Images [n, 16, 16] float32 in [0, 1] and their labels [n] int64; the two splits share no image."""
+    from sklearn.datasets import load_digits  # only the digits themselves need it, not what is drawn
+
     data = load_digits()
     images = torch.from_numpy(data.images).float() / BRIGHTEST
     images = torch.nn.functional.interpolate(images[:, None], size=(SIZE, SIZE), mode="bilinear")[:, 0]
