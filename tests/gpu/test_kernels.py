@@ -99,8 +99,8 @@ def _guarded(rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor,
         (129, 192, 592, {"activation": SILU, "activation_from": 64, "gated": True}),
         (33, 256, 272, {"activation": GELU_ERF, "gated": True}),
         (512, 3072, 9216 + 6144, {"activation": SILU, "activation_from": 9216, "gated": True}),
-        (4608, 3072, 3072, 1536),
-        (512, 12288, 3072, None),
+        (4608, 3072, 3072, {"activation": GELU_TANH, "activation_from": 1536}),
+        (512, 12288, 3072, {}),
     ],
 )
 def test_sparse_weight_equals_the_definition(
