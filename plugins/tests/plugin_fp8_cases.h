@@ -174,8 +174,8 @@ inline Problem fp8_linear(const Fp8Case& c) {
         y += term, square += term * term;
         unpruned += other[k] * (plain ? dense[size_t(n)][k] : weight[size_t(n)].values[k]);
       }
-      // The tensor cores' short sums, cut off after every 32 channels; and what else a producer rounds up where
-      // we round down, above all of the largest, which scales all the others.
+      // The tensor cores' short sums, cut off after every 32 channels; and what else a producer rounds up
+      // where we round down, above all of the largest, which scales all the others.
       const double sums = 0x1p-7 + 0x1p-15 * double(c.channels / 32);
       const double error = (sums + (c.produced() ? 0.1 : 0.0)) * std::sqrt(square) + 1e-6;
       due.push_back({y, error}), dense_due.push_back({unpruned, 0.0});
