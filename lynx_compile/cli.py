@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -45,6 +46,15 @@ if TYPE_CHECKING:
     from lynx_compile.tools.inspection import Inspection
 
 SHOWN_LINEARS = 20
+
+
+class Runner(StrEnum):
+    """What runs the models that ``compare`` compares."""
+
+    auto = "auto"
+    torch = "torch"
+    onnx = "onnx"
+
 
 app, bench_app, inspect_app, compare_app = (
     typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False) for _ in range(4)
@@ -415,13 +425,21 @@ def compare_(
     metric: Annotated[
         bool, typer.Option("--metric/--no-metric", help="Call the recipe's own metric, which is code.")
     ] = False,
+    through: Annotated[
+        Runner,
+        typer.Option(
+            "--with",
+            help="What runs the models. auto: torch for what was compiled for torch, and on a GPU with our kernels; "
+            "else ONNX Runtime in float32.",
+        ),
+    ] = Runner.auto,
 ) -> None:
     """Compare an engine's model with the dense one: linears, output, images. Exit code 1: a limit is missed."""
     _configure_logging(verbose=False)
     with _interruptible("nothing was written."):
         from lynx_compile.tools import compare
 
-        found = compare.compare(engine, cache=cache, run_metric=metric, display=_stage)
+        found = compare.compare(engine, cache=cache, run_metric=metric, through=through.value, display=_stage)
     _show_comparison(found)
     written = Outputs.find(engine)
     out.print(f"wrote {escape(str(written.comparison))} and {escape(written.report.name)}")

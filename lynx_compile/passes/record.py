@@ -54,8 +54,8 @@ def named_components(recipe: Recipe) -> tuple[str, ...]:
     return recipe.model.components or () if isinstance(recipe.model, Model) else ()
 
 
-def open_pipeline(recipe: Recipe, opened: Opened, rows: Rows) -> Any:
-    """The recipe's pipeline: in float32 on a CPU, in the recipe's dtype on a GPU.
+def open_pipeline(recipe: Recipe, opened: Opened, rows: Rows, dtype: torch.dtype | None = None) -> Any:
+    """The recipe's pipeline, in ``dtype``; by default in float32 on a CPU, in the recipe's dtype on a GPU.
 
     Raises:
         InputError: there is none, or it cannot be loaded.
@@ -65,7 +65,7 @@ def open_pipeline(recipe: Recipe, opened: Opened, rows: Rows) -> Any:
             "A module of your own has no pipeline that could be run for calibration.",
             "Give its recorded calls: 'recording' under 'calibration'.",
         )
-    dtype = DTYPES[recipe.model.dtype] if torch.cuda.is_available() else torch.float32
+    dtype = dtype or (DTYPES[recipe.model.dtype] if torch.cuda.is_available() else torch.float32)
     return load_pipeline(
         opened.folder,
         dtype=dtype,

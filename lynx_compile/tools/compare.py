@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """``lynx-compile compare``: how far the Lynx model is from the dense one, linear by linear, step by step, in images.
 
-Both ONNX files run in ONNX Runtime in float32, driven and compared by polygraphy. Every sparse linear gets the dense
-model's own input, since end to end one flipped choice of channels spreads; the model's output is compared on the
-dense model's trajectory; the images are each model's own. Where there is a GPU, both engines run too.
+Both ONNX files run in ONNX Runtime in float32, driven and compared by polygraphy; or the module runs in torch, dense
+and with the compiled linears in it (``compare_torch``). Every sparse linear gets the dense model's own input, since end
+to end one flipped choice of channels spreads; the model's output is compared on the dense model's trajectory; the
+images are each model's own. Where there is a GPU, ONNX Runtime is joined by both engines.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
@@ -43,14 +44,17 @@ from lynx_compile.files.outputs import Outputs
 from lynx_compile.files.ownership import LOCK, PRODUCER, SCRATCH
 from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import Display, silent
-from lynx_compile.recipe import Recipe
+from lynx_compile.models.dtypes import DTYPES
+from lynx_compile.recipe import Model, Recipe
 from lynx_compile.solve.moments import relative_error
-from lynx_compile.tools import report
+from lynx_compile.tools import compare_torch, report
+from lynx_compile.tools.compare_torch import TorchState
 from lynx_compile.tools.comparison import (
     Comparison,
     EngineRun,
     Images,
     LinearError,
+    Squares,
     StepError,
     missed,
 )
@@ -67,32 +71,60 @@ from lynx_compile.tools.held_out import (
     replaced,
 )
 from lynx_compile.tools.linear_graphs import Part, linear_graphs
+from lynx_compile.torch_ops.operators import kernels_run
 
 BEST_PSNR = 200.0  # of two equal images, whose PSNR is infinite
 SHEET_COLUMNS, SHEET_PIXELS = 8, 192
 DIFFERENCE_GAIN = 4
 
 
-@dataclass(frozen=True)
-class Squares:
-    """Sums over a tensor: of (y - y_dense)^2, and of y_dense^2."""
+AnyState = TypeVar("AnyState", State, TorchState)
+Through = Literal["auto", "torch", "onnx"]
 
-    lost: float
-    dense: float
+
+@dataclass(frozen=True)
+class Measured:
+    """What one of the two ways finds out; the fields as ``Comparison`` has them."""
+
+    states: int
+    linears: tuple[LinearError, ...]
+    output: tuple[StepError, ...]
+    images: Images | None
+    metric: dict[str, float] | None
+    engines: tuple[EngineRun, ...]
+    not_measured: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is compared, and how what is done is shown. ``folder``: for what is needed meanwhile."""
+
+    outputs: Outputs
+    manifest: Manifest
+    recipe: Recipe
+    run_metric: bool
+    display: Display
+    folder: Path
 
     @property
-    def error(self) -> float:
-        return relative_error(self.lost, self.dense)
+    def component(self) -> str:
+        return self.manifest.source.subfolder
 
 
 def compare(
-    engine: Path, *, cache: Path | None = None, run_metric: bool = False, display: Display | None = None
+    engine: Path,
+    *,
+    cache: Path | None = None,
+    run_metric: bool = False,
+    through: Through = "auto",
+    display: Display | None = None,
 ) -> Comparison:
     """Compare an engine with the dense model; writes ``OUT.compare.json``, ``.png`` and ``OUT.html``.
 
     Args:
         cache: folder that its compilation left; OUT.cache by default.
         run_metric: call the recipe's ``compare.metric``, which is somebody's code.
+        through: what runs the models; auto is torch for what was compiled for torch, and on a GPU with our kernels.
         display: gets what is done, yields a callable that takes (what, done, total).
 
     Raises:
@@ -100,68 +132,111 @@ def compare(
     """
     outputs = Outputs.find(engine, cache)
     manifest = Manifest.read(outputs.manifest)
-    compiled = Compiled.read(outputs, manifest.engine.sha256)
-    recipe, limits = compiled.recipe, compiled.recipe.compare
-    display = display or silent
-    component, not_measured = manifest.source.subfolder, dict[str, str]()
+    recipe = Compiled.read(outputs, manifest.engine.sha256).recipe
+    limits = recipe.compare
+    measure = _through_torch if _takes_torch(through, manifest, recipe) else _through_onnx
     with (
         _quiet(),
         locked(outputs.cache / LOCK),
         tempfile.TemporaryDirectory(prefix=SCRATCH, dir=outputs.cache) as scratch,
     ):
-        folder = Path(scratch)
-        with display("float32") as progress:
-            dense = float32_copy(outputs.dense, folder / "dense.onnx")
-            lynx = float32_copy(outputs.onnx, folder / "lynx.onnx")
-            parts = linear_graphs(dense, lynx, manifest, recipe.calibration.memory_gib, folder)
-            progress("copied", 1, 1)
-        with display("dense") as progress:
-            sampler = open_sampler(recipe, outputs.cache / "converted")
-            if sampler is None:
-                recording = calibration_calls(recipe)
-                not_measured["held-out calls"] = "the recipe has a recording, and no pipeline to make others"
-            else:
-                recording = record_held_out(sampler, component, folder / "held-out", progress)
-            states = read_states(recording, component, manifest)
-            reference = _dense_outputs(_runner(dense, "dense"), states, progress)
-        with display("output") as progress:
-            on_output = _output_errors(_runner(lynx, "lynx"), states, reference, progress)
-        with display("linears") as progress:
-            linears = _linear_errors(parts, manifest, _spread(states, limits.states), progress)
-        with display("images") as progress:
-            images, metric, reasons = _images(
-                sampler,
-                component,
-                manifest,
-                _runner(lynx, "lynx"),
-                outputs.sheet,
-                limits.metric,
-                run_metric,
-                progress,
-            )
-            not_measured |= reasons
-        with display("engines") as progress:
-            engines, reason = _engines(outputs, recipe, manifest, states, reference, folder, progress)
-            not_measured |= {"engines": reason} if reason else {}
+        found = measure(Job(outputs, manifest, recipe, run_metric, display or silent, Path(scratch)))
     comparison = Comparison(
         format_version=1,
         engine_sha256=manifest.engine.sha256,
         samples=limits.samples,
-        steps=len(on_output),
+        steps=len(found.output),
         seed=limits.seed,
-        states=min(limits.states, len(states)),
-        linears=linears,
-        output=on_output,
-        images=images,
-        metric=metric,
-        engines=engines,
+        states=min(limits.states, found.states),
+        linears=found.linears,
+        output=found.output,
+        images=found.images,
+        metric=found.metric,
+        engines=found.engines,
         limits=limits,
-        not_measured=not_measured,
-        missed=missed(limits, linears, on_output, images, metric),
+        not_measured=found.not_measured,
+        missed=missed(limits, found.linears, found.output, found.images, found.metric),
     )
     comparison.write(outputs.comparison)
     report.write(outputs)
     return comparison
+
+
+def _takes_torch(through: Through, manifest: Manifest, recipe: Recipe) -> bool:
+    """Whether torch runs the models.
+
+    Raises:
+        InputError: it was asked for, and cannot.
+    """
+    possible = recipe.calibration.prompts is not None and isinstance(recipe.model, Model)
+    if through == "torch" and not possible:
+        raise InputError(
+            "There is no diffusers pipeline in the recipe whose transformer torch could run.",
+            "Compare with onnx.",
+        )
+    if through != "auto":
+        return through == "torch"
+    return possible and (manifest.backend.name == "torch" or kernels_run(DTYPES[manifest.dtype]))
+
+
+def _through_onnx(job: Job) -> Measured:
+    outputs, manifest, recipe, folder = job.outputs, job.manifest, job.recipe, job.folder
+    not_measured = dict[str, str]()
+    with job.display("float32") as progress:
+        dense = float32_copy(outputs.dense, folder / "dense.onnx")
+        lynx = float32_copy(outputs.onnx, folder / "lynx.onnx")
+        parts = linear_graphs(dense, lynx, manifest, recipe.calibration.memory_gib, folder)
+        progress("copied", 1, 1)
+    with job.display("dense") as progress:
+        sampler = open_sampler(recipe, outputs.cache / "converted")
+        if sampler is None:
+            recording = calibration_calls(recipe)
+            not_measured["held-out calls"] = "the recipe has a recording, and no pipeline to make others"
+        else:
+            recording = record_held_out(sampler, job.component, folder / "held-out", progress)
+        states = read_states(recording, job.component, manifest)
+        reference = _dense_outputs(_runner(dense, "dense"), states, progress)
+    with job.display("output") as progress:
+        on_output = _output_errors(_runner(lynx, "lynx"), states, reference, progress)
+    with job.display("linears") as progress:
+        linears = _linear_errors(parts, manifest, _spread(states, recipe.compare.states), progress)
+    with job.display("images") as progress:
+        swapped = None if sampler is None else _graph_in(sampler, job, _runner(lynx, "lynx"))
+        images, metric, reasons = _images(sampler, swapped, job, progress)
+    with job.display("engines") as progress:
+        engines, reason = _engines(outputs, recipe, manifest, states, reference, folder, progress)
+        not_measured |= reasons | ({"engines": reason} if reason else {})
+    return Measured(len(states), linears, on_output, images, metric, engines, not_measured)
+
+
+def _through_torch(job: Job) -> Measured:
+    """The module in the recipe's dtype, on a GPU where there is one."""
+    with job.display("dense") as progress:
+        dtype = DTYPES[job.manifest.dtype]
+        sampler = open_sampler(job.recipe, job.outputs.cache / "converted", dtype)
+        assert sampler is not None, "torch was taken for a pipeline"
+        module, engine = getattr(sampler.pipe, job.component), job.outputs.engine
+        recording = record_held_out(sampler, job.component, job.folder / "held-out", progress)
+        states = compare_torch.read_states(recording, job.component, job.manifest)
+        reference = compare_torch.module_outputs(module, states, progress)
+    with job.display("output") as progress, compare_torch.applied(module, engine):
+        found = compare_torch.module_outputs(module, states, progress)
+    squares = compare_torch.output_squares(found, reference)
+    on_output = _by_step(states, [_whole(of_state) for of_state in squares])
+    with job.display("linears") as progress:
+        chosen = _spread(states, job.recipe.compare.states)
+        linears = _by_linear(job.manifest, compare_torch.linear_squares(module, engine, chosen, progress))
+    with job.display("images") as progress:
+        images, metric, reasons = _images(sampler, compare_torch.applied(module, engine), job, progress)
+    reasons["engines"] = "torch ran the models"
+    return Measured(len(states), linears, on_output, images, metric, (), reasons)
+
+
+@contextmanager
+def _graph_in(sampler: Sampler, job: Job, lynx: Any) -> Iterator[None]:
+    """The pipeline's transformer computes with a graph meanwhile."""
+    with lynx, replaced(getattr(sampler.pipe, job.component), job.manifest, lynx.infer):
+        yield
 
 
 def call_metric(name: str, dense: np.ndarray, lynx: np.ndarray, prompts: np.ndarray) -> dict[str, float]:
@@ -228,6 +303,11 @@ def _linear_errors(
         for found in _squares(Comparator.run(runners, data_loader=feeds, streaming=True)):
             for name, of_state in found.items():
                 squares[part.linears[name]].append(of_state)
+    return _by_linear(manifest, squares)
+
+
+def _by_linear(manifest: Manifest, squares: Mapping[str, Sequence[Squares]]) -> tuple[LinearError, ...]:
+    """Every sparse linear's errors, the worst first."""
     linears = [
         LinearError(
             linear=linear,
@@ -268,7 +348,7 @@ def _compare_squares(dense: IterationResult, lynx: IterationResult) -> dict[str,
     return {name: sums(name) for name in dense}
 
 
-def _by_step(states: Sequence[State], errors: Sequence[float]) -> tuple[StepError, ...]:
+def _by_step(states: Sequence[State | TorchState], errors: Sequence[float]) -> tuple[StepError, ...]:
     steps: dict[int, list[float]] = defaultdict(list)
     for state, error in zip(states, errors, strict=True):
         steps[state.step].append(error)
@@ -283,7 +363,7 @@ def _mean_square(errors: Sequence[float]) -> float:
     return math.sqrt(statistics.fmean(error * error for error in errors))
 
 
-def _spread(states: Sequence[State], count: int) -> list[State]:
+def _spread(states: Sequence[AnyState], count: int) -> list[AnyState]:
     """So many states, evenly from the first to the last."""
     chosen = np.linspace(0, len(states) - 1, min(count, len(states))).round().astype(int)
     return [states[i] for i in chosen]
@@ -296,26 +376,22 @@ def _feeds(states: Sequence[State], progress: Progress, part: int = 0, parts: in
 
 
 def _images(
-    sampler: Sampler | None,
-    component: str,
-    manifest: Manifest,
-    lynx: Any,
-    sheet: Path,
-    metric: str | None,
-    run_metric: bool,
-    progress: Progress,
+    sampler: Sampler | None, swapped: AbstractContextManager[None] | None, job: Job, progress: Progress
 ) -> tuple[Images | None, dict[str, float] | None, dict[str, str]]:
-    """PSNR, LPIPS and the sheet; the recipe's metric; and what could not be measured, with reasons."""
-    reasons = {}
+    """PSNR, LPIPS and the sheet; the recipe's metric; and what could not be measured, with reasons.
+
+    ``swapped``: meanwhile the pipeline has the compiled model; None where there is no sampler.
+    """
+    reasons, metric, sheet = {}, job.recipe.compare.metric, job.outputs.sheet
     if metric is None:
         reasons["metric"] = "the recipe names none"
-    elif not run_metric:
+    elif not job.run_metric:
         reasons["metric"] = f"{metric} is code; allow it with --metric"
-    if sampler is None:
+    if sampler is None or swapped is None:
         why = "the recipe has a recording, and no pipeline to draw them"
         return None, None, reasons | {"images": why, "LPIPS": "there are no images"}
     dense_images = draw(sampler, progress)
-    with lynx, replaced(getattr(sampler.pipe, component), manifest, lynx.infer):
+    with swapped:
         lynx_images = draw(sampler, progress)
     if dense_images is None or lynx_images is None:
         why = f"the {type(sampler.pipe).__name__} returns none"
@@ -332,7 +408,7 @@ def _images(
             reasons["LPIPS"] = "lpips cannot use these images"
     _write_sheet(dense_images, lynx_images, sheet)
     numbers = None
-    if metric is not None and run_metric:
+    if metric is not None and job.run_metric:
         rows = np.arange(len(dense_images)) % sampler.prompts
         numbers = call_metric(metric, dense_images, lynx_images, rows)
     scores_db = tuple(min(float(score), BEST_PSNR) for score in psnr if score is not None)

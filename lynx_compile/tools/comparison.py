@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import save_text
 from lynx_compile.files.strict import Strict
 from lynx_compile.recipe import Compare
+from lynx_compile.solve.moments import relative_error
 
 FORMAT_VERSION = 1
 
@@ -62,6 +64,18 @@ class EngineRun(Strict):
     kind: Literal["dense", "lynx"]
     steps: tuple[StepError, ...]
     milliseconds: float
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Sums over a tensor: of (y - y_dense)^2, and of y_dense^2."""
+
+    lost: float
+    dense: float
+
+    @property
+    def error(self) -> float:
+        return relative_error(self.lost, self.dense)
 
 
 class Comparison(Strict):

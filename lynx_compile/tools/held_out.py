@@ -23,6 +23,7 @@ from lynx_compile.models import prompts
 from lynx_compile.models.capture import call_pipeline, capture, runs_of, sample_seed
 from lynx_compile.models.opened import open_model
 from lynx_compile.models.recorder import TIMES
+from lynx_compile.models.recording import Call as RecordedCall
 from lynx_compile.models.recording import Recording, load
 from lynx_compile.passes.record import open_pipeline
 from lynx_compile.recipe import Recipe
@@ -53,11 +54,12 @@ class Sampler:
     recipe: Recipe
 
 
-def open_sampler(recipe: Recipe, converted: Path) -> Sampler | None:
+def open_sampler(recipe: Recipe, converted: Path, dtype: torch.dtype | None = None) -> Sampler | None:
     """The pipeline, at the recipe's ``compare.samples`` prompts.
 
     Args:
         converted: folder for weights that have to be converted to diffusers' layout first.
+        dtype: as of ``record.open_pipeline``.
 
     Raises:
         InputError: the pipeline or the prompts cannot be read.
@@ -65,7 +67,7 @@ def open_sampler(recipe: Recipe, converted: Path) -> Sampler | None:
     if recipe.calibration.prompts is None:
         return None
     rows = prompts.read(Path(recipe.calibration.prompts))
-    pipe = open_pipeline(recipe, open_model(recipe, converted), rows)
+    pipe = open_pipeline(recipe, open_model(recipe, converted), rows, dtype)
     return Sampler(pipe, list(islice(cycle(rows), recipe.compare.samples)), len(rows), recipe)
 
 
@@ -96,26 +98,51 @@ def read_states(recording: Recording, component: str, manifest: Manifest) -> lis
     Raises:
         InputError: none of them is one.
     """
-    call = manifest.call
-    assert call is not None, "an engine of a pipeline has one"
     found = []
+    for recorded, arguments in served_calls(recording, component, manifest):
+        flat = flatten(arguments)
+        try:
+            feed = as_feed(fitted(call_of(manifest), manifest.inputs, flat.tensors, torch.device("cpu")))
+        except InputError:
+            continue
+        found.append(State(recorded.step, time_of(recorded, flat.tensors), feed))
+    if not found:
+        raise serves_none(component)
+    return found
+
+
+def served_calls(
+    recording: Recording, component: str, manifest: Manifest
+) -> Iterator[tuple[RecordedCall, dict[str, Any]]]:
+    """The recorded calls whose constants are those of the engine's, and their arguments."""
     for recorded in recording.calls(component):
         arguments = recording.arguments(recorded)
         arguments.pop("return_dict", None)
-        flat = flatten(arguments)
         try:
-            check_constants(call, flat)
-            feed = as_feed(fitted(call, manifest.inputs, flat.tensors, torch.device("cpu")))
+            check_constants(call_of(manifest), flatten(arguments))
         except InputError:
             continue
-        time = next((t for name, t in flat.tensors.items() if name.partition(".")[0] in TIMES), None)
-        found.append(State(recorded.step, float(recorded.step if time is None else time.flatten()[0]), feed))
-    if not found:
-        raise InputError(
-            f"The engine serves none of the calls that the pipeline makes of '{component}'.",
-            "Compile it again with this recipe.",
-        )
-    return found
+        yield recorded, arguments
+
+
+def call_of(manifest: Manifest) -> Call:
+    """How the pipeline calls what was compiled."""
+    assert manifest.call is not None, "an engine of a pipeline has one"
+    return manifest.call
+
+
+def time_of(recorded: RecordedCall, tensors: Mapping[str, torch.Tensor]) -> float:
+    """A call's time by its own arguments; the step's number where none of them tells."""
+    time = next((t for name, t in tensors.items() if name.partition(".")[0] in TIMES), None)
+    return float(recorded.step if time is None else time.flatten()[0])
+
+
+def serves_none(component: str) -> InputError:
+    """What is wrong where no recorded call is one of the engine's."""
+    return InputError(
+        f"The engine serves none of the calls that the pipeline makes of '{component}'.",
+        "Compile it again with this recipe.",
+    )
 
 
 def as_feed(tensors: Mapping[str, torch.Tensor]) -> Values:
@@ -128,8 +155,7 @@ def as_feed(tensors: Mapping[str, torch.Tensor]) -> Values:
 @contextmanager
 def replaced(module: torch.nn.Module, manifest: Manifest, run: Run) -> Iterator[None]:
     """``module`` computes with ``run`` meanwhile, and is itself in everything else that a pipeline asks of it."""
-    call: Call | None = manifest.call
-    assert call is not None, "an engine of a pipeline has one"
+    call = call_of(manifest)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         bound = bind(call.parameters, args, kwargs)

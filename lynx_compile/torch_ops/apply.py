@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,24 @@ def restore(module: nn.Module) -> nn.Module:
         delattr(module, name)
     delattr(module, APPLIED)
     return module
+
+
+def compiled_linears(path: Path) -> Iterator[tuple[SparseLinears, nn.Module]]:
+    """An engine's nodes as modules of their own, each a product and a bias: what a node does behind is left out.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    outputs = Outputs.find(path)
+    manifest = Manifest.read(outputs.manifest)
+    weights = _weights_file(manifest, outputs.manifest.parent)
+    done: set[str] = set()
+    with safe_open(weights, framework="pt") as file:
+        for node in manifest.sparse:
+            if done.isdisjoint(node.linears):
+                make = _KINDS[node.fp8, node.operand == "weight"]
+                yield node, make(node, _Reader(file, weights, node), DTYPES[manifest.dtype], None)
+            done |= set(node.linears)
 
 
 def _refuse(*_: object, **__: object) -> None:

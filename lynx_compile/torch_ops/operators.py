@@ -282,6 +282,13 @@ def metadata_layout(dtype: torch.dtype) -> MetadataLayout:
     return 90 if _library().lynx_metadata_layout(DTYPES[dtype]) == 90 else 80
 
 
+def kernels_run(dtype: torch.dtype) -> bool:
+    """Whether there is a GPU here for which the library has kernels of this type."""
+    if not torch.cuda.is_available() or not _path.exists():
+        return False
+    return bool(_library().lynx_tile_count(DTYPES[dtype]))
+
+
 def use_library(path: Path) -> None:
     """Take the kernels from this build of the plugin library from now on.
 
