@@ -3,7 +3,8 @@
 
 ``polygraphy convert --plugins`` only opens the library and registers no plugin: TensorRT then takes the model-local
 function of the same name, and builds a dense engine without a word. Here the library is loaded as TensorRT wants it,
-and after ``convert`` the engine is searched for as many plugin layers as the ONNX has Lynx nodes.
+every Lynx node has to ask for its plugin, and after ``convert`` the engine is searched for as many plugin layers as the
+ONNX has Lynx nodes.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def _run(arguments: list[str]) -> int:
     if given is None:
         return int(polygraphy_main(arguments) or 0)
     model, output = given
+    _check_nodes(model)
     with atomic_path(output) as temporary:
         # With the output's suffix, by which polygraphy knows what to write; the last -o counts.
         made = temporary.with_name(f"{temporary.name}{output.suffix}")
@@ -87,16 +89,37 @@ def _conversion(arguments: list[str]) -> tuple[Path, Path] | None:
     return (model, output) if to_engine and from_onnx else None
 
 
+def _check_nodes(model: Path) -> None:
+    """Every Lynx node must ask for the plugin: else TensorRT builds the function of its name, dense, or dies of it."""
+    for node in _lynx_nodes(model):
+        attributes = {each.name: each.s.decode() for each in node.attribute}
+        asked = attributes.get("plugin_namespace"), attributes.get("plugin_version")
+        if asked != (trt.PLUGIN_NAMESPACE, trt.PLUGIN_VERSION):
+            raise StageError(
+                "convert",
+                f"the node '{node.name}' of {model} does not ask for a plugin.",
+                "Compile the model again: each node needs plugin_namespace 'lynx' and plugin_version '1'.",
+            )
+
+
+def _lynx_nodes(model: Path) -> list[onnx.NodeProto]:
+    """None where the file is no ONNX, which polygraphy says better."""
+    try:
+        nodes = onnx.load(model, load_external_data=False).graph.node
+    except Exception:  # protobuf's DecodeError has no common base with OSError
+        return []
+    return [node for node in nodes if node.domain == trt.PLUGIN_NAMESPACE]
+
+
 def _check_engine(model: Path, engine: Path) -> None:
     """Exactly the Lynx nodes must have become plugin layers."""
-    nodes = onnx.load(model, load_external_data=False).graph.node
-    due = sum(node.domain == trt.PLUGIN_NAMESPACE for node in nodes)
+    due = len(_lynx_nodes(model))
     plan = read_plan(engine)
     if plan.magic != MAGIC or plan.records != due:
         raise StageError(
             "convert",
             f"the engine holds {plan.records} plugin layers, {model} has {due} Lynx nodes.",
-            "Compile the model again: each node needs plugin_namespace 'lynx' and plugin_version '1'.",
+            "Compile the model again.",
         )
     print(f"{due} Lynx nodes became {due} plugin layers")
 

@@ -176,7 +176,7 @@ from lynx_compile.passes.build import build
 from lynx_compile.errors import LynxError
 
 lynx = SimpleNamespace(
-    path=Path(sys.argv[1]), nodes=tuple(json.loads(sys.argv[2])), external_inputs=(), plugins={}
+    path=Path(sys.argv[1]), nodes=tuple(json.loads(sys.argv[2])), external_inputs=(), plugins={}, lengths=()
 )
 output = Path(sys.argv[3])
 """

@@ -13,7 +13,9 @@ import onnx
 import pytest
 
 from lynx_compile.engine.plan import read_plan
+from lynx_compile.errors import StageError
 from lynx_compile.files.float32 import float32_copy
+from lynx_compile.tools.polygraphy_launcher import _check_engine
 
 pytestmark = pytest.mark.slow
 
@@ -69,9 +71,17 @@ def test_a_node_that_does_not_become_a_plugin_is_refused(model: Path, tmp_path: 
     (tmp_path / "tiny.engine").write_bytes(b"an earlier engine")
     done = run(tmp_path, "convert", "spoiled.onnx", "--strongly-typed", "-o", "tiny.engine")
     assert done.returncode == 3
-    assert "the engine holds 9 plugin layers, spoiled.onnx has 10 Lynx nodes" in done.stderr
+    assert f"the node '{node.name}' of spoiled.onnx does not ask for a plugin" in done.stderr
     assert (tmp_path / "tiny.engine").read_bytes() == b"an earlier engine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["spoiled.onnx", "tiny.engine"]
+
+
+def test_an_engine_with_fewer_plugin_layers_is_refused(model: Path, tmp_path: Path) -> None:
+    more = onnx.load(model, load_external_data=False)
+    more.graph.node.append(next(node for node in more.graph.node if node.domain == "lynx"))
+    onnx.save(more, tmp_path / "more.onnx")
+    with pytest.raises(StageError, match="the engine holds 10 plugin layers, .*more.onnx has 11 Lynx nodes"):
+        _check_engine(tmp_path / "more.onnx", model.with_suffix(".engine"))
 
 
 def test_a_failed_conversion_leaves_what_was_there(tmp_path: Path) -> None:
