@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """General rules that make a module exportable: each rewrites, while the module is traced, one thing that ONNX lacks.
 
-A rule sees every call of torch that the module makes (a ``TorchFunctionMode``) or changes the module beforehand.
+A rule sees every call of torch that the module makes (a ``Rule``) or changes the module beforehand.
 None names a class of model: what only one class needs is in ``models/families``.
 """
 

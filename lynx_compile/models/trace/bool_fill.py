@@ -8,22 +8,16 @@ where(mask, a, b)           ->  (mask & a) | (~mask & b)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+from lynx_compile.models.trace.rule import Rule
 
 
-class BoolFill(TorchFunctionMode):
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
+class BoolFill(Rule):
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function in (torch.masked_fill, torch.Tensor.masked_fill) and _is_bool(args[0]):
             return _filled(*args, **kwargs)
         if function is torch.Tensor.masked_fill_ and _is_bool(args[0]):

@@ -3,22 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+from lynx_compile.models.trace.rule import Rule
 
 
-class BroadcastCopy(TorchFunctionMode):
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+class BroadcastCopy(Rule):
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function is torch.Tensor.copy_:
             target, source, *rest = args
             return target.copy_(source.to(target.dtype).expand(target.shape), *rest)
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)

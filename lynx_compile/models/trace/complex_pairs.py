@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import resolve_name
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_any, tree_map
 
 from lynx_compile.errors import StageError
+from lynx_compile.models.trace.rule import Rule
 
 
 def words(text: str) -> frozenset[str]:
@@ -67,21 +68,14 @@ class ComplexPair(torch.Tensor):
         raise _refusal(str(func))
 
 
-class ComplexPairs(TorchFunctionMode):
+class ComplexPairs(Rule):
     """Turns complex constants into pairs where they are met, and does the arithmetic on the pairs."""
 
     def __init__(self) -> None:
         super().__init__()
         self._constants: dict[int, tuple[torch.Tensor, ComplexPair]] = {}
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = _name(function)
         if name in _MAKERS:
             return _MAKERS[name](*args, **kwargs)
@@ -93,7 +87,7 @@ class ComplexPairs(TorchFunctionMode):
         if name in _ABOUT:
             with torch._C.DisableTorchFunction():
                 return function(*args, **kwargs)
-        args, kwargs = tree_map(self._as_pair, (tuple(args), kwargs))
+        args, kwargs = tree_map(self._as_pair, (args, kwargs))
         if name in _ARITHMETIC:
             return _ARITHMETIC[name](*args, **kwargs)
         if name in _PARTWISE:

@@ -6,24 +6,18 @@ conv_transpose1d(x [n, c, t], w [c, d, k], stride=k)  ->  x [n, t, c] @ w [c, d 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+from lynx_compile.models.trace.rule import Rule
 
 _CONVOLUTIONS = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 
 
-class ConvTranspose(TorchFunctionMode):
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
+class ConvTranspose(Rule):
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function in _CONVOLUTIONS and (patches := _of_patches(*args, **kwargs)) is not None:
             return patches
         return function(*args, **kwargs)

@@ -13,17 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+from lynx_compile.models.trace.rule import Rule
 
 
-class Einsum(TorchFunctionMode):
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+class Einsum(Rule):
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function is torch.einsum:
             equation, *operands = args
             if len(operands) == 1 and isinstance(operands[0], list | tuple):
@@ -31,7 +26,7 @@ class Einsum(TorchFunctionMode):
             equation = _named(equation, operands)
             if equation is not None and _is_simple(equation, operands):
                 return _einsum(equation, operands)
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def _named(equation: Any, operands: Sequence[torch.Tensor]) -> str | None:

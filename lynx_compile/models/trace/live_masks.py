@@ -7,15 +7,15 @@ after:   key = rows of [a, b, a, b] in order, those not chosen last -> topk -> g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lynx_compile.models.trace.rule import Rule
 from lynx_compile.models.trace.values import Baked, Values
 
 _NOT = frozenset(["__invert__", "bitwise_not", "logical_not"])
@@ -41,7 +41,7 @@ class _Selection:
     baked: tuple[Baked, ...]
 
 
-class LiveMasks(TorchFunctionMode):
+class LiveMasks(Rule):
     """Lets ``values`` decide on a mask only where the selected rows are used for anything else than an order."""
 
     def __init__(self, values: Values) -> None:
@@ -50,14 +50,7 @@ class LiveMasks(TorchFunctionMode):
         self._selections = WeakTensorKeyDictionary()
         self._opposites = WeakTensorKeyDictionary()
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(function, "__name__", "")
         if name == "__getitem__" and _is_mask(args[1]) and args[1].shape == args[0].shape[: args[1].dim()]:
             return self._select(function, *args)

@@ -6,24 +6,19 @@ mask.to(torch.int16)  ->  mask.to(torch.int32)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+from lynx_compile.models.trace.rule import Rule
 
 _CASTS = (torch.Tensor.short, torch.Tensor.char)
 
 
-class NarrowIntegers(TorchFunctionMode):
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = {name: _wide(value) for name, value in (kwargs or {}).items()}
+class NarrowIntegers(Rule):
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs = {name: _wide(value) for name, value in kwargs.items()}
         if function in _CASTS:
             return args[0].int()
         return function(*map(_wide, args), **kwargs)

@@ -7,33 +7,26 @@ rows, wherever they come to:  x + one_hot(i) @ y
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
+from lynx_compile.models.trace.rule import Rule
 from lynx_compile.models.trace.values import Values
 
 _ADDS = (torch.scatter_add, torch.Tensor.scatter_add)
 _ADDS_IN_PLACE = (torch.Tensor.scatter_add_,)
 
 
-class ScatterAdd(TorchFunctionMode):
+class ScatterAdd(Rule):
     """Asks ``values`` for the places."""
 
     def __init__(self, values: Values) -> None:
         super().__init__()
         self._values = values
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function in _ADDS and (added := self._added(*args, **kwargs)) is not None:
             return added
         if function in _ADDS_IN_PLACE and (added := self._added(*args, **kwargs)) is not None:

@@ -6,24 +6,18 @@ sort(mask)  ->  sort(mask.int()), its values as booleans again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+from lynx_compile.models.trace.rule import Rule
 
 _SORTS = (torch.sort, torch.Tensor.sort, torch.argsort, torch.Tensor.argsort)
 
 
-class Sorts(TorchFunctionMode):
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
+class Sorts(Rule):
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if function in _SORTS:
             kwargs.pop("stable", None)
             if args[0].dtype == torch.bool:

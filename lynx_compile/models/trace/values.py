@@ -11,7 +11,7 @@ constants alone.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import resolve_name
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lynx_compile.models.trace.complex_pairs import ComplexPair, words
+from lynx_compile.models.trace.rule import Rule
 
 _DECISIONS = words(
     """
@@ -74,7 +75,7 @@ class _Known:
     names: frozenset[str]
 
 
-class Values(TorchFunctionMode):
+class Values(Rule):
     """Keeps the values. ``baked`` is filled as decisions are taken."""
 
     def __init__(self, baked: list[Baked]) -> None:
@@ -110,15 +111,8 @@ class Values(TorchFunctionMode):
         finally:
             self.baked = kept
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = getattr(function, "__name__", "")
-        args, kwargs = tuple(args), dict(kwargs or {})
         if name in _TAKE_NUMBERS:
             args, kwargs = self._with_numbers(name, args, kwargs)
         if name in ("__getitem__", "__setitem__"):
