@@ -2,53 +2,31 @@
 // The end of a wgmma GEMM with a gated sparse weight: y has one channel for two rows of D.
 #pragma once
 
-#include "cute/tensor.hpp"
-#include "cutlass/cutlass.h"
-#include "cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp"
-
 #include "activation.h"
+#include "epilogue_node_sm90.cuh"
+#include "movmatrix.cuh"
 
 namespace lynx {
+
+template <class Element>
+struct GatedStoreArguments {
+  Activation activation;
+  int from;  // first row of D that is activated
+  Element* y;
+  int channels, tokens;  // of y
+};
 
 // Epilogue node: y[token, channel] straight from the registers, where CUTLASS's store through shared memory
 // and TMA knows only tiles of D itself; the GEMM has no D (void). A thread holds rows 8 apart of the same
 // tokens. movmatrix turns an 8 x 8 block so that a lane has two neighbouring channels; a warp writes 16 bytes
 // of a token at a time.
 template <class Element>
-struct GatedStore : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
+struct GatedStore : EpilogueNode<GatedStoreArguments<Element>> {
+  using Base = EpilogueNode<GatedStoreArguments<Element>>;
+  using Base::Base;
+  using Base::params;
+  using typename Base::Params;
   using ElementAux = Element;  // CUTLASS asks for the type of a D that it does not write
-
-  struct SharedStorage {};
-  struct Arguments {
-    Activation activation;
-    int from;  // first row of D that is activated
-    Element* y;
-    int channels, tokens;  // of y
-  };
-  using Params = Arguments;
-
-  template <class ProblemShape>
-  static constexpr Params to_underlying_arguments(const ProblemShape&, const Arguments& args, void*) {
-    return args;
-  }
-  template <class ProblemShape>
-  static bool can_implement(const ProblemShape&, const Arguments&) {
-    return true;
-  }
-  template <class ProblemShape>
-  static size_t get_workspace_size(const ProblemShape&, const Arguments&) {
-    return 0;
-  }
-  template <class ProblemShape>
-  static cutlass::Status initialize_workspace(const ProblemShape&, const Arguments&, void*, cudaStream_t,
-                                              cutlass::CudaHostAdapter* = nullptr) {
-    return cutlass::Status::kSuccess;
-  }
-
-  CUTLASS_HOST_DEVICE GatedStore() {}
-  CUTLASS_HOST_DEVICE GatedStore(const Params& params, const SharedStorage&) : params(params) {}
-
-  Params params;
 
   template <class Coordinates>
   struct Callbacks : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
@@ -78,8 +56,8 @@ struct GatedStore : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kCount; i += 4, to += 8) {
         __syncwarp();  // no branch above may take the turning of blocks into it
-        const uint32_t first = turned(value[i], value[i + 1]);
-        const uint32_t second = turned(value[i + 2], value[i + 3]);
+        const uint32_t first = turned<Element>({value[i], value[i + 1]});
+        const uint32_t second = turned<Element>({value[i + 2], value[i + 3]});
         Element* const y = params.y + int64_t(to) * params.channels + channel;
         if (to < params.tokens && channel < params.channels) *reinterpret_cast<uint32_t*>(y) = first;
         if (to < params.tokens && !gated && channel + 8 < params.channels) {
@@ -106,21 +84,6 @@ struct GatedStore : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
              is(cute::Int<5>{}, cute::Int<4>{}, 0, 1) && is(cute::Int<6>{}, cute::Int<4>{}, 8, 0) &&
              is(cute::Int<4>{}, cute::Int<0>{}, 0, 8) &&
              is(cute::Int<kCount - 4>{}, cute::Int<0>{}, 0, 2 * (kCount - 4));
-    }
-
-    // Of an 8 x 8 block, of which a lane holds two neighbouring tokens of a row: two neighbouring rows of a
-    // token.
-    static CUTLASS_DEVICE uint32_t turned(float first, float second) {
-      cutlass::Array<float, 2> value;
-      value[0] = first, value[1] = second;
-      const cutlass::Array<Element, 2> pair = cutlass::NumericArrayConverter<Element, float, 2>{}(value);
-      uint32_t out;
-      // Volatile: all lanes must be there, and the compiler may otherwise move it under the condition of a
-      // store.
-      asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;"
-                   : "=r"(out)
-                   : "r"(reinterpret_cast<const uint32_t&>(pair)));
-      return out;
     }
 
     Coordinates at;  // of the thread's elements, relative to its first

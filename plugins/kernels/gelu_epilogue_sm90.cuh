@@ -2,13 +2,15 @@
 // What the epilogues of all wgmma GEMMs share: an activation on the way out.
 #pragma once
 
-#include "cute/tensor.hpp"
-#include "cutlass/cutlass.h"
-#include "cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp"
-
 #include "activation.h"
+#include "epilogue_node_sm90.cuh"
 
 namespace lynx {
+
+struct GeluFromArguments {
+  int from;
+  Activation activation = Activation::kGeluTanh;
+};
 
 // Epilogue node: an activation on the output channels from `from` on, and the conversion to the output's
 // type. kMode is the mode of D (m: 0, n: 1) that output channels lie on. The elements of a fragment lie in
@@ -16,36 +18,8 @@ namespace lynx {
 // kAny: whether it may be another activation than the tanh GELU, which those in FP8 have alone: the others
 // would take registers that they lack.
 template <class Element, int kMode, bool kAny = false>
-struct GeluFrom : cutlass::epilogue::fusion::Sm90VisitorImpl<> {
-  struct SharedStorage {};
-  struct Arguments {
-    int from;
-    Activation activation = Activation::kGeluTanh;
-  };
-  using Params = Arguments;
-
-  template <class ProblemShape>
-  static constexpr Params to_underlying_arguments(const ProblemShape&, const Arguments& args, void*) {
-    return args;
-  }
-  template <class ProblemShape>
-  static bool can_implement(const ProblemShape&, const Arguments&) {
-    return true;
-  }
-  template <class ProblemShape>
-  static size_t get_workspace_size(const ProblemShape&, const Arguments&) {
-    return 0;
-  }
-  template <class ProblemShape>
-  static cutlass::Status initialize_workspace(const ProblemShape&, const Arguments&, void*, cudaStream_t,
-                                              cutlass::CudaHostAdapter* = nullptr) {
-    return cutlass::Status::kSuccess;
-  }
-
-  CUTLASS_HOST_DEVICE GeluFrom() {}
-  CUTLASS_HOST_DEVICE GeluFrom(const Params& params, const SharedStorage&) : params(params) {}
-
-  Params params;
+struct GeluFrom : EpilogueNode<GeluFromArguments> {
+  using EpilogueNode::EpilogueNode;
 
   template <class Coordinates>
   struct Callbacks : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {

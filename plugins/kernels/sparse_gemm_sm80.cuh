@@ -13,6 +13,7 @@
 
 #include "activation.h"
 #include "cutlass_element.h"
+#include "movmatrix.cuh"
 #include "sparse_gemm.h"
 
 namespace lynx {
@@ -206,22 +207,9 @@ class TransposedEpilogue {
     }
     if (gated) low[0] *= high[0], low[1] *= high[1];
     __syncwarp();  // no branch above may take the turning of blocks into it
-    const uint32_t first = turned(low), second = turned(high);
+    const uint32_t first = turned<Element>(low), second = turned<Element>(high);
     store(first, gated ? from + (channel - from) / 2 : channel, token);
     if (!gated) store(second, channel + 8, token);
-  }
-
-  // Of an 8 x 8 block, of which a lane holds two neighbouring tokens of a row: two neighbouring rows of a
-  // token.
-  static CUTLASS_DEVICE uint32_t turned(const Pair& value) {
-    const cutlass::Array<Element, 2> pair = cutlass::NumericArrayConverter<Element, float, 2>{}(value);
-    uint32_t out;
-    // Volatile: all lanes must be there, and the compiler may otherwise move it under the condition of a
-    // store.
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;"
-                 : "=r"(out)
-                 : "r"(reinterpret_cast<const uint32_t&>(pair)));
-    return out;
   }
 
   // Into y, of channels from `channel` on.
