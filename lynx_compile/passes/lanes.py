@@ -47,8 +47,9 @@ class Lane:
 @contextmanager
 def lanes(dit: DiT, recording: Recording, recipe: Recipe) -> Iterator[list[Lane]]:
     """A lane for every call that there is memory for, come to its first block."""
-    held_out, calls = _held_out(dit.calls.calls), dit.calls.calls
-    chosen = _chosen(dit, recording, recipe)
+    calls = dit.calls.calls
+    held_out = _held_out(calls)
+    chosen = _chosen(dit, recording, recipe, held_out)
     last = max(call.step for call in calls)
     runs: list[Callable[[], Any]] = []
     for number in chosen:
@@ -94,10 +95,9 @@ def _held_out(calls: Sequence[Call]) -> set[int]:
     return {number for number, unit in enumerate(units) if unit in out}
 
 
-def _chosen(dit: DiT, recording: Recording, recipe: Recipe) -> list[int]:
+def _chosen(dit: DiT, recording: Recording, recipe: Recipe, held_out: set[int]) -> list[int]:
     """Positions of the calls that ``calibration.memory_gib`` holds, drawn at random of both kinds."""
     calls = dit.calls.calls
-    held_out = _held_out(calls)
     most = int(recipe.calibration.memory_gib * 2**30 / (COPIES * _bytes_at_a_block(dit, recording)))
     choice = torch.Generator().manual_seed(recipe.calibration.seed)
     order = torch.randperm(len(calls), generator=choice).tolist()

@@ -63,9 +63,7 @@ def _(
         out_channels=len(bias), tile=ANY_TILE, **_gelu(gelu_from, bias),
         x=x.data_ptr(), values=values.data_ptr(), metadata=metadata.data_ptr(), bias=bias.data_ptr(), y=y.data_ptr(),
     )  # fmt: skip
-    workspace = _workspace(_library().lynx_weight_workspace_bytes(call), x)
-    call.workspace = workspace.data_ptr()
-    _launch("lynx_sparse_weight_linear", call, x)
+    _launch("lynx_sparse_weight_linear", "lynx_weight_workspace_bytes", call, x)
     return y
 
 
@@ -124,9 +122,7 @@ def _(
         gate=_address(gate), weight=weight.data_ptr(), lora_down=lora_down.data_ptr(), bias=bias.data_ptr(),
         y=y.data_ptr(),
     )  # fmt: skip
-    workspace = _workspace(_library().lynx_workspace_bytes(call), x)
-    call.workspace = workspace.data_ptr()
-    _launch("lynx_sparse_linear", call, x)
+    _launch("lynx_sparse_linear", "lynx_workspace_bytes", call, x)
     return y
 
 
@@ -187,9 +183,7 @@ def _(
         weight=weight.data_ptr(), metadata=_address(metadata), weight_scale=weight_scale.data_ptr(),
         bias=bias.data_ptr(), y=y.data_ptr(),
     )  # fmt: skip
-    workspace = _workspace(_library().lynx_fp8_workspace_bytes(call), x)
-    call.workspace = workspace.data_ptr()
-    _launch("lynx_fp8_linear", call, x)
+    _launch("lynx_fp8_linear", "lynx_fp8_workspace_bytes", call, x)
     return y
 
 
@@ -232,9 +226,7 @@ def _(
         weight=weight.data_ptr(), metadata=_address(metadata), weight_scale=weight_scale.data_ptr(),
         bias=bias.data_ptr(), y=y.data_ptr(),
     )  # fmt: skip
-    workspace = _workspace(_library().lynx_fp8_product_bytes(call), x)
-    call.workspace = workspace.data_ptr()
-    _launch("lynx_fp8_product", call, x, x.data_ptr(), x_scale.data_ptr())
+    _launch("lynx_fp8_product", "lynx_fp8_product_bytes", call, x, x.data_ptr(), x_scale.data_ptr())
     return y
 
 
@@ -323,10 +315,6 @@ def _gelu(gelu_from: int, bias: torch.Tensor) -> dict[str, int]:
     return {"activation": GELU_TANH, "activation_from": gelu_from} if gelu_from < len(bias) else {}
 
 
-def _workspace(size: int, x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(max(size, 1), dtype=torch.uint8, device=x.device)
-
-
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -335,7 +323,11 @@ def _number(operand: str) -> int:
     return [str(each) for each in OPERANDS].index(operand)
 
 
-def _launch(function: str, call: ctypes.Structure, x: torch.Tensor, *more: int) -> None:
+def _launch(function: str, workspace_bytes: str, call: ctypes.Structure, x: torch.Tensor, *more: int) -> None:
+    """Queue ``function`` on x's GPU and the current stream, with as much workspace as ``workspace_bytes`` says."""
+    size = getattr(_library(), workspace_bytes)(call)
+    workspace = torch.empty(max(size, 1), dtype=torch.uint8, device=x.device)
+    call.workspace = workspace.data_ptr()
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
         error = getattr(_library(), function)(call, *more, stream)

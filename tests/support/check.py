@@ -91,7 +91,9 @@ def check(class_name: str, folder: Path, known_stages: set[str]) -> Row:
         prepare = pipelines.prepare if recordings else direct.prepare
         dropins = [
             _attempt(
-                row, f"{name}, drop-in", partial(_dropin, partial(prepare, name), class_name, folder / name)
+                row,
+                f"{name}, drop-in",
+                partial(_dropin, partial(prepare, name), recordings.get(name), class_name, folder / name),
             )
             for name in recordings or names
         ]
@@ -228,9 +230,11 @@ def _engine(name: str, folder: Path) -> bool:
     return built.plugin_layers == len(lynx.nodes)
 
 
-def _dropin(prepare: Callable[[], pipelines.Prepared], class_name: str, folder: Path) -> bool:
+def _dropin(
+    prepare: Callable[[], pipelines.Prepared], recording: Recording | None, class_name: str, folder: Path
+) -> bool:
     """The pipeline's own output with fake engines, which run the exported ONNX, in the place of the class's models."""
-    recording = _recording(prepare(), folder / "recording")  # goes on with the one that is there
+    recording = recording or _recording(prepare(), folder / "recording")
     prepared = prepare()
     with pytest.MonkeyPatch.context() as patch:
         _keep_float32(patch)
