@@ -36,7 +36,7 @@ from lynx_compile.passes.record import record
 from lynx_compile.passes.rewrite import rewrite
 from lynx_compile.passes.select import SparsityPlan, select
 from lynx_compile.recipe import Recipe, Sparsity, load_recipe
-from lynx_compile.solve import weight_refit
+from lynx_compile.solve import masks, weight_refit
 from lynx_compile.solve.moments import LayerStatistics, dense_squares, relative_error
 
 RECIPE = digits.HERE.parents[1] / "engines" / "digits-flux.yaml"
@@ -220,10 +220,8 @@ def _sparsify(
     for path in (linear.path for linear in group.linears):
         linear = module.get_submodule(path)
         weight = linear.weight.detach().clone()
-        if method.endswith("magnitude"):
-            keep = weight_refit.magnitude_mask(weight)
-        else:
-            keep = weight_refit.wanda_mask(weight, moments)
+        by_magnitude = method.endswith("magnitude")
+        keep = masks.magnitude_mask(weight) if by_magnitude else masks.wanda_mask(weight, moments)
         sparse, offset = weight * keep, torch.zeros_like(linear.bias)
         if method.endswith("refit"):
             sparse, offset = weight_refit.refit(weight, keep, moments, Sparsity().ridge)

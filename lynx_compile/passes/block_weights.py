@@ -37,9 +37,12 @@ def rows_of(files: Files, block: str) -> dict[str, Rows]:
 
 
 def tuned_linears(
-    files: Files, block: str, rows: Mapping[str, Rows], device: torch.device
+    files: Files, block: str, rows: Mapping[str, Rows], device: torch.device, *, low_rank_alone: bool = False
 ) -> dict[str, TunedLinear]:
-    """Modules of the linears in ``block``. What a node's linears share is tuned where all of them are in the block."""
+    """Modules of the linears in ``block``. What a node's linears share is tuned where all of them are in the block.
+
+    ``low_rank_alone``: whether weights and biases stay as they are.
+    """
     found: dict[str, TunedLinear] = {}
     for group in files:
         inside = inside_of(block, group)
@@ -47,6 +50,10 @@ def tuned_linears(
         whole = len(inside) == len(group.linears)
         shared = None if down is None else torch.nn.Parameter(down.to(device, copy=True), requires_grad=whole)
         found |= {linear: TunedLinear(rows[linear], shared).to(device) for linear in inside}
+    if low_rank_alone:
+        for tuned in found.values():
+            tuned.weight.requires_grad_(False)
+            tuned.bias.requires_grad_(False)
     return found
 
 

@@ -42,9 +42,11 @@ from lynx_compile.passes.calibrate import Statistics
 from lynx_compile.passes.select import SparseGroup, SparsityPlan
 from lynx_compile.recipe import NodeOperand, Sparsity
 from lynx_compile.solve.linalg import cholesky
+from lynx_compile.solve.low_rank import low_rank
+from lynx_compile.solve.masks import wanda_mask
 from lynx_compile.solve.moments import LayerStatistics, PrunedStatistics, dense_squares, relative_error
 from lynx_compile.solve.rounding import round_weights
-from lynx_compile.solve.weight_refit import prune, wanda_mask
+from lynx_compile.solve.weight_refit import prune
 
 COMPENSATE = StageVersion("compensate", 1, ("torch",))
 
@@ -283,7 +285,7 @@ def _joint(
     ss_factor = cholesky(m.ss, ridge, name)
     known = torch.cholesky_solve(m.xs.T, ss_factor)  # Css^-1 Csx
     unknown = m.xx - m.xs @ known  # C_perp
-    lora_down, lora_up = _low_rank(weight.T, unknown, rank, ridge, name)
+    lora_down, lora_up = low_rank(weight.T, unknown, rank, ridge, name)
     low = lora_down.T @ lora_up.T  # D [K, N]
     change = torch.cholesky_solve((m.xs.T - m.ss) @ weight.T - m.xs.T @ low, ss_factor)
     refit = weight + change.T
@@ -298,26 +300,7 @@ def _paper(
     xx = m.xx + torch.outer(m.x_mean, m.x_mean)
     xs = m.xs + torch.outer(m.x_mean, m.s_mean)
     target = torch.cholesky_solve((xx - xs) @ weight.T, cholesky(xx, ridge, name))  # best D of full rank
-    return _low_rank(target, xx, rank, ridge, name)
-
-
-def _low_rank(
-    target: torch.Tensor, metric: torch.Tensor, rank: int, ridge: float, name: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [r, K], B [N, r] whose A^T B^T is the best rank-r fit of ``target`` [K, N] in ``metric``^(1/2)."""
-    if not rank:
-        return target.new_zeros(0, target.shape[0]), target.new_zeros(target.shape[1], 0)
-    factor = cholesky(metric, ridge, name)  # metric = L L^T, so |metric^(1/2) X| = |L^T X|
-    image = factor.T @ target
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # the range finder is random; its result must not be
-        left, _, _ = torch.svd_lowrank(image, q=min(rank + 16, *image.shape), niter=6)
-    left = left[:, :rank]
-    lora_down = torch.linalg.solve_triangular(factor.T, left, upper=True).T
-    lora_up = (left.T @ image).T
-    # Both halves get the same size, so that neither leaves the range of a 16-bit type.
-    balance = (lora_up.norm(dim=0) / lora_down.norm(dim=1).clamp_min(1e-30)).sqrt().clamp_min(1e-30)
-    return lora_down * balance[:, None], lora_up / balance
+    return low_rank(target, xx, rank, ridge, name)
 
 
 def _lost_squares(

@@ -222,7 +222,8 @@ class _Tuner:
         return self._module(path, self._linears(path, rows))
 
     def _linears(self, path: str, rows: Mapping[str, Rows]) -> dict[str, TunedLinear]:
-        return tuned_linears(self._files, path, rows, self._device)
+        paper = self._recipe.sparsity.method == "paper"  # which trains its low rank alone
+        return tuned_linears(self._files, path, rows, self._device, low_rank_alone=paper)
 
     def _module(self, path: str, linears: Mapping[str, TunedLinear]) -> torch.nn.Module:
         """A copy of the block that computes with ``linears``, whose own modules stay: models ask for their dtype."""

@@ -187,6 +187,8 @@ def fit(
     parameters = _parameters(linears)
     sizes = [_size(parameter, linears) for parameter in parameters]
     best = before = block_error(block, held_out)
+    if not parameters:
+        return Outcome(before, before, 0, time.monotonic() - start)
     kept = [parameter.detach().clone() for parameter in parameters]
     adam, rate, worse = _adam(parameters), RATE, 0
     draw = _drawn(train, effort.seed)

@@ -41,17 +41,6 @@ def prune(
     return descended, (weight - descended) @ moments.x_mean
 
 
-def magnitude_mask(weight: torch.Tensor) -> torch.Tensor:
-    """Keep the 2 largest |W| of every 4 neighbouring input channels. W: [N, K] -> bool [N, K]."""
-    return keep_mask(weight)
-
-
-def wanda_mask(weight: torch.Tensor, moments: LayerStatistics) -> torch.Tensor:
-    """Keep the 2 largest |W| * rms(x) of every 4 (Wanda, arXiv 2306.11695, section 3). W: [N, K] -> bool [N, K]."""
-    rms = (moments.xx.diagonal() + moments.x_mean.square()).sqrt()
-    return keep_mask(weight, rms)
-
-
 def refit(
     weight: torch.Tensor, keep: torch.Tensor, moments: LayerStatistics, ridge: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,8 +10,9 @@ import torch
 
 from lynx_compile.ops.sparse_linear import keep_mask
 from lynx_compile.solve import weight_refit
+from lynx_compile.solve.masks import magnitude_mask, wanda_mask
 from lynx_compile.solve.moments import LayerStatistics
-from lynx_compile.solve.weight_refit import descend, magnitude_mask, prune, refit, sweep, wanda_mask
+from lynx_compile.solve.weight_refit import descend, prune, refit, sweep
 
 RIDGE = 1e-3
 
@@ -40,15 +41,6 @@ def _error(weight: torch.Tensor, sparse: torch.Tensor, moments: LayerStatistics)
 
 def _is_two_of_four(weight: torch.Tensor) -> bool:
     return bool((weight.ne(0).unflatten(-1, (-1, 4)).sum(-1) <= 2).all())
-
-
-def test_wanda_weighs_by_the_inputs_root_mean_square() -> None:
-    x, weight, _ = _layer(32)
-    keep = wanda_mask(weight, _moments(x))
-    score = (weight.abs() * x.square().mean(0).sqrt()).unflatten(-1, (-1, 4))
-    best = score.argsort(-1, descending=True)[..., :2]
-    expected = torch.zeros_like(score, dtype=torch.bool).scatter(-1, best, True)
-    assert torch.equal(keep, expected.flatten(-2)) and not torch.equal(keep, magnitude_mask(weight))
 
 
 def test_refit_is_the_least_squares_fit_of_what_is_kept() -> None:
