@@ -27,12 +27,8 @@ from calib.digits_flux import classifier, digits, sampler
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.files.float32 import float32_copy
 from lynx_compile.files.outputs import Outputs
-from lynx_compile.ops import fp8
-from lynx_compile.ops.fp8 import Rounded
-from lynx_compile.ops.sparse_linear import sparse_linear
-from lynx_compile.ops.sparse_weight_linear import sparse_weight_linear
 from lynx_compile.torch_ops.apply import DTYPES
-from lynx_compile.torch_ops.modules import Fp8Linear, SparseActivationLinear, SparseWeightLinear
+from lynx_compile.torch_ops.definitions import COMPILED, definition
 
 IMAGES, STEPS, SEED, BATCH = 40, 20, 1, 10
 SHEET_COLUMNS = 20
@@ -163,8 +159,7 @@ def held_to_definitions(module: nn.Module) -> Iterator[dict[str, float]]:
 
         return compare
 
-    kinds = (SparseWeightLinear, SparseActivationLinear, Fp8Linear)
-    ops = {path: op for path, op in module.named_modules() if isinstance(op, kinds)}
+    ops = {path: op for path, op in module.named_modules() if isinstance(op, COMPILED)}
     handles = [op.register_forward_hook(hook(path)) for path, op in ops.items()]
     try:
         yield errors
@@ -174,28 +169,6 @@ def held_to_definitions(module: nn.Module) -> Iterator[dict[str, float]]:
     if silent := set(ops) - set(total):
         raise RuntimeError(f"{sorted(silent)[0]} did not run")
     errors |= {path: (lost[path] / total[path]) ** 0.5 for path in ops}
-
-
-def definition(op: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What an op means, in float64, of the very tensors that it holds."""
-    x = x.double()
-    if isinstance(op, SparseWeightLinear):
-        return sparse_weight_linear(
-            x, op.values, op.metadata, op.bias, metadata_layout=op.metadata_layout,
-            activation=int(op.gelu_from < op.out_features), activation_from=op.gelu_from,
-        )  # fmt: skip
-    if isinstance(op, SparseActivationLinear):
-        return sparse_linear(
-            x, op.weight, op.lora_down, op.bias, rank=op.rank, norm_scale=op.norm_scale,
-            activation=int(op.gelu_from < op.out_features), activation_from=op.gelu_from,
-        )  # fmt: skip
-    assert isinstance(op, Fp8Linear)
-    full = op.weight if op.metadata is None else fp8.unpack(op.weight, op.metadata)
-    weight = Rounded(full[: op.out_features, : op.in_features], op.weight_scale)
-    return fp8.fp8_linear(
-        x, weight, op.bias, prune=op.operand == "sparse activation",
-        activation=int(op.gelu_from < op.out_features), activation_from=op.gelu_from,
-    )  # fmt: skip
 
 
 def _session(path: Path) -> sampler.Velocity:

@@ -33,8 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lynx_compile.errors import InputError, StageError
 from lynx_compile.files.atomic import save_text
-from lynx_compile.ops.fp8 import Rounded, round_rows, unpack
-from lynx_compile.ops.sparse_weight_linear import unpack_weight
+from lynx_compile.ops.fp8 import Rounded, round_rows
 from lynx_compile.tools.full_size import MODELS, FullSize, build, step
 from lynx_compile.tools.model_forms import (
     FORMS,
@@ -46,7 +45,7 @@ from lynx_compile.tools.model_forms import (
     weight_bytes,
 )
 from lynx_compile.tools.timing import captured, file_name, quantiles, take_long_turns, take_turns
-from lynx_compile.torch_ops.modules import Fp8Linear, SparseWeightLinear
+from lynx_compile.torch_ops.definitions import COMPILED, definition
 from lynx_compile.torch_ops.readers import Merged
 
 CHECKED_ROWS = 64
@@ -274,22 +273,11 @@ def _recorded(
 
 def _definition(linear: Any, x: torch.Tensor) -> torch.Tensor:
     """The product of some rows in float64, by what the module holds."""
-    if isinstance(linear, SparseWeightLinear):
-        weight = unpack_weight(linear.values, linear.metadata, linear.metadata_layout).double()
-        z = x.double()
-    else:
-        values = (
-            linear.weight
-            if getattr(linear, "metadata", None) is None
-            else unpack(linear.weight, linear.metadata)
-        )
-        scale: torch.Tensor = linear.weight_scale
-        weight = Rounded(values[: len(scale), : x.shape[1]], scale).dequantized(torch.float64)
-        z = round_rows(x).dequantized(torch.float64)
-    y = z @ weight.T
-    bias = linear.bias
-    y = y[:, : linear.out_features] if isinstance(linear, SparseWeightLinear | Fp8Linear) else y
-    y = y if bias is None else y + bias.double()
+    if isinstance(linear, COMPILED):
+        return definition(linear, x)
+    weight = Rounded(linear.weight, linear.weight_scale).dequantized(torch.float64)
+    y = round_rows(x).dequantized(torch.float64) @ weight.T
+    y = y if linear.bias is None else y + linear.bias.double()
     return torch.cat(
         (y[:, : linear.gelu_from], functional.gelu(y[:, linear.gelu_from :], approximate="tanh")), 1
     )

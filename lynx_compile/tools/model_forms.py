@@ -18,9 +18,10 @@ from torch import nn
 from torch.nn import functional
 
 from lynx_compile.ops.fp8 import STEP, Rounded, pack, pack_dense, round_rows
-from lynx_compile.ops.sparse_linear import keep_mask
+from lynx_compile.ops.sparse_linear import GELU_TANH, keep_mask
 from lynx_compile.ops.sparse_weight_linear import MetadataLayout, pack_weight
 from lynx_compile.torch_ops import operators
+from lynx_compile.torch_ops.epilogue import NO_EPILOGUE, Epilogue
 from lynx_compile.torch_ops.modules import Fp8Linear, SparseWeightLinear
 from lynx_compile.torch_ops.readers import Merged, Reader
 from lynx_compile.torch_ops.swap import Group, gelu_behind, linear_at, merge
@@ -190,26 +191,26 @@ class Forms:
     def _bf16_weight(self, linear: DenseLinear) -> nn.Module:
         values, metadata = pack_weight(linear.weight, keep_mask(linear.weight), self._layout)
         return SparseWeightLinear(
-            values, metadata, _bias(linear), metadata_layout=self._layout, gelu_from=linear.gelu_from
+            values, metadata, _bias(linear), metadata_layout=self._layout, epilogue=_gelu(linear)
         )
 
-    def _fp8_dense(self, linear: DenseLinear, **options: bool) -> nn.Module:
+    def _fp8_dense(self, linear: DenseLinear, **options: Any) -> nn.Module:
         rounded, channels = self._dense_fp8(linear), linear.weight.shape[1]
         values = (
             pack_dense(rounded.values) if channels % STEP else rounded.values
         )  # the same tensor, not a copy
         return Fp8Linear(
             values, None, rounded.scale, _bias(linear), in_features=channels, operand="dense",
-            gelu_from=linear.gelu_from, **options,
+            epilogue=_gelu(linear), **options,
         )  # fmt: skip
 
-    def _fp8_weight(self, linear: DenseLinear, **options: bool) -> nn.Module:
+    def _fp8_weight(self, linear: DenseLinear, **options: Any) -> nn.Module:
         keep = keep_mask(linear.weight)
         rounded = round_rows(linear.weight, keep)
         values, metadata = pack(rounded.values, keep)
         return Fp8Linear(
             values, metadata, rounded.scale, _bias(linear), in_features=linear.weight.shape[1],
-            operand="sparse weight", gelu_from=linear.gelu_from, **options,
+            operand="sparse weight", epilogue=_gelu(linear), **options,
         )  # fmt: skip
 
     def _dense_fp8(self, linear: DenseLinear) -> Rounded:
@@ -217,6 +218,10 @@ class Forms:
         if key not in self._rounded:
             self._rounded[key] = round_rows(linear.weight)
         return self._rounded[key]
+
+
+def _gelu(linear: DenseLinear) -> Epilogue:
+    return Epilogue(GELU_TANH, linear.gelu_from) if linear.gelu_from < len(linear.weight) else NO_EPILOGUE
 
 
 def _bias(linear: DenseLinear) -> torch.Tensor:

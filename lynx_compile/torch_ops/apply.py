@@ -18,30 +18,35 @@ from lynx_compile.files.digest import file_digest
 from lynx_compile.files.outputs import Outputs
 from lynx_compile.ops import fp8
 from lynx_compile.ops.fp8 import E4M3, ROW_STEP
-from lynx_compile.ops.sparse_linear import padded_width
+from lynx_compile.ops.sparse_linear import GELU_TANH, padded_width
 from lynx_compile.ops.sparse_weight_linear import (
     STEP,
     MetadataLayout,
     gated_order,
     pack_weight,
+    relaid,
     unpack_weight,
 )
+from lynx_compile.torch_ops.epilogue import NO_EPILOGUE, Epilogue
+from lynx_compile.torch_ops.module_gates import ModuleGate, find_gate
 from lynx_compile.torch_ops.modules import Fp8Linear, SparseActivationLinear, SparseWeightLinear
-from lynx_compile.torch_ops.swap import Group, gelu_behind, merge, replace
+from lynx_compile.torch_ops.operators import kernels_run, metadata_layout
+from lynx_compile.torch_ops.swap import Change, Group, gelu_behind, is_gate_last, merge, undo
 
 APPLIED = "_lynx_applied"  # attribute of a module
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-LORA = ("load_lora_adapter", "add_adapter", "load_lora_weights")
+LORA = ("load_lora_adapter", "add_adapter", "load_lora_weights", "fuse_lora")  # methods that change linears
 _AGAIN = "Compile the model again; stages that have not changed are not run."
 
 
 @dataclass
 class Applied:
-    """What ``restore`` puts back: modules by their paths, in the order in which they went, and hidden methods."""
+    """What ``restore`` puts back: changes in their order, hidden methods; and whether it can."""
 
     engine: Path
-    before: list[tuple[str, nn.Module]]
+    changes: list[Change]
     refused: list[str]
+    restorable: bool
 
 
 def apply(module: nn.Module, path: Path, *, restorable: bool = True) -> nn.Module:
@@ -54,7 +59,7 @@ def apply(module: nn.Module, path: Path, *, restorable: bool = True) -> nn.Modul
     manifest = Manifest.read(outputs.manifest)
     _check_module(module, manifest, outputs.manifest)
     weights = _weights_file(manifest, outputs.manifest.parent)
-    applied = Applied(path, [], [])
+    applied = Applied(path, [], [], restorable)
     done: set[str] = set()
     try:
         with safe_open(weights, framework="pt") as file:
@@ -63,20 +68,21 @@ def apply(module: nn.Module, path: Path, *, restorable: bool = True) -> nn.Modul
                     _put(module, node, _Reader(file, weights, node), DTYPES[manifest.dtype], applied)
                 done |= set(node.linears)
     except SafetensorError as error:
-        _put_back(module, applied)
+        undo(module, applied.changes)
         raise InputError(f"{weights} is no safetensors file ({error!s:.200}).", _AGAIN) from None
     except BaseException:
-        _put_back(module, applied)
+        undo(module, applied.changes)
         raise
     for name in LORA:
         if hasattr(module, name):
             setattr(module, name, _refuse)
             applied.refused.append(name)
-    if not restorable:
-        applied.before = [(path, nn.Identity()) for path, _ in applied.before]
+    if restorable:
+        for change in applied.changes:
+            if isinstance(change.old, nn.Module):
+                change.old.to("cpu")
     else:
-        for _, before in applied.before:
-            before.to("cpu")
+        applied.changes.clear()
     object.__setattr__(module, APPLIED, applied)
     return module
 
@@ -86,11 +92,12 @@ def restore(module: nn.Module) -> nn.Module:
     applied: Applied | None = module.__dict__.get(APPLIED)
     if applied is None:
         raise InputError("There are no compiled linears in this module.", "Call lynx_compile.apply first.")
-    if any(type(before) is nn.Identity for _, before in applied.before):
+    if not applied.restorable:
         raise InputError(
             "The module's own linears were not kept.", "Load it anew, or apply with restorable=True."
         )
-    _put_back(module, applied)
+    _follow(applied.changes)
+    undo(module, applied.changes)
     for name in applied.refused:
         delattr(module, name)
     delattr(module, APPLIED)
@@ -111,14 +118,14 @@ def compiled_linears(path: Path) -> Iterator[tuple[SparseLinears, nn.Module]]:
         for node in manifest.sparse:
             if done.isdisjoint(node.linears):
                 make = _KINDS[node.fp8, node.operand == "weight"]
-                yield node, make(node, _Reader(file, weights, node), DTYPES[manifest.dtype], None)
+                yield node, make(node, _Reader(file, weights, node), DTYPES[manifest.dtype], NO_EPILOGUE)
             done |= set(node.linears)
 
 
 def _refuse(*_: object, **__: object) -> None:
     raise InputError(
         "A LoRA cannot be loaded into compiled linears.",
-        "Call lynx_compile.restore first, or fuse the LoRA and compile the model with it.",
+        "Call lynx_compile.restore, load the LoRA, and apply again: it then stays beside the compiled linears.",
     )
 
 
@@ -130,10 +137,15 @@ def _check_module(module: nn.Module, manifest: Manifest, path: Path) -> None:
             f"{path} was compiled from {family}, and the module is {type(module).__name__}.",
             "Load the transformer that the recipe names.",
         )
-    if _has_adapters(module):
+    if any(getattr(each, "merged", False) and hasattr(each, "base_layer") for each in module.modules()):
         raise InputError(
-            "The module has LoRA layers, whose weights compiled linears would not see.",
-            "Fuse and unload them first (pipe.fuse_lora(), pipe.unload_lora_weights()), and compile that model.",
+            "A LoRA is fused into the module's linears, and compiled ones would not have it.",
+            "Call pipe.unfuse_lora() first: a LoRA that is loaded and not fused stays beside compiled linears.",
+        )
+    if any(_offloads(each) for each in module.modules()):
+        raise InputError(
+            "The module is offloaded in groups, which do not know of new linears.",
+            "Call lynx_compile.apply first, then enable_group_offload.",
         )
     if any(getattr(each, "fused_projections", False) for each in module.modules()):
         raise InputError(
@@ -144,7 +156,7 @@ def _check_module(module: nn.Module, manifest: Manifest, path: Path) -> None:
         if len(node.sizes) != len(node.linears):
             raise InputError(f"{path} does not tell how its linears are laid out.", _AGAIN)
         for linear, size in zip(node.linears, node.sizes, strict=True):
-            found = _at(module, linear)
+            found = _at(module, _own(module, linear))
             shape = tuple(found.weight.shape[:2]) if isinstance(found, nn.Linear | nn.Conv2d) else None
             if shape != (size, node.in_channels):
                 raise InputError(
@@ -159,8 +171,10 @@ def _check_module(module: nn.Module, manifest: Manifest, path: Path) -> None:
                 )
 
 
-def _has_adapters(module: nn.Module) -> bool:
-    return any(hasattr(each, "lora_A") for each in module.modules())
+def _offloads(module: nn.Module) -> bool:
+    """Whether diffusers moves its tensors, or some of them, for each call."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and registry.get_hook("group_offloading") is not None
 
 
 def _at(module: nn.Module, path: str) -> Any:
@@ -210,55 +224,72 @@ class _Reader:
 
 def _put(module: nn.Module, node: SparseLinears, read: _Reader, dtype: torch.dtype, applied: Applied) -> None:
     """One node in the place of its linears."""
-    gelu_from = _gelu_from(module, node)
-    linear = _KINDS[node.fp8, node.operand == "weight"](node, read, dtype, gelu_from)
-    first: Any = module.get_submodule(node.linears[0])
-    device = first.weight.device
-    channels_first = isinstance(first, nn.Conv2d)
-    group = Group(
-        node.linears, node.sizes, node.out_channels if gelu_from is None else gelu_from, channels_first
-    )
-    applied.before += merge(module, group, linear.to(device)).items()
+    own = tuple(_own(module, path) for path in node.linears)
+    adapted = own != node.linears  # an adapter adds to what a linear gives, before any activation
+    gate = None if adapted else _gate(module, node)
+    epilogue = NO_EPILOGUE if adapted else _epilogue(module, node, gate)
+    linear = _KINDS[node.fp8, node.operand == "weight"](node, read, dtype, epilogue)
+    first: Any = module.get_submodule(own[0])
+    gelu_from = epilogue.first if epilogue.activation else node.out_channels
+    group = Group(own, node.sizes, gelu_from, isinstance(first, nn.Conv2d), gate)
+    applied.changes += merge(module, group, linear.to(first.weight.device))
 
 
-def _gelu_from(module: nn.Module, node: SparseLinears) -> int | None:
-    """The first output channel whose GELU the node takes over; None where a module is unknown that applies one."""
-    if node.activation_from is None:
+def _own(module: nn.Module, path: str) -> str:
+    """Path of the linear itself where adapters (PEFT's layers) are around it."""
+    return f"{path}.base_layer" if hasattr(_at(module, path), "base_layer") else path
+
+
+def _gate(module: nn.Module, node: SparseLinears) -> ModuleGate | None:
+    """The gated activation that the node takes over; None where a module is unknown that makes one."""
+    if node.gated is None:
         return None
+    gate = find_gate(module, node.linears, node.sizes)
+    if gate is None or gate.rows != node.gated:
+        return None
+    return gate if is_gate_last(Group(node.linears, node.sizes, node.out_channels), gate) else None
+
+
+def _epilogue(module: nn.Module, node: SparseLinears, gate: ModuleGate | None) -> Epilogue:
+    """The node's gate, or a GELU where the modules are known that apply it; else they go on to do so."""
+    if gate is not None:
+        return Epilogue(gate.activation, node.out_channels - 2 * gate.channels, gated=True)
+    if node.activation_from is None:
+        return NO_EPILOGUE
     starts = [sum(node.sizes[:index]) for index in range(len(node.sizes))]
     with_gelu = [
         path for path, start in zip(node.linears, starts, strict=True) if start >= node.activation_from
     ]
-    return node.activation_from if all(gelu_behind(module, path) for path in with_gelu) else None
+    known = all(gelu_behind(module, path) for path in with_gelu)
+    return Epilogue(GELU_TANH, node.activation_from) if known else NO_EPILOGUE
 
 
 def _sparse_activation(
-    node: SparseLinears, read: _Reader, dtype: torch.dtype, gelu_from: int | None
+    node: SparseLinears, read: _Reader, dtype: torch.dtype, epilogue: Epilogue
 ) -> nn.Module:
     return SparseActivationLinear(
         read("weight", dtype, (node.out_channels, padded_width(node.in_channels, node.rank))),
         read("lora_down", dtype, (max(node.rank, 1), node.in_channels)),
         read("bias", dtype, (node.out_channels,)),
-        rank=node.rank, norm_scale=node.norm_scale, gelu_from=gelu_from,
+        rank=node.rank, norm_scale=node.norm_scale, epilogue=epilogue,
     )  # fmt: skip
 
 
-def _sparse_weight(
-    node: SparseLinears, read: _Reader, dtype: torch.dtype, gelu_from: int | None
-) -> nn.Module:
+def _sparse_weight(node: SparseLinears, read: _Reader, dtype: torch.dtype, epilogue: Epilogue) -> nn.Module:
     padded = -(-node.out_channels // STEP) * STEP
-    if node.metadata_layout is None:
+    layout = node.metadata_layout
+    if layout is None:
         raise InputError(f"The manifest does not tell the layout of {node.layer}.", _AGAIN)
     values = read("values", dtype, (padded, node.in_channels // 2))
     metadata = read("metadata", torch.int32, (node.in_channels // STEP, padded // STEP, 2 * STEP))
     bias = read("bias", dtype, (node.out_channels,))
-    if node.gated is not None:
+    if node.gated is not None and not epilogue.gated:
         order = torch.tensor(gated_order(node.out_channels, *node.gated)).argsort()
-        values, metadata = _reordered(values, metadata, node.metadata_layout, order)
+        values, metadata = _reordered(values, metadata, layout, order)
         bias = bias[order]
-    return SparseWeightLinear(
-        values, metadata, bias, metadata_layout=node.metadata_layout, gelu_from=gelu_from
-    )
+    if kernels_run(dtype) and (here := metadata_layout(dtype)) != layout:
+        metadata, layout = relaid(metadata, layout, here), here  # offloading moves tensors one by one
+    return SparseWeightLinear(values, metadata, bias, metadata_layout=layout, epilogue=epilogue)
 
 
 def _reordered(
@@ -271,7 +302,7 @@ def _reordered(
     return pack_weight(weight, keep.bool(), layout)
 
 
-def _fp8_linear(node: SparseLinears, read: _Reader, dtype: torch.dtype, gelu_from: int | None) -> nn.Module:
+def _fp8_linear(node: SparseLinears, read: _Reader, dtype: torch.dtype, epilogue: Epilogue) -> nn.Module:
     width = -(-node.in_channels // fp8.STEP) * fp8.STEP
     return Fp8Linear(
         read("weight", torch.int32, (node.out_channels, width // 4)).view(E4M3),
@@ -279,11 +310,11 @@ def _fp8_linear(node: SparseLinears, read: _Reader, dtype: torch.dtype, gelu_fro
         read("weight_scale", torch.float32, (node.out_channels,)),
         read("bias", dtype, (node.out_channels,)),
         in_features=node.in_channels, operand="sparse activation" if node.operand == "activation" else "dense",
-        gelu_from=gelu_from,
+        epilogue=epilogue,
     )  # fmt: skip
 
 
-def _fp8_weight(node: SparseLinears, read: _Reader, dtype: torch.dtype, gelu_from: int | None) -> nn.Module:
+def _fp8_weight(node: SparseLinears, read: _Reader, dtype: torch.dtype, epilogue: Epilogue) -> nn.Module:
     width = -(-node.in_channels // fp8.STEP) * fp8.STEP
     padded = -(-node.out_channels // ROW_STEP) * ROW_STEP
     return Fp8Linear(
@@ -291,11 +322,11 @@ def _fp8_weight(node: SparseLinears, read: _Reader, dtype: torch.dtype, gelu_fro
         read("metadata", torch.int32, (width // fp8.STEP, padded, 4)),
         read("weight_scale", torch.float32, (node.out_channels,)),
         read("bias", dtype, (node.out_channels,)),
-        in_features=node.in_channels, operand="sparse weight", gelu_from=gelu_from,
+        in_features=node.in_channels, operand="sparse weight", epilogue=epilogue,
     )  # fmt: skip
 
 
-_Maker = Callable[[SparseLinears, _Reader, torch.dtype, int | None], nn.Module]
+_Maker = Callable[[SparseLinears, _Reader, torch.dtype, Epilogue], nn.Module]
 _KINDS: dict[tuple[bool, bool], _Maker] = {  # by whether in FP8, and whether the weight is 2:4
     (False, False): _sparse_activation,
     (False, True): _sparse_weight,
@@ -304,10 +335,11 @@ _KINDS: dict[tuple[bool, bool], _Maker] = {  # by whether in FP8, and whether th
 }
 
 
-def _put_back(module: nn.Module, applied: Applied) -> None:
-    """The module's own linears on the device where what stood for them is."""
-    for path, before in reversed(applied.before):
-        there = replace(module, path, before)
-        tensors = [*there.parameters(), *there.buffers()]
-        if tensors:
-            before.to(tensors[0].device)
+def _follow(changes: Sequence[Change]) -> None:
+    """The module's own linears onto the device where what stands for them is."""
+    device = torch.device("cpu")
+    for change in changes:
+        tensors = [*change.new.buffers()] if isinstance(change.new, nn.Module) else []
+        device = tensors[0].device if tensors else device  # what idles since is where its neighbour is
+        if isinstance(change.old, nn.Module):
+            change.old.to(device)

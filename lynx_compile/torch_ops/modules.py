@@ -15,16 +15,20 @@ from torch import nn
 from lynx_compile.ops.fp8 import STEP, round_rows
 from lynx_compile.ops.sparse_weight_linear import MetadataLayout, relaid
 from lynx_compile.torch_ops import operators
+from lynx_compile.torch_ops.epilogue import NO_EPILOGUE, Epilogue
 from lynx_compile.torch_ops.fp8_bindings import Operand
 
 
 class _Packed(nn.Module):
-    """What all of them share: their sizes, and that a cast leaves them alone."""
+    """What all of them share: their sizes, and that a cast leaves them alone.
 
-    def __init__(self, in_features: int, out_features: int, gelu_from: int | None) -> None:
+    ``out_features``: channels of y, fewer than the weight has rows where the epilogue has gates.
+    """
+
+    def __init__(self, in_features: int, rows: int, epilogue: Epilogue) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.gelu_from = out_features if gelu_from is None else gelu_from
+        self.in_features, self.out_features = in_features, epilogue.width(rows)
+        self.epilogue = epilogue
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y [..., N] for x [..., K]."""
@@ -63,9 +67,9 @@ class SparseWeightLinear(_Packed):
         bias: torch.Tensor,
         *,
         metadata_layout: MetadataLayout,
-        gelu_from: int | None = None,
+        epilogue: Epilogue = NO_EPILOGUE,
     ) -> None:
-        super().__init__(2 * values.shape[1], len(bias), gelu_from)
+        super().__init__(2 * values.shape[1], len(bias), epilogue)
         self.metadata_layout = metadata_layout
         self.register_buffer("values", values)
         self.register_buffer("metadata", metadata)
@@ -83,9 +87,11 @@ class SparseWeightLinear(_Packed):
         return self
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
+        epilogue = self.epilogue
         y: torch.Tensor = operators.sparse_weight(
-            x, self.values, self.metadata, self.bias, self.metadata_layout, self.gelu_from
-        )
+            x, self.values, self.metadata, self.bias, self.metadata_layout,
+            epilogue.activation, epilogue.first, epilogue.gated,
+        )  # fmt: skip
         return y
 
 
@@ -104,9 +110,9 @@ class SparseActivationLinear(_Packed):
         *,
         rank: int,
         norm_scale: bool,
-        gelu_from: int | None = None,
+        epilogue: Epilogue = NO_EPILOGUE,
     ) -> None:
-        super().__init__(lora_down.shape[1], len(bias), gelu_from)
+        super().__init__(lora_down.shape[1], len(bias), epilogue)
         self.rank, self.norm_scale = rank, norm_scale
         self.register_buffer("weight", weight)
         self.register_buffer("lora_down", lora_down)
@@ -114,7 +120,8 @@ class SparseActivationLinear(_Packed):
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = operators.sparse_activation(
-            x, self.weight, self.lora_down, self.bias, self.rank, self.norm_scale, self.gelu_from,
+            x, self.weight, self.lora_down, self.bias, self.rank, self.norm_scale,
+            self.epilogue.gelu_from(len(self.bias)),
             "none", None, None, None, False, 0.0,
         )  # fmt: skip
         return y
@@ -142,10 +149,10 @@ class Fp8Linear(_Packed):
         *,
         in_features: int,
         operand: Operand,
-        gelu_from: int | None = None,
+        epilogue: Epilogue = NO_EPILOGUE,
         fused_rounding: bool = True,
     ) -> None:
-        super().__init__(in_features, len(bias), gelu_from)
+        super().__init__(in_features, len(bias), epilogue)
         self.operand = operand
         self.fused_rounding = fused_rounding and operand != "sparse activation" and in_features % STEP == 0
         self.register_buffer("weight", weight)
@@ -154,9 +161,10 @@ class Fp8Linear(_Packed):
         self.register_buffer("bias", bias)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
+        gelu_from = self.epilogue.gelu_from(len(self.bias))
         if not (self.fused_rounding and torch.compiler.is_compiling()):
             y: torch.Tensor = operators.fp8_linear(
-                x, self.weight, self.metadata, self.weight_scale, self.bias, self.operand, self.gelu_from,
+                x, self.weight, self.metadata, self.weight_scale, self.bias, self.operand, gelu_from,
                 "none", None, None, False, 0.0,
             )  # fmt: skip
             return y
@@ -168,6 +176,6 @@ class Fp8Linear(_Packed):
             self.metadata,
             self.weight_scale,
             self.bias,
-            self.gelu_from,
+            gelu_from,
         )
         return product

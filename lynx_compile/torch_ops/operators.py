@@ -20,6 +20,7 @@ from lynx_compile.ops.fp8 import Rounded
 from lynx_compile.ops.sparse_linear import GELU_TANH, SILU, Gated, Gelu, Norm, produce
 from lynx_compile.ops.sparse_weight_linear import MetadataLayout
 from lynx_compile.torch_ops.bindings import ANY_TILE, DTYPES, LIBRARY, _Call, _WeightCall
+from lynx_compile.torch_ops.epilogue import NO_EPILOGUE, Epilogue
 from lynx_compile.torch_ops.fp8_bindings import OPERANDS, _Fp8Call, load_fp8_library
 
 ALIGNMENT = 16  # bytes, of every tensor that a kernel reads
@@ -34,15 +35,17 @@ def sparse_weight(
     metadata: torch.Tensor,
     bias: torch.Tensor,
     metadata_layout: int,
-    gelu_from: int,
+    activation: int,
+    activation_from: int,
+    gated: bool,
 ) -> torch.Tensor:
-    """y [M, N] for x [M, K], values [Np, K / 2], metadata int32 [K / 64, Np / 64, 128], bias [N].
+    """y [M, N] for x [M, K], values [Np, K / 2], metadata int32 [K / 64, Np / 64, 128], bias [N]; ops has the epilogue.
 
-    ``gelu_from``: the first output channel that goes through GELU; N for none.
+    Where it is gated, y is [M, activation_from + (N - activation_from) / 2].
     """
     return sparse_weight_linear.sparse_weight_linear(
         x, values, metadata, bias, metadata_layout=90 if metadata_layout == 90 else 80,
-        activation=int(gelu_from < len(bias)), activation_from=gelu_from,
+        activation=activation, activation_from=activation_from, gated=gated,
     )  # fmt: skip
 
 
@@ -53,14 +56,16 @@ def _(
     metadata: torch.Tensor,
     bias: torch.Tensor,
     metadata_layout: int,
-    gelu_from: int,
+    activation: int,
+    activation_from: int,
+    gated: bool,
 ) -> torch.Tensor:
-    x, y = _ready(x), _result(x, bias)
+    x, y = _ready(x), _result(x, bias, Epilogue(activation, activation_from, gated))
     if not len(x):
         return y
     call = _WeightCall(
         fp16=DTYPES[x.dtype], metadata_layout=metadata_layout, rows=len(x), channels=x.shape[1],
-        out_channels=len(bias), tile=ANY_TILE, **_gelu(gelu_from, bias),
+        out_channels=len(bias), tile=ANY_TILE, activation=activation, activation_from=activation_from, gated=gated,
         x=x.data_ptr(), values=values.data_ptr(), metadata=metadata.data_ptr(), bias=bias.data_ptr(), y=y.data_ptr(),
     )  # fmt: skip
     _launch("lynx_sparse_weight_linear", "lynx_weight_workspace_bytes", call, x)
@@ -232,9 +237,16 @@ def _(
 
 @sparse_weight.register_fake
 def _(
-    x: torch.Tensor, values: torch.Tensor, metadata: torch.Tensor, bias: torch.Tensor, *_: object
+    x: torch.Tensor,
+    values: torch.Tensor,
+    metadata: torch.Tensor,
+    bias: torch.Tensor,
+    metadata_layout: int,
+    activation: int,
+    activation_from: int,
+    gated: bool,
 ) -> torch.Tensor:
-    return _result(x, bias)
+    return _result(x, bias, Epilogue(activation, activation_from, gated))
 
 
 @sparse_activation.register_fake
@@ -276,7 +288,7 @@ def metadata_layout(dtype: torch.dtype) -> MetadataLayout:
 
 def kernels_run(dtype: torch.dtype) -> bool:
     """Whether there is a GPU here for which the library has kernels of this type."""
-    if not torch.cuda.is_available() or not _path.exists():
+    if dtype not in DTYPES or not torch.cuda.is_available() or not _path.exists():
         return False
     return bool(_library().lynx_tile_count(DTYPES[dtype]))
 
@@ -300,8 +312,8 @@ _path = LIBRARY
 _loaded = functools.cache(load_fp8_library)
 
 
-def _result(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return x.new_empty((x.shape[0], bias.shape[0]), dtype=bias.dtype)
+def _result(x: torch.Tensor, bias: torch.Tensor, epilogue: Epilogue = NO_EPILOGUE) -> torch.Tensor:
+    return x.new_empty((x.shape[0], epilogue.width(bias.shape[0])), dtype=bias.dtype)
 
 
 def _ready(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from calib.digits_flux.gpu import OP_LIMIT, Found, definition, held_to_definitions
+from calib.digits_flux.gpu import OP_LIMIT, Found, held_to_definitions
+from lynx_compile.torch_ops.definitions import definition
 from tests.torch_ops.test_operators import MODULES, X
 
 

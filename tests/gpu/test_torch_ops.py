@@ -13,7 +13,7 @@ from lynx_compile.ops.fp8 import round_rows
 from lynx_compile.torch_ops import operators
 from lynx_compile.torch_ops.bindings import DTYPES, LIBRARY
 from lynx_compile.torch_ops.fp8_bindings import load_fp8_library
-from tests.torch_ops.test_operators import BIAS, CHANNELS, FROM, MODULES, OUT, X, fp8_linear, normal, wanted
+from tests.torch_ops.test_operators import BIAS, CHANNELS, FROM, MODULES, X, fp8_linear, normal, wanted
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -51,7 +51,7 @@ def test_a_module_is_its_definition(name: str) -> None:
         y = module(x)
     assert off(y, wanted(name, X)) < LIMIT
     assert off(module(many.cuda()), wanted(name, many)) < LIMIT
-    assert module(x[None, :0]).shape == (1, 0, OUT)
+    assert module(x[None, :0]).shape == (1, 0, module.out_features)
     odd = torch.cat((torch.zeros(3, dtype=x.dtype, device="cuda"), x.flatten()))[3:].view_as(x)
     assert odd.data_ptr() % 16 and torch.equal(module(odd), y)
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +27,9 @@ from lynx_compile.recipe import Sparsity
 from lynx_compile.tools.linear_graphs import linear_graphs
 from lynx_compile.tools.support.configurations import TINY, classes, example, model
 from lynx_compile.torch_ops import apply
+from lynx_compile.torch_ops.epilogue import NO_EPILOGUE
+from lynx_compile.torch_ops.modules import SparseWeightLinear
+from lynx_compile.torch_ops.swap import undo
 from tests.passes.exact import two_of_four, two_of_four_weights
 from tests.passes.test_rewrite_calls import _error, _run
 
@@ -81,12 +86,36 @@ def test_a_torch_module_gets_its_rows_in_order(gated: SimpleNamespace) -> None:
     with safe_open(gated.lynx.weights_path, "pt") as file:
         for node in nodes:
             read = apply._Reader(file, gated.lynx.weights_path, node)
-            linear = apply._sparse_weight(node, read, torch.float32, None)
+            linear = apply._sparse_weight(node, read, torch.float32, NO_EPILOGUE)
             unpacked = unpack_weight(linear.values, linear.metadata, 80)[: node.out_channels]
             own = [gated.module.get_submodule(path) for path in node.linears]
             assert torch.equal(unpacked, torch.cat([each.weight for each in own]))
             if own[0].bias is not None:
                 assert torch.equal(linear.bias, torch.cat([each.bias for each in own]))
+
+
+def test_a_torch_module_makes_its_gates_in_the_epilogue(gated: SimpleNamespace) -> None:
+    nodes = [_sparse(node) for node in gated.lynx.sparse]
+    module, given = copy.deepcopy(gated.module), example(gated.name).inputs
+    applied = apply.Applied(Path(), [], [], restorable=True)
+    with torch.no_grad(), safe_open(gated.lynx.weights_path, "pt") as file:
+        before = flatten(module(**given)).tensors
+        for node in nodes:
+            read = apply._Reader(file, gated.lynx.weights_path, node)
+            apply._put(module, node, read, torch.float32, applied)
+        ops = {each for each in module.modules() if isinstance(each, SparseWeightLinear)}
+        epilogues = [op.epilogue for op in ops if op.epilogue.gated]
+        assert len(epilogues) == sum(node.gated is not None for node in nodes)
+        assert {epilogue.activation for epilogue in epilogues} == {SILU}
+        _assert_near(flatten(module(**given)).tensors, before)
+        undo(module, applied.changes)
+        assert all(torch.equal(y, before[name]) for name, y in flatten(module(**given)).tensors.items())
+    assert [type(each) for each in module.modules()] == [type(each) for each in gated.module.modules()]
+
+
+def _assert_near(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    for name, y in wanted.items():
+        assert (found[name] - y).norm() < 1e-5 * y.norm(), name
 
 
 def test_compare_puts_the_rows_in_order_again(gated: SimpleNamespace) -> None:

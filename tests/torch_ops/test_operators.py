@@ -13,6 +13,8 @@ from torch.nn import functional
 from lynx_compile.ops import fp8
 from lynx_compile.ops.fp8 import E4M3, Rounded, pack, pack_dense, round_rows
 from lynx_compile.ops.sparse_linear import (
+    GELU_TANH,
+    SILU,
     Gated,
     Gelu,
     Norm,
@@ -23,6 +25,7 @@ from lynx_compile.ops.sparse_linear import (
 )
 from lynx_compile.ops.sparse_weight_linear import pack_weight
 from lynx_compile.torch_ops import operators
+from lynx_compile.torch_ops.epilogue import Epilogue
 from lynx_compile.torch_ops.modules import Fp8Linear, SparseActivationLinear, SparseWeightLinear
 from lynx_compile.torch_ops.readers import Merged, Reader
 
@@ -35,28 +38,34 @@ def normal(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 X, BIAS, WEIGHT = normal(TOKENS, CHANNELS), normal(OUT), normal(OUT, CHANNELS) / CHANNELS**0.5
 KEEP = keep_mask(WEIGHT)
+GELU, SWIGLU = Epilogue(GELU_TANH, FROM), Epilogue(SILU, FROM, gated=True)
 GAIN, SHIFT, GATE = normal(2, CHANNELS), normal(2, CHANNELS + 2)[:, :CHANNELS], normal(TOKENS, CHANNELS)
 
 
 def sparse_weight() -> SparseWeightLinear:
-    return SparseWeightLinear(*pack_weight(WEIGHT, KEEP, 90), BIAS, metadata_layout=90, gelu_from=FROM)
+    return SparseWeightLinear(*pack_weight(WEIGHT, KEEP, 90), BIAS, metadata_layout=90, epilogue=GELU)
 
 
 def sparse_activation() -> SparseActivationLinear:
     up, down = normal(OUT, 16) / 8, normal(16, CHANNELS) / 8
     return SparseActivationLinear(
-        expand_low_rank(WEIGHT, up), down, BIAS, rank=16, norm_scale=True, gelu_from=FROM
+        expand_low_rank(WEIGHT, up), down, BIAS, rank=16, norm_scale=True, epilogue=GELU
     )
 
 
 def fp8_linear(operand: Any) -> Fp8Linear:
     rounded = round_rows(WEIGHT, KEEP if operand == "sparse weight" else None)
     packed = pack(rounded.values, KEEP) if operand == "sparse weight" else (pack_dense(rounded.values), None)
-    return Fp8Linear(*packed, rounded.scale, BIAS, in_features=CHANNELS, operand=operand, gelu_from=FROM)
+    return Fp8Linear(*packed, rounded.scale, BIAS, in_features=CHANNELS, operand=operand, epilogue=GELU)
+
+
+def gated_weight() -> SparseWeightLinear:
+    return SparseWeightLinear(*pack_weight(WEIGHT, KEEP, 90), BIAS, metadata_layout=90, epilogue=SWIGLU)
 
 
 MODULES = {
     "sparse weight": sparse_weight,
+    "gated weight": gated_weight,
     "sparse activation": sparse_activation,
     "fp8 dense": lambda: fp8_linear("dense"),
     "fp8 sparse weight": lambda: fp8_linear("sparse weight"),
@@ -69,6 +78,10 @@ def wanted(name: str, x: torch.Tensor) -> torch.Tensor:
     if name == "sparse weight":
         y = x.double() @ (WEIGHT * KEEP).double().T + BIAS.double()
         return torch.cat((y[:, :FROM], functional.gelu(y[:, FROM:], approximate="tanh")), 1).to(x.dtype)
+    if name == "gated weight":
+        y = x.double() @ (WEIGHT * KEEP).double().T + BIAS.double()
+        acted, gate = y[:, FROM:].unflatten(1, (-1, 2, 8)).unbind(2)
+        return torch.cat((y[:, :FROM], (functional.silu(acted) * gate).flatten(1)), 1).to(x.dtype)
     if name == "sparse activation":
         op = sparse_activation()
         return sparse_linear(x, op.weight, op.lora_down, BIAS, rank=16, norm_scale=True, **gelu)
@@ -88,16 +101,17 @@ COMPILED = 2**-7  # GELU then follows y's rounding to bf16
 def test_a_module_is_its_definition_for_any_number_of_tokens(name: str) -> None:
     module = MODULES[name]()
     assert close(module(X), wanted(name, X))
-    assert module(X[None, :0]).shape == (1, 0, OUT)
+    assert module(X[None, :0]).shape == (1, 0, module.out_features)
+    assert module.out_features == (OUT - (OUT - FROM) // 2 if name == "gated weight" else OUT)
     strided = normal(TOKENS, 3, CHANNELS)
     assert close(module(strided[:, 1]), wanted(name, strided[:, 1].contiguous()))
-    parts = module.parts(X, [FROM, OUT - FROM])
+    parts = module.parts(X, [FROM, module.out_features - FROM])
     assert torch.equal(torch.cat(parts, 1), module(X))
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_cast_leaves_packed_tensors_alone(name: str) -> None:
-    module = nn.Sequential(MODULES[name](), nn.Linear(OUT, 8))
+    module = nn.Sequential(op := MODULES[name](), nn.Linear(op.out_features, 8))
     before = {key: value.clone() for key, value in module[0].state_dict().items()}
     module.to(torch.float16)
     assert module[1].weight.dtype == torch.float16
@@ -156,7 +170,8 @@ def test_the_ops_are_what_they_say_to_torch() -> None:
     # torch cannot compare e4m3 before and after a call, which its check of the schema does.
     others = "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"
     for function, arguments in (
-        (operators.sparse_weight, (X, packed.values, packed.metadata, BIAS, 90, FROM)),
+        (operators.sparse_weight, (X, packed.values, packed.metadata, BIAS, 90, SILU, FROM, True)),
+        (operators.sparse_weight, (X, packed.values, packed.metadata, BIAS, 90, GELU_TANH, FROM, False)),
         (
             operators.sparse_activation,
             (X, op.weight, op.lora_down, BIAS, 16, True, FROM, *norm, None, True, 1e-5),
