@@ -8,7 +8,8 @@ import hashlib
 import re
 import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -66,6 +67,7 @@ def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
+DEFAULT_OUTPUT_ERROR = 0.02  # of a recipe without a budget
 DEFAULT_PROMPTS = Path(__file__).resolve().parent / "data" / "prompts.txt"  # by tools/write_prompts.py
 
 
@@ -310,6 +312,41 @@ class Sparsity(Strict):
         return self.rank
 
 
+class Budget(Strict):
+    """What decides on the linears whose operand is ``auto``; one of these (see ``passes.budget``).
+
+    ``max_output_error``: the fastest forms with which |y - y_dense| / |y_dense| of the model's output stays below it,
+    on recorded calls held out, each weighed as tuning weighs it. ``min_psnr``: with which images keep so many dB
+    against the dense model's, drawn by the pipeline. ``min_speed``: the least error at which the blocks' linears
+    are so many times as fast as dense, by ``sparsity.costs`` or a roofline.
+    """
+
+    max_output_error: Annotated[float, Field(gt=0, lt=1)] | None = None
+    min_psnr: Annotated[float, Field(gt=0, lt=100)] | None = None
+    min_speed: Annotated[float, Field(ge=1)] | None = None
+
+    @field_validator("min_psnr", "min_speed", mode="before")
+    @classmethod
+    def _whole_numbers_are_fine(cls, value: Any) -> Any:
+        return float(value) if type(value) is int else value
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        given = [name for name, value in self if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of {given[0]} and {given[1]}: the other follows from it")
+        return self
+
+    @property
+    def limit(self) -> tuple[Literal["max_output_error", "min_psnr", "min_speed"], float]:
+        """The key and its value; the default's where none is given."""
+        if self.min_psnr is not None:
+            return "min_psnr", self.min_psnr
+        if self.min_speed is not None:
+            return "min_speed", self.min_speed
+        return "max_output_error", self.max_output_error or DEFAULT_OUTPUT_ERROR
+
+
 class Compensation(Strict):
     """What follows the closed form (see ``passes.tune``).
 
@@ -386,7 +423,7 @@ class Recipe(Strict):
     """A whole recipe.
 
     ``call``: arguments of the pipeline's call, as Python would give them: height, width, num_inference_steps ... They
-    decide the shapes that the engine is built for.
+    decide the shapes that the engine is built for. ``budget``: None, written ``off`` or false, leaves it to speed.
     """
 
     model: Annotated[
@@ -398,6 +435,7 @@ class Recipe(Strict):
     call: dict[str, Any] = Field(default_factory=dict)
     calibration: Annotated[Calibration, Field(validate_default=True)] = Calibration()
     sparsity: Sparsity = Sparsity()
+    budget: Budget | None = Budget()
     compensation: Compensation = Compensation()
     engine: Engine = Engine()
     compare: Compare = Compare()
@@ -418,6 +456,30 @@ class Recipe(Strict):
             raise ValueError(
                 f"precision is {value.precision} and model.dtype {dtype}; set precision to {dtype}, fp8 or auto"
             )
+        return value
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _false_is_off(cls, value: Any) -> Any:
+        return None if value is False or value == "off" else value
+
+    @field_validator("budget")
+    @classmethod
+    def _budget_has_something_to_decide(cls, value: Budget | None, info: ValidationInfo) -> Budget | None:
+        if value is None:
+            return None
+        if isinstance(info.data.get("model"), OnnxModel):
+            raise ValueError(
+                "an ONNX model has no gradients to tell its output's error by; leave 'budget' out"
+            )
+        sparsity, calibration = info.data.get("sparsity"), info.data.get("calibration")
+        if sparsity is not None and len(sparsity.operands) == 1:
+            raise ValueError(
+                "the recipe fixes what is 2:4 (sparsity.operand, method, rank or norm_scale); "
+                "set operand: auto, or remove 'budget'"
+            )
+        if value.min_psnr is not None and calibration is not None and calibration.recording is not None:
+            raise ValueError("min_psnr draws images, and a recording has no pipeline; give max_output_error")
         return value
 
     @field_validator("compensation")
@@ -531,6 +593,8 @@ def _section(loc: tuple[Any, ...]) -> type[BaseModel]:
     section: type[BaseModel] = Recipe
     for key in loc:
         annotation = FORMS.get(key) or section.model_fields[key].annotation
+        if NoneType in get_args(annotation):
+            annotation = get_args(annotation)[0]
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             section = annotation
     return section

@@ -75,6 +75,7 @@ calibration:
   prompts: prompts.safetensors
   samples: 6
   batch: 2
+budget: false
 compensation:
   tune: false
 """

@@ -213,12 +213,99 @@ class Stage(Strict):
     reused: bool
 
 
+Error = Annotated[float, Field(ge=0)]
+
+
+class CandidateForm(Strict):
+    """What a linear could be: ``operand`` and ``fp8`` as of ``SparseLinears``; dense is one of them, of gain 1.
+
+    ``gain``: how many times as fast as dense its node is; ``measured``: by the recipe's costs, else by a roofline.
+    ``error``: |y - y_dense| / |y_dense| of the model's output if this linear alone is that, to first order; null where
+    another form is as fast and errs less as a rule, so that this one was not solved.
+    """
+
+    operand: Literal["activation", "weight", "none"]
+    fp8: bool
+    gain: Annotated[float, Field(gt=0)]
+    measured: bool
+    error: Error | None
+
+    @property
+    def form(self) -> str:
+        """In words."""
+        return form_in_words(self.operand, self.fp8)
+
+
+class LinearChoice(Strict):
+    """A linear that the budget decided on. ``chosen``: position among ``candidates``. ``reason``: for people."""
+
+    linear: str
+    candidates: tuple[CandidateForm, ...]
+    chosen: Count
+    reason: str
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if self.chosen >= len(self.candidates):
+            raise ValueError(f"candidate {self.chosen} of {len(self.candidates)} was chosen")
+        return self
+
+
+class AtOutput(Strict):
+    """|y - y_dense| / |y_dense| of the model's output. ``predicted``: from each linear's own, for the solved weights.
+
+    ``solved`` and ``tuned``: measured on calls held out; null where nobody measured, or tuned.
+    """
+
+    predicted: Error
+    solved: Error | None
+    tuned: Error | None
+
+
+class AtSteps(AtOutput):
+    """The same at the denoising steps from ``first`` to ``last``."""
+
+    first: Count
+    last: Count
+
+
+class HalfOfSteps(Strict):
+    """What an engine for these steps alone would be: speed on the linears under the same budget, by the prediction."""
+
+    first: Count
+    last: Count
+    speed: Annotated[float, Field(gt=0)]
+
+
+class Budget(Strict):
+    """What decided on the linears whose form the recipe leaves open: the error at the model's output.
+
+    ``limit`` and ``value``: the recipe's key, or the default's. ``speed``: how many times as fast as dense the linears
+    of the blocks are together, those that stay dense included, by costs or a roofline. ``error``: over the calls, each
+    weighed as tuning weighs it; ``steps``: by denoising steps. ``calls``: held out, on which it was measured. ``psnr``:
+    of images against the dense model's, dB, where it was measured. ``stepped_back``: linears whose form was too much
+    for the budget when it was measured, and that have a safer one. ``halves``: of an engine for each half of the steps.
+    """
+
+    limit: Literal["max_output_error", "min_psnr", "min_speed"]
+    value: float
+    speed: Annotated[float, Field(gt=0)]
+    error: AtOutput
+    psnr: float | None
+    calls: Count
+    steps: tuple[AtSteps, ...]
+    halves: tuple[HalfOfSteps, ...]
+    stepped_back: tuple[str, ...]
+    linears: tuple[LinearChoice, ...]
+
+
 class Manifest(Strict):
     """All about an engine. ``inputs`` are those that a caller gives, without ``weights.tensors``.
 
     ``lengths``: of the inputs' extents that are -1. ``call``: how torch calls the transformer; None where it was no
     torch module. ``costs``: name of the file of measured times that the recipe gave, if any. ``files``: the ONNX file
-    that the engine was built from and its weights, as they were written.
+    that the engine was built from and its weights, as they were written. ``budget``: what decided on the linears; None
+    where the recipe fixed every form, or speed alone decided.
     """
 
     format_version: Literal[2]
@@ -241,6 +328,7 @@ class Manifest(Strict):
     dense: tuple[DenseLinear, ...]
     files: tuple[EngineFile, ...] = ()
     stages: tuple[Stage, ...] = ()
+    budget: Budget | None = None
 
     @model_validator(mode="after")
     def _every_tensor_once(self) -> Self:

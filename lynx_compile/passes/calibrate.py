@@ -102,7 +102,7 @@ def calibrate(
     return Statistics(folder, tuple(one.name for one in wanted))
 
 
-def replay(dit: DiT, arguments: Mapping[str, Any]) -> Any:
+def replay(dit: DiT, arguments: Mapping[str, Any], *, gradients: bool = False) -> Any:
     """The result of a recorded call, run again where the module is: in the engine's dtypes, or all in float32."""
     known = parameters(type(dit.module).forward)
     like = next(p for p in dit.module.parameters() if p.is_floating_point())
@@ -113,7 +113,9 @@ def replay(dit: DiT, arguments: Mapping[str, Any]) -> Any:
         floating = torch.float32 if like.dtype == torch.float32 else compiled[name].dtype
         tensors[name] = tensor.to(like.device, floating if tensor.is_floating_point() else None)
     args, kwargs = spread(known, unflatten(flat.structure, tensors))
-    with torch.no_grad():  # and not inference mode: what a module caches in it can take no part in tuning
+    with torch.set_grad_enabled(
+        gradients
+    ):  # and not inference mode: what a module caches in it can take no part in tuning
         return dit.module(*args, **kwargs)
 
 

@@ -90,13 +90,15 @@ def compensate(
     Raises:
         StageError: the moments cannot be factorised, or what was solved does not fit the model's dtype.
     """
-    paths = []
+    paths: list[Path] = []
     for done, group in enumerate(plan.groups):
         weight, bias = _dense(dit, group)
         solved = solve(group, weight, bias, statistics.load(group.name), sparsity)
         _require_range(solved, dit.dtype)
         form = f"fp8.{group.operand}" if group.fp8 else group.operand
-        paths.append(folder / f"{group.name}.{form}.safetensors")
+        path = folder / f"{group.name}.{form}.safetensors"
+        # Candidates of one form may be nodes of more linears or fewer.
+        paths.append(path if path not in paths else path.with_stem(f"{path.stem}.{len(group.linears)}"))
         save_weights(paths[-1], solved)
         progress("linears compensated", done + 1, len(plan.groups))
     return tuple(paths)

@@ -48,7 +48,7 @@ class Lane:
 def lanes(dit: DiT, recording: Recording, recipe: Recipe) -> Iterator[list[Lane]]:
     """A lane for every call that there is memory for, come to its first block."""
     calls = dit.calls.calls
-    held_out = _held_out(calls)
+    held_out = held_out_of(calls)
     chosen = _chosen(dit, recording, recipe, held_out)
     last = max(call.step for call in calls)
     runs: list[Callable[[], Any]] = []
@@ -60,10 +60,15 @@ def lanes(dit: DiT, recording: Recording, recipe: Recipe) -> Iterator[list[Lane]
         for number in chosen:
             dense, tuned = next(left), next(left)
             compensated = next(left) if number in held_out else None
-            found.append(Lane(2 - calls[number].step / max(last, 1), dense, tuned, compensated))
+            found.append(Lane(weight_of(calls[number], last), dense, tuned, compensated))
         for walk in made:
             walk.start()
         yield found
+
+
+def weight_of(call: Call, last: int) -> float:
+    """What a state's squared relative error counts: twice at the first step, falling to once at the ``last``."""
+    return 2 - call.step / max(last, 1)
 
 
 def where(found: Sequence[Lane]) -> str | None:
@@ -86,7 +91,7 @@ def _run(dit: DiT, recording: Recording, call: Call) -> Any:
     return replay(dit, recording.arguments(call))
 
 
-def _held_out(calls: Sequence[Call]) -> set[int]:
+def held_out_of(calls: Sequence[Call]) -> set[int]:
     """Positions of the calls of every eighth sample, the last one at least; of every eighth call of one sample."""
     samples = sorted({call.sample for call in calls})
     units = [call.sample if len(samples) > 1 else number for number, call in enumerate(calls)]

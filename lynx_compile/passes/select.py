@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every linear becomes: which operand is 2:4, if one is, and in 16 bits or FP8. The recipe decides, else speed."""
+"""What every linear can become: which operand is 2:4, if one is, and in 16 bits or FP8.
+
+The recipe decides, else a budget (``passes.budget``), to which this leaves what is faster than anything that errs less
+as a rule; or speed alone.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -55,6 +60,10 @@ class SparseGroup(LinearGroup):
     gain: float | None = None
     fp8: bool = False
 
+    @property
+    def form(self) -> Form:
+        return Form(self.operand, self.fp8)
+
 
 @dataclass(frozen=True)
 class SparsityPlan:
@@ -64,32 +73,137 @@ class SparsityPlan:
     groups: tuple[SparseGroup, ...]
 
 
+@dataclass(frozen=True)
+class Option:
+    """A form that a node may take: how many times as fast as dense, and by what. ``reason``: that in words."""
+
+    form: Form
+    gain: float
+    measured: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Open:
+    """Linears of a group whose form the recipe leaves open; they take one together.
+
+    ``options``: dense first, then each faster than the one before, and as a rule with a larger error. ``beaten``: those
+    that are no faster than one of them which errs less as a rule.
+    """
+
+    group: LinearGroup
+    linears: tuple[Linear, ...]
+    options: tuple[Option, ...]
+    beaten: tuple[Option, ...] = ()
+
+    def microseconds(self, option: Option) -> float:
+        """Of these linears on an H100 as the roofline has it, shortened by the option's gain."""
+        return sum(_microseconds(self.group, linear) for linear in self.linears) / option.gain
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What the recipe, shapes and speed leave of every linear's forms.
+
+    ``fixed``: by group, the decisions that are made. ``open``: by the groups' names, those that are not.
+    ``nodes``: every node that a plan could have, whatever is decided.
+    """
+
+    groups: tuple[LinearGroup, ...]
+    fixed: tuple[tuple[Decision, ...], ...]
+    open: Mapping[str, Open]
+    nodes: tuple[SparseGroup, ...]
+    choice: _Choice
+
+    def plan(self, taken: Mapping[str, Decision]) -> SparsityPlan:
+        """The plan in which open linears, by their paths, are what ``taken`` says.
+
+        Raises:
+            InputError: no linear would change.
+        """
+        decisions, changed = [], []
+        for group, fixed in zip(self.groups, self.fixed, strict=True):
+            made = {decision.linear: decision for decision in fixed}
+            made |= {linear: taken[linear.path] for linear in group.linears if linear not in made}
+            ordered = [made[linear] for linear in group.linears]
+            decisions += ordered
+            changed += self.choice.split(group, ordered)
+        if not changed:
+            first = next((d for d in decisions if d.linear.refusal is None), decisions[0])
+            raise InputError(
+                f"No linear would become {'FP8' if self.choice.sparsity.precision == 'fp8' else 'sparse'} "
+                f"('{first.linear.path}': {first.reason}).",
+                "Widen sparsity.include, sparsity.operand or the budget, or exclude less.",
+            )
+        return SparsityPlan(tuple(decisions), tuple(changed))
+
+    def everything(self) -> SparsityPlan:
+        """All ``nodes``, for the passes that measure and solve them."""
+        return SparsityPlan((), self.nodes)
+
+    def speed(self, plan: SparsityPlan) -> float:
+        """How many times as fast as dense the linears of the blocks are together, those that stay dense included."""
+        gains = {
+            linear: group.gain or self.choice.gain(group, group.form)[0]
+            for group in plan.groups
+            for linear in group.linears
+        }
+        dense = sparse = 0.0
+        for group in self.groups:
+            for linear in group.linears:
+                if linear.refusal is None:
+                    time = _microseconds(group, linear)
+                    dense, sparse = dense + time, sparse + time / gains.get(linear, 1.0)
+        return dense / sparse if sparse else 1.0
+
+
 def select(groups: tuple[LinearGroup, ...], sparsity: Sparsity, gpus: tuple[str, ...] = ()) -> SparsityPlan:
-    """Decide for every linear; a group keeps those of its linears that change, split by form.
+    """Decide for every linear, where the recipe leaves it open by speed alone; see ``candidates``.
+
+    Raises:
+        InputError: as ``candidates``, or no linear is left.
+    """
+    return candidates(groups, sparsity, gpus, by_speed=True).plan({})
+
+
+def candidates(
+    groups: tuple[LinearGroup, ...],
+    sparsity: Sparsity,
+    gpus: tuple[str, ...] = (),
+    *,
+    by_speed: bool = False,
+) -> Candidates:
+    """What is left to decide of every linear; a group keeps those of its linears that change, split by form.
 
     Args:
         gpus: architectures that the engine is for, such as ``sm90``. FP8 is for those whose kernels have it. Where it
             is one alone whose speed is not known, only measured linears change, and those that a glob of
             ``sparsity.operand`` names.
+        by_speed: nothing is: the fastest form is taken.
 
     Raises:
-        InputError: the GPUs do not run FP8, a glob matches no linear, the recipe's costs cannot be read, or no linear
-            is left.
+        InputError: the GPUs do not run FP8, a glob matches no linear, or the recipe's costs cannot be read.
     """
     require_fp8(sparsity, gpus)
     _refuse_idle_globs([linear for group in groups for linear in group.linears], sparsity)
-    choice = _Choice.of(sparsity, gpus)
-    decided = [(group, choice.decide(group)) for group in groups]
-    decisions = tuple(decision for _, made in decided for decision in made)
-    changed = tuple(part for group, made in decided for part in choice.split(group, made))
-    if not changed:
-        first = next((d for d in decisions if d.linear.refusal is None), decisions[0])
-        raise InputError(
-            f"No linear would become {'FP8' if sparsity.precision == 'fp8' else 'sparse'} "
-            f"('{first.linear.path}': {first.reason}).",
-            "Widen sparsity.include or sparsity.operand, or exclude less.",
-        )
-    return SparsityPlan(decisions, changed)
+    choice = _Choice.of(sparsity, gpus, by_speed)
+    fixed, left, nodes = [], {}, []
+    for group in groups:
+        made, open_ = choice.decide(group)
+        fixed.append(tuple(made))
+        nodes += choice.split(group, made)
+        if open_ is not None:
+            left[group.name] = open_
+            for option in open_.options:
+                joined = {d.linear: d for d in made} | {d.linear: d for d in decided(open_, option)}
+                nodes += choice.split(group, [joined[linear] for linear in group.linears])
+    return Candidates(tuple(groups), tuple(fixed), left, tuple(dict.fromkeys(nodes)), choice)
+
+
+def decided(open_: Open, option: Option, reason: str | None = None) -> list[Decision]:
+    """The open linears with one of their options."""
+    form = option.form
+    return [Decision(linear, form.operand, reason or option.reason, form.fp8) for linear in open_.linears]
 
 
 def require_fp8(sparsity: Sparsity, gpus: tuple[str, ...]) -> None:
@@ -121,26 +235,20 @@ def _refuse_idle_globs(linears: list[Linear], sparsity: Sparsity) -> None:
 
 
 @dataclass(frozen=True)
-class _Option:
-    """A form that a node may take: how many times as fast as dense, and by what."""
-
-    form: Form
-    gain: float
-    measured: bool
-    reason: str
-
-
-@dataclass(frozen=True)
 class _Choice:
-    """What decisions go by. ``precisions``: of linears, 16 bits or FP8. ``unknown``: a GPU of unknown speed."""
+    """What decisions go by. ``precisions``: of linears, 16 bits or FP8. ``unknown``: a GPU of unknown speed.
+
+    ``by_speed``: whether it decides on all that the recipe leaves open, and no budget.
+    """
 
     sparsity: Sparsity
     costs: CostTable | None
     precisions: tuple[bool, ...]
     unknown: str | None
+    by_speed: bool
 
     @classmethod
-    def of(cls, sparsity: Sparsity, gpus: tuple[str, ...]) -> _Choice:
+    def of(cls, sparsity: Sparsity, gpus: tuple[str, ...], by_speed: bool) -> _Choice:
         costs = CostTable.load(Path(sparsity.costs)) if sparsity.costs else None
         alone = gpus[0] if len(gpus) == 1 else None
         own = costs is not None and alone is not None and costs.architecture == alone
@@ -151,10 +259,11 @@ class _Choice:
             costs,
             sparsity.precisions(fp8_pays),
             alone if alone in UNKNOWN_SPEED and not own else None,
+            by_speed,
         )
 
-    def decide(self, group: LinearGroup) -> list[Decision]:
-        """The recipe decides first; speed does for those of the group's linears that it leaves open, together."""
+    def decide(self, group: LinearGroup) -> tuple[list[Decision], Open | None]:
+        """The recipe decides first; speed or a budget for the linears that it leaves open, together."""
         made: dict[Linear, Decision] = {}
         left: dict[str, list[Linear]] = {}  # by the glob that names their operand; "" where none does
         for linear in group.linears:
@@ -163,9 +272,25 @@ class _Choice:
                 made[linear] = said
             else:
                 left.setdefault(said, []).append(linear)
+        open_ = None
         for glob in sorted(left, key=bool, reverse=True):  # those without a glob may join the others' nodes
+            if not glob and (open_ := self._open(group, left[glob], made)) is not None:
+                continue
             made |= {decision.linear: decision for decision in self._by_speed(group, glob, left[glob], made)}
-        return [made[linear] for linear in group.linears]
+        return [made[linear] for linear in group.linears if linear in made], open_
+
+    def _open(self, group: LinearGroup, linears: list[Linear], made: dict[Linear, Decision]) -> Open | None:
+        """What a budget decides on; None where the recipe names the operand, or nothing is faster than dense."""
+        if self.by_speed or self.unknown or len(self.sparsity.operands) == 1:
+            return None
+        options = {option.form: option for option in self._options(group, self._forms(""), linears, made)}
+        kept = [Option(DENSE, 1.0, measured=False, reason="dense")]
+        for form in BY_ERROR:
+            least = kept[-1].gain * (ALIKE if len(kept) > 1 else 1.0)
+            if form in options and options[form].gain > least:
+                kept.append(options[form])
+        beaten = tuple(option for option in options.values() if option not in kept)
+        return Open(group, tuple(linears), tuple(kept), beaten) if len(kept) > 1 else None
 
     def _by_recipe(self, linear: Linear) -> Decision | str:
         """What the recipe says, or the linear's own shape; else the glob that leaves it to speed, "" for none."""
@@ -227,7 +352,7 @@ class _Choice:
 
     def _options(
         self, group: LinearGroup, forms: list[Form], linears: list[Linear], made: dict[Linear, Decision]
-    ) -> list[_Option]:
+    ) -> list[Option]:
         """What competes: of a precision in which some were measured, those alone."""
         options = []
         for form in forms:
@@ -237,16 +362,21 @@ class _Choice:
         measured = {option.form.fp8 for option in options if option.measured}
         return [option for option in options if option.measured or option.form.fp8 not in measured]
 
-    def _option(self, group: LinearGroup, form: Form, node: list[Linear]) -> _Option:
+    def _option(self, group: LinearGroup, form: Form, node: list[Linear]) -> Option:
+        gain, source = self.gain(replace(group, linears=tuple(node)), form)
         out_channels = sum(linear.out_channels for linear in node)
-        sizes = (group.tokens, group.in_channels, out_channels)
-        rank = self._rank(group, form)
-        gain = self.costs.gain(*sizes, form, rank) if self.costs else None
-        measured, source = gain is not None, self.costs.name if self.costs else ""
-        if gain is None:
-            gain, source = roofline(*sizes, rank).gain(form), ROOFLINE
         shape = f"{group.tokens} x {group.in_channels} -> {out_channels}"
-        return _Option(form, gain, measured, f"{gain:.2f}x as fast as dense ({shape}, {source})")
+        measured = source != ROOFLINE
+        return Option(form, gain, measured, f"{gain:.2f}x as fast as dense ({shape}, {source})")
+
+    def gain(self, node: LinearGroup, form: Form) -> tuple[float, str]:
+        """How many times as fast as dense a node of these linears is, and by what."""
+        sizes = (node.tokens, node.in_channels, sum(linear.out_channels for linear in node.linears))
+        rank = self._rank(node, form)
+        gain = self.costs.gain(*sizes, form, rank) if self.costs else None
+        if self.costs is not None and gain is not None:
+            return gain, self.costs.name
+        return roofline(*sizes, rank).gain(form), ROOFLINE
 
     def _rank(self, group: LinearGroup, form: Form) -> int:
         return self.sparsity.rank_for(group.in_channels) if form == Form("activation") else 0
@@ -267,6 +397,12 @@ class _Choice:
                 )
             )
         return parts
+
+
+def _microseconds(group: LinearGroup, linear: Linear) -> float:
+    """Of a dense linear, in all its calls, by the roofline: sums of times want a common measure."""
+    tokens = sum(group.calls) or group.tokens
+    return roofline(tokens, linear.in_channels, linear.out_channels, 0).dense
 
 
 def _said(form: Form) -> str:

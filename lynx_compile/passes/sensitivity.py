@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every linear's form adds at the model's output: by random probes, for all linears and forms at once.
+
+The error d that a form makes in its linear's result moves the model's output by J d, to first order. For random signs v
+of the output's shape E (v'J d)^2 = |J d|^2 (Hutchinson, 1990), and v'J, the gradient of v'y at the linear's result, is
+what one backward pass gives for all linears. So a row of the result is one probe of one call: <v'J, d> of every linear
+and form, over |y_dense|. The square's mean over rows is the squared relative error of a form alone; that of a sum over
+linears is that of a plan, with what their errors have in common.
+
+Memory: the model, one block's activations (blocks are computed again on the way back), what every block is given, and
+one node's solved weights; those of all nodes where ``calibration.memory_gib`` holds them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
+
+from lynx_compile.engine.arguments import flatten
+from lynx_compile.errors import StageError
+from lynx_compile.files.progress import Progress
+from lynx_compile.files.resume import StageVersion
+from lynx_compile.files.tensors import save_tensors
+from lynx_compile.models.blocks import block_paths
+from lynx_compile.models.dit import DiT
+from lynx_compile.models.recording import Call, Recording
+from lynx_compile.models.structure import is_pointwise
+from lynx_compile.passes.block_weights import split
+from lynx_compile.passes.calibrate import replay
+from lynx_compile.passes.compensate import load_weights
+from lynx_compile.passes.lanes import held_out_of, weight_of
+from lynx_compile.passes.select import SparseGroup
+from lynx_compile.recipe import Recipe
+from lynx_compile.solve.tune import TunedLinear
+
+SENSITIVITY = StageVersion("sensitivity", 1, ("torch", "diffusers", "transformers"))
+CALLS = 64  # that are probed, spread over steps, branches and samples
+ROWS = 256  # at least: an error's standard deviation is then 4 % of it
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """``adds`` [rows, columns]: v'J d / |y_dense| of a column's linear and form. ``weights`` [rows], ``steps`` [rows].
+
+    float64, float64 and int64.
+    """
+
+    adds: torch.Tensor
+    weights: torch.Tensor
+    steps: torch.Tensor
+
+    def squares(self) -> torch.Tensor:
+        """Squared relative error at the output of every column alone, [columns]."""
+        return (self.weights[:, None] * self.adds.square()).sum(0) / self.weights.sum()
+
+    def error(self, columns: Sequence[int], steps: range | None = None) -> float:
+        """Relative error at the output of all these columns together, at some steps or all."""
+        inside = torch.ones_like(self.steps, dtype=torch.bool)
+        if steps is not None:
+            inside = (self.steps >= steps.start) & (self.steps < steps.stop)
+        together = self.adds[:, list(columns)].sum(1).square()
+        return float(((self.weights * together)[inside].sum() / self.weights[inside].sum()) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """``path``: the ``Rows``. ``columns``: the position of a node among those that were solved, and a linear of it."""
+
+    path: Path
+    columns: tuple[tuple[int, str], ...]
+
+    def load(self) -> Rows:
+        try:
+            return Rows(**load_file(self.path))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise StageError(
+                "sensitivity", f"{self.path} cannot be read ({error}).", "Run again with --fresh."
+            ) from None
+
+
+def sensitivity(
+    dit: DiT,
+    nodes: Sequence[SparseGroup],
+    weights: Sequence[Path],
+    recording: Recording,
+    recipe: Recipe,
+    folder: Path,
+    key: str,
+    progress: Progress,
+) -> Sensitivities:
+    """Probe every node that could be, with its compensated ``weights``, on calls that are not held out.
+
+    Deterministic. A call that is done is not probed again by a later run of the same ``key``.
+
+    Raises:
+        StageError: an error is not finite.
+    """
+    columns = columns_of(nodes)
+    calls = probed_calls(dit.calls.calls, recipe.calibration.seed)
+    last = max(call.step for call in dit.calls.calls)
+    solved = Solved(nodes, weights, next(dit.module.parameters()).device, recipe.calibration.memory_gib)
+    dit.module.requires_grad_(False)
+    parts: list[Rows] = []
+    with probed(dit.module, columns, solved) as probe:
+        for number, call in enumerate(calls):
+            progress("calls", number, len(calls))
+            path = folder / "calls" / f"{number}.safetensors"
+            adds = _load(path, key)
+            if adds is None:
+                choice = torch.Generator().manual_seed(recipe.calibration.seed * len(calls) + number)
+                adds = probe(partial(_output, dit, recording, call), choice, -(-ROWS // len(calls)))
+                if not adds.isfinite().all():
+                    raise StageError(
+                        "sensitivity",
+                        "a gradient is not finite (NaN or infinity).",
+                        "Use dtype bf16 (fp16 overflows in some models), or set budget to 'off'.",
+                    )
+                save_tensors(path, {"adds": adds}, {"lynx": json.dumps(key)})
+            weight = torch.full((len(adds),), weight_of(call, last) / len(adds), dtype=torch.float64)
+            parts.append(Rows(adds, weight, torch.full((len(adds),), call.step)))
+    progress("calls", len(calls), len(calls))
+    together = {name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])}
+    save_tensors(folder / "rows.safetensors", together)
+    return Sensitivities(folder / "rows.safetensors", columns)
+
+
+def columns_of(nodes: Sequence[SparseGroup]) -> tuple[tuple[int, str], ...]:
+    """Of ``Rows.adds``: every node's linears."""
+    return tuple((number, linear.path) for number, node in enumerate(nodes) for linear in node.linears)
+
+
+def probed_calls(calls: Sequence[Call], seed: int, most: int = CALLS) -> list[Call]:
+    """Calls that are not held out, in turn of every step and branch, of samples drawn at random."""
+    out = held_out_of(calls)
+    left = [call for number, call in enumerate(calls) if number not in out] or list(calls)
+    order = torch.randperm(len(left), generator=torch.Generator().manual_seed(seed)).tolist()
+    turns: dict[tuple[int, str], int] = {}
+    ranked: list[tuple[int, int, int]] = []
+    for position in order:
+        kind = left[position].step, left[position].branch
+        turns[kind] = turns.get(kind, 0) + 1
+        ranked.append((turns[kind], len(ranked), position))
+    return [left[position] for *_, position in sorted(ranked)[:most]]
+
+
+class Solved:
+    """The solved linears of nodes, as modules by their columns: kept where they fit, else made anew when asked for."""
+
+    def __init__(
+        self, nodes: Sequence[SparseGroup], paths: Sequence[Path], device: torch.device, memory_gib: float
+    ) -> None:
+        self._paths, self._device = tuple(paths), device
+        size = sum(4 * linear.in_channels * linear.out_channels for node in nodes for linear in node.linears)
+        self._keep = size <= memory_gib * 2**30
+        self._kept: dict[tuple[int, str], TunedLinear] = {}
+
+    def linear(self, column: tuple[int, str]) -> TunedLinear:
+        """The module of a node's linear."""
+        if column not in self._kept:
+            made = self._made(column[0])
+            if not self._keep:
+                return made[column]
+            self._kept |= made
+        return self._kept[column]
+
+    def _made(self, number: int) -> dict[tuple[int, str], TunedLinear]:
+        made = {}
+        for path, rows in split(load_weights(self._paths[number])).items():
+            down = None if rows.lora_down is None else torch.nn.Parameter(rows.lora_down)
+            made[number, path] = TunedLinear(rows, down).to(self._device).requires_grad_(False)
+        return made
+
+
+Run = Callable[[], tuple[torch.Tensor, ...]]  # one call with gradients: the output's tensors
+
+
+@contextmanager
+def probed(
+    module: torch.nn.Module, columns: Sequence[tuple[int, str]], solved: Solved
+) -> Iterator[Callable[[Run, torch.Generator, int], torch.Tensor]]:
+    """What probes a call of ``module``: (run, choice, least rows) -> ``Rows.adds`` of it."""
+    readers: dict[str, list[int]] = {}
+    for number, (_, path) in enumerate(columns):
+        readers.setdefault(path, []).append(number)
+    found: dict[int, torch.Tensor] = {}
+    anchor = torch.zeros((), device=next(module.parameters()).device, requires_grad=True)
+
+    def note(path: str, gradient: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> None:
+        pointwise = is_pointwise(module.get_submodule(path))
+        for number in readers[path]:
+            linear = solved.linear(columns[number])
+            moved = (linear.on_channels(x) if pointwise else linear(x)) - y
+            inner = (gradient.float() * moved.float()).flatten(1).sum(1).double().cpu()
+            found[number] = found[number] + inner if number in found else inner
+
+    def hook(path: str) -> Callable[..., torch.Tensor]:
+        return lambda _, arguments, y: _Seen.apply(y, arguments[0], anchor, partial(note, path))
+
+    def probe(run: Run, choice: torch.Generator, least: int) -> torch.Tensor:
+        outputs = run()
+        size = sum(float(y.detach().double().square().sum()) for y in outputs) ** 0.5
+        rows: list[torch.Tensor] = []
+        while sum(map(len, rows)) < least:
+            found.clear()
+            signs = [torch.randint(0, 2, y.shape, generator=choice).to(y) * 2 - 1 for y in outputs]
+            torch.autograd.backward(outputs, signs, retain_graph=True)
+            rows.append(_by_samples(found, len(columns), len(outputs[0])) / max(size, 1e-30))
+        return torch.cat(rows)
+
+    with ExitStack() as stack:
+        for path in block_paths(module):
+            block = module.get_submodule(path)
+            again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            stack.enter_context(patch.object(block, "forward", again))
+        for path in readers:
+            handle = module.get_submodule(path).register_forward_hook(hook(path))
+            stack.callback(handle.remove)
+        yield probe
+
+
+class _Seen(torch.autograd.Function):
+    """A linear's result y, whose gradient is noted on its way back with x and y."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, anchor: torch.Tensor, note: Any) -> torch.Tensor:
+        """``anchor``: wants a gradient, so that the result does, whatever x is made of."""
+        ctx.save_for_backward(x, y)
+        ctx.note = note
+        return y.clone()  # models may write into it
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        with torch.no_grad():
+            ctx.note(gradient, *ctx.saved_tensors)
+        return gradient, None, None, None
+
+
+def _by_samples(found: Mapping[int, torch.Tensor], columns: int, batch: int) -> torch.Tensor:
+    """[rows, columns]: a row for each sample of the batch, whose errors have nothing to do with each other; or one.
+
+    A row's square then stands for so many samples.
+    """
+    apart = all(len(inner) == batch for inner in found.values())
+    adds = torch.zeros(batch if apart else 1, columns, dtype=torch.float64)
+    for number, inner in found.items():
+        adds[:, number] = inner if apart else inner.sum()
+    return adds * len(adds) ** 0.5
+
+
+def _output(dit: DiT, recording: Recording, call: Call) -> tuple[torch.Tensor, ...]:
+    result = replay(dit, recording.arguments(call), gradients=True)
+    return tuple(t for t in flatten(result, "output").tensors.values() if t.requires_grad)
+
+
+def _load(path: Path, key: str) -> torch.Tensor | None:
+    """What was written for this call with this key; None where there is no such whole file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor("adds") if json.loads(file.metadata()["lynx"]) == key else None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
