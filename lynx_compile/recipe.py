@@ -350,12 +350,14 @@ class Budget(Strict):
 class Compensation(Strict):
     """What follows the closed form (see ``passes.tune``).
 
-    ``tune``: ``blockwise`` moves the weights block by block towards what the dense block returns; ``off``, or false,
-    leaves them; ``auto`` tunes where there is a GPU or the model is small. ``minutes``: about so long in all, and
-    ``steps``: at most so many for a block; a block whose held-out error no longer falls ends before.
+    ``tune``: ``blockwise`` moves the weights block by block towards what the dense block returns; ``end_to_end`` goes
+    on with all of them together, towards what the dense model returns; ``off``, or false, leaves them. ``auto`` tunes
+    where there is a GPU or the model is small, and end to end where memory holds that. ``minutes``: about so long in
+    all, and ``steps``: at most so many for a block, four times as many end to end; what no longer lowers the held-out
+    error ends before.
     """
 
-    tune: Literal["auto", "off", "blockwise"] = "auto"
+    tune: Literal["auto", "off", "blockwise", "end_to_end"] = "auto"
     minutes: Annotated[float, Field(gt=0)] = 15.0
     steps: Annotated[int, Field(ge=1)] = 800
 
@@ -485,7 +487,7 @@ class Recipe(Strict):
     @field_validator("compensation")
     @classmethod
     def _onnx_has_no_gradients(cls, value: Compensation, info: ValidationInfo) -> Compensation:
-        if value.tune == "blockwise" and isinstance(info.data.get("model"), OnnxModel):
+        if value.tune in ("blockwise", "end_to_end") and isinstance(info.data.get("model"), OnnxModel):
             raise ValueError("an ONNX model has no gradients to tune by; leave 'tune' to auto")
         return value
 

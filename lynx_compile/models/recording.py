@@ -54,13 +54,17 @@ class Component:
 
 @dataclass(frozen=True)
 class Header:
-    """What was recorded. ``key``: digest of everything that the recording depends on. ``samples``: runs."""
+    """What was recorded. ``key``: digest of everything that the recording depends on. ``samples``: runs.
+
+    ``held_out``: runs that nothing is fitted to, from which errors are reported.
+    """
 
     version: int
     key: str
     pipeline: str
     components: tuple[Component, ...]
     samples: int
+    held_out: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

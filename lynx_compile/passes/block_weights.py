@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lynx_compile.files.tensors import save_tensors
+from lynx_compile.models.structure import is_pointwise
 from lynx_compile.ops.sparse_linear import collapse_low_rank, expand_low_rank
 from lynx_compile.passes.compensate import SparseLinearWeights, load_weights
 from lynx_compile.passes.select import SparseGroup
@@ -50,11 +52,47 @@ def tuned_linears(
         whole = len(inside) == len(group.linears)
         shared = None if down is None else torch.nn.Parameter(down.to(device, copy=True), requires_grad=whole)
         found |= {linear: TunedLinear(rows[linear], shared).to(device) for linear in inside}
-    if low_rank_alone:
-        for tuned in found.values():
-            tuned.weight.requires_grad_(False)
-            tuned.bias.requires_grad_(False)
-    return found
+    return _low_rank_alone(found) if low_rank_alone else found
+
+
+def all_linears(
+    files: Files, rows: Mapping[str, Rows], device: torch.device, *, low_rank_alone: bool = False
+) -> dict[str, TunedLinear]:
+    """Modules of all the linears, by path; as of ``tuned_linears``."""
+    found: dict[str, TunedLinear] = {}
+    for group in files:
+        down = rows[group.linears[0].path].lora_down
+        shared = None if down is None else torch.nn.Parameter(down.to(device, copy=True))
+        found |= {linear.path: TunedLinear(rows[linear.path], shared).to(device) for linear in group.linears}
+    return _low_rank_alone(found) if low_rank_alone else found
+
+
+def _low_rank_alone(linears: dict[str, TunedLinear]) -> dict[str, TunedLinear]:
+    for tuned in linears.values():
+        tuned.weight.requires_grad_(False)
+        tuned.bias.requires_grad_(False)
+    return linears
+
+
+@contextmanager
+def substituted(module: torch.nn.Module, linears: Mapping[str, TunedLinear]) -> Iterator[None]:
+    """Linears of ``module``, by path in it, compute as these meanwhile; they stay, since models ask for their dtype."""
+    changed = substitute(module, linears)
+    try:
+        yield
+    finally:
+        for linear in changed:
+            del linear.forward
+
+
+def substitute(module: torch.nn.Module, linears: Mapping[str, TunedLinear]) -> list[torch.nn.Module]:
+    """The same for good; the modules that were changed."""
+    changed = []
+    for path, tuned in linears.items():
+        linear = module.get_submodule(path)
+        linear.forward = tuned.on_channels if is_pointwise(linear) else tuned.forward
+        changed.append(linear)
+    return changed
 
 
 def split(weights: SparseLinearWeights) -> dict[str, Rows]:

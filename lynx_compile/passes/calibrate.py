@@ -104,6 +104,16 @@ def calibrate(
 
 def replay(dit: DiT, arguments: Mapping[str, Any], *, gradients: bool = False) -> Any:
     """The result of a recorded call, run again where the module is: in the engine's dtypes, or all in float32."""
+    args, kwargs = given(dit, arguments, next(dit.module.parameters()).device)
+    # And never inference mode: what a module caches in it can take no part in tuning.
+    with torch.set_grad_enabled(gradients):
+        return dit.module(*args, **kwargs)
+
+
+def given(
+    dit: DiT, arguments: Mapping[str, Any], device: torch.device
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What ``replay`` gives the module in a recorded call, on ``device``."""
     known = parameters(type(dit.module).forward)
     like = next(p for p in dit.module.parameters() if p.is_floating_point())
     compiled = flatten(dit.arguments).tensors
@@ -111,12 +121,9 @@ def replay(dit: DiT, arguments: Mapping[str, Any], *, gradients: bool = False) -
     tensors = {}
     for name, tensor in flat.tensors.items():
         floating = torch.float32 if like.dtype == torch.float32 else compiled[name].dtype
-        tensors[name] = tensor.to(like.device, floating if tensor.is_floating_point() else None)
+        tensors[name] = tensor.to(device, floating if tensor.is_floating_point() else None)
     args, kwargs = spread(known, unflatten(flat.structure, tensors))
-    with torch.set_grad_enabled(
-        gradients
-    ):  # and not inference mode: what a module caches in it can take no part in tuning
-        return dit.module(*args, **kwargs)
+    return tuple(args), dict(kwargs)
 
 
 def measurements(plan: SparsityPlan) -> tuple[Measurement, ...]:

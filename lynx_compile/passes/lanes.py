@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recorded calls that tuning takes through the model side by side, and which of them are held out."""
+"""The recorded calls that tuning takes through the model side by side."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,13 +14,13 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from lynx_compile.errors import StageError
-from lynx_compile.models.blocks import Walk, walks
+from lynx_compile.models.blocks import BlockCall, Walk, walks
 from lynx_compile.models.dit import DiT
-from lynx_compile.models.recording import Call, Recording
-from lynx_compile.passes.calibrate import replay
+from lynx_compile.models.recording import Recording
+from lynx_compile.passes.states import drawn_calls, held_out_of, states_of
 from lynx_compile.recipe import Recipe
+from lynx_compile.solve.stacking import State, batches, joined, outputs_of, parted
 
-HELD_OUT = 8  # one sample of so many
 COPIES = 4  # of what a block is given that a call needs memory for: dense, compensated and tuned, and what to return
 
 log = logging.getLogger(__name__)
@@ -28,9 +28,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Lane:
-    """A recorded call: dense, tuned, and where it is held out compensated. ``weight``: what its errors count."""
+    """Recorded calls as one: dense, tuned, and where they are held out compensated.
 
-    weight: float
+    ``states``: what the module is given in each of them.
+    """
+
+    states: tuple[State, ...]
     dense: Walk
     tuned: Walk
     compensated: Walk | None
@@ -43,32 +46,51 @@ class Lane:
     def walks(self) -> tuple[Walk, ...]:
         return (self.dense, self.tuned, *(() if self.compensated is None else (self.compensated,)))
 
+    def at_block(self, result: Any) -> list[State]:
+        """The calls where they are, at a block of which the dense one returns ``result``: views of what is joined."""
+        given, calls, rows = at(self.tuned), len(self.states), self.states[0].rows
+        parts = parted((given.args, given.kwargs, outputs_of(result)), calls, rows)
+        return [
+            replace(state, args=args, kwargs=kwargs, targets=targets)
+            for state, (args, kwargs, targets) in zip(self.states, parts, strict=True)
+        ]
+
 
 @contextmanager
-def lanes(dit: DiT, recording: Recording, recipe: Recipe) -> Iterator[list[Lane]]:
-    """A lane for every call that there is memory for, come to its first block."""
+def lanes(dit: DiT, recording: Recording, recipe: Recipe, together: int = 1) -> Iterator[list[Lane]]:
+    """Lanes for all calls that there is memory for, of at most ``together`` each, come to their first block."""
     calls = dit.calls.calls
-    held_out = held_out_of(calls)
-    chosen = _chosen(dit, recording, recipe, held_out)
-    last = max(call.step for call in calls)
-    runs: list[Callable[[], Any]] = []
-    for number in chosen:
-        runs += [partial(_run, dit, recording, calls[number])] * (3 if number in held_out else 2)
+    held_out = held_out_of(recording, calls)
+    size, sizes = _at_first_block(dit, recording)
+    chosen = drawn_calls(calls, held_out, recipe.calibration.seed)
+    most = max(int(recipe.calibration.memory_gib * 2**30 / (COPIES * size)), 2)
+    if most < len(calls):
+        log.info(
+            "tuning block by block on %d of %d calls, which fit calibration.memory_gib", most, len(calls)
+        )
+    chosen = chosen[:most]
+    states = states_of(dit, recording, [calls[number] for number in chosen])
+    parts = []
+    for is_out in (False, True):
+        kind = [state for n, state in zip(chosen, states, strict=True) if (n in held_out) == is_out]
+        for batch in batches(kind, together):
+            parts += [(is_out, part) for part in _cut(batch, sizes)]
+    runs = [partial(_run, dit, part) for is_out, part in parts for _ in range(3 if is_out else 2)]
     with walks(dit.module, runs) as made:
         left = iter(made)
-        found = []
-        for number in chosen:
-            dense, tuned = next(left), next(left)
-            compensated = next(left) if number in held_out else None
-            found.append(Lane(weight_of(calls[number], last), dense, tuned, compensated))
+        found = [
+            Lane(tuple(part), next(left), next(left), next(left) if is_out else None)
+            for is_out, part in parts
+        ]
         for walk in made:
             walk.start()
         yield found
 
 
-def weight_of(call: Call, last: int) -> float:
-    """What a state's squared relative error counts: twice at the first step, falling to once at the ``last``."""
-    return 2 - call.step / max(last, 1)
+def at(walk: Walk) -> BlockCall:
+    """Where a walk is that has not ended."""
+    assert walk.at is not None, "all calls are at one block"
+    return walk.at
 
 
 def where(found: Sequence[Lane]) -> str | None:
@@ -87,38 +109,29 @@ def where(found: Sequence[Lane]) -> str | None:
     return places.pop()
 
 
-def _run(dit: DiT, recording: Recording, call: Call) -> Any:
-    return replay(dit, recording.arguments(call))
+def _run(dit: DiT, states: Sequence[State]) -> Any:
+    device = next(dit.module.parameters()).device
+    args, kwargs = joined([(state.args, state.kwargs) for state in states], states[0].rows, device)
+    return dit.module(*args, **kwargs)
 
 
-def held_out_of(calls: Sequence[Call]) -> set[int]:
-    """Positions of the calls of every eighth sample, the last one at least; of every eighth call of one sample."""
-    samples = sorted({call.sample for call in calls})
-    units = [call.sample if len(samples) > 1 else number for number, call in enumerate(calls)]
-    order = sorted(set(units))
-    out = set(order[HELD_OUT - 1 :: HELD_OUT] or order[-1:])
-    return {number for number, unit in enumerate(units) if unit in out}
+def _cut(batch: list[State], sizes: set[int]) -> Iterator[list[State]]:
+    """The batch in parts that no tensor's own size can be taken for: what has as many rows belongs to its calls."""
+    while batch:
+        count = len(batch)
+        while count > 1 and count * batch[0].rows in sizes:
+            count -= 1
+        yield batch[:count]
+        batch = batch[count:]
 
 
-def _chosen(dit: DiT, recording: Recording, recipe: Recipe, held_out: set[int]) -> list[int]:
-    """Positions of the calls that ``calibration.memory_gib`` holds, drawn at random of both kinds."""
-    calls = dit.calls.calls
-    most = int(recipe.calibration.memory_gib * 2**30 / (COPIES * _bytes_at_a_block(dit, recording)))
-    choice = torch.Generator().manual_seed(recipe.calibration.seed)
-    order = torch.randperm(len(calls), generator=choice).tolist()
-    kinds = [[n for n in order if n not in held_out], [n for n in order if n in held_out]]
-    kept = [kind[: max(most * len(kind) // len(calls), 1)] for kind in kinds]
-    if sum(map(len, kept)) < len(calls):
-        log.info(
-            "tuning on %d of %d calls, which fit calibration.memory_gib", sum(map(len, kept)), len(calls)
-        )
-    return sorted(kept[0] + kept[1])
-
-
-def _bytes_at_a_block(dit: DiT, recording: Recording) -> int:
-    """What a call holds that has come to the first block."""
-    with walks(dit.module, [partial(_run, dit, recording, dit.calls.calls[0])]) as (walk,):
+def _at_first_block(dit: DiT, recording: Recording) -> tuple[int, set[int]]:
+    """Of a call that has come to the first block: the bytes that it is given there, and all first sizes of tensors."""
+    (state,) = states_of(dit, recording, dit.calls.calls[:1])
+    run: Callable[[], Any] = partial(_run, dit, [state])
+    with walks(dit.module, [run]) as (walk,):
         walk.start()
         given = tree_leaves((walk.at.args, walk.at.kwargs)) if walk.at else []
-    tensors = {leaf.data_ptr(): leaf.nbytes for leaf in given if isinstance(leaf, torch.Tensor)}
-    return max(sum(tensors.values()), 1)
+    tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
+    size = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+    return max(size, 1), {tensor.shape[0] for tensor in tensors if tensor.ndim}

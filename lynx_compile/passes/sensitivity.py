@@ -40,8 +40,8 @@ from lynx_compile.models.structure import is_pointwise
 from lynx_compile.passes.block_weights import split
 from lynx_compile.passes.calibrate import replay
 from lynx_compile.passes.compensate import load_weights
-from lynx_compile.passes.lanes import held_out_of, weight_of
 from lynx_compile.passes.select import SparseGroup
+from lynx_compile.passes.states import held_out_of, weight_of
 from lynx_compile.recipe import Recipe
 from lynx_compile.solve.tune import TunedLinear
 
@@ -110,7 +110,7 @@ def sensitivity(
         StageError: an error is not finite.
     """
     columns = columns_of(nodes)
-    calls = probed_calls(dit.calls.calls, recipe.calibration.seed)
+    calls = probed_calls(recording, dit.calls.calls, recipe.calibration.seed)
     last = max(call.step for call in dit.calls.calls)
     solved = Solved(nodes, weights, next(dit.module.parameters()).device, recipe.calibration.memory_gib)
     dit.module.requires_grad_(False)
@@ -143,9 +143,9 @@ def columns_of(nodes: Sequence[SparseGroup]) -> tuple[tuple[int, str], ...]:
     return tuple((number, linear.path) for number, node in enumerate(nodes) for linear in node.linears)
 
 
-def probed_calls(calls: Sequence[Call], seed: int, most: int = CALLS) -> list[Call]:
+def probed_calls(recording: Recording, calls: Sequence[Call], seed: int, most: int = CALLS) -> list[Call]:
     """Calls that are not held out, in turn of every step and branch, of samples drawn at random."""
-    out = held_out_of(calls)
+    out = held_out_of(recording, calls)
     left = [call for number, call in enumerate(calls) if number not in out] or list(calls)
     order = torch.randperm(len(left), generator=torch.Generator().manual_seed(seed)).tolist()
     turns: dict[tuple[int, str], int] = {}

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tune the compensated weights, block by block: what each makes of compressed inputs, towards what dense it makes.
+"""Tune the compensated weights: block by block, towards what dense blocks make, and then end to end where it fits.
 
 All recorded calls that there is memory for go through the model side by side, dense and tuned. At a block the dense
 ones say what it should return, and the tuned ones what it is given by the blocks before it, tuned already; on both
-``solve.tune.fit`` moves the weights of the block's linears. The calls of every eighth sample are held out, and go
-through the compensated model as well: a block keeps what made its held-out error least, which may be what it began
-with, and so does the whole model, by the error at its output.
-
-A state counts by the square of its relative error, and by its step: twice at the first, falling to once at the last.
-Early steps steer the image; the last ones err most, and so count most by themselves.
+``solve.tune.fit`` moves the weights of the block's linears. Calls of held-out prompts go through the compensated model
+as well: a block keeps what made its held-out error least, which may be what it began with, and so does the whole model,
+by the error at its output. ``passes.end_to_end`` goes on from there, and is held to the same.
 """
 
 from __future__ import annotations
@@ -25,11 +22,10 @@ import torch
 from lynx_compile.engine.arguments import flatten
 from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import StageVersion
-from lynx_compile.models.blocks import BlockCall, Walk, block_paths
+from lynx_compile.models.blocks import Walk, block_paths
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.onnx_source import OnnxSource
 from lynx_compile.models.recording import Recording
-from lynx_compile.models.structure import is_pointwise
 from lynx_compile.passes.block_weights import (
     Files,
     inside_of,
@@ -37,18 +33,26 @@ from lynx_compile.passes.block_weights import (
     load_block,
     rows_of,
     save_block,
+    split,
+    substitute,
     tuned_linears,
 )
 from lynx_compile.passes.calibrate import Statistics
 from lynx_compile.passes.compensate import expected_errors, load_weights, save_weights
-from lynx_compile.passes.lanes import Lane, lanes, where
-from lynx_compile.passes.select import SparseGroup, SparsityPlan
+from lynx_compile.passes.end_to_end import END_RATE, Whole, end_to_end, fits
+from lynx_compile.passes.lanes import Lane, at, lanes, where
+from lynx_compile.passes.select import SparsityPlan
+from lynx_compile.passes.states import rows_are_alike
 from lynx_compile.recipe import Recipe
-from lynx_compile.solve.tune import Effort, Outcome, Rows, State, TunedLinear, fit, outputs_of
+from lynx_compile.solve.stacking import State
+from lynx_compile.solve.tune import RATE, Effort, Outcome, Rows, TunedLinear, fit
 
-TUNE = StageVersion("tune", 1, ("torch", "diffusers", "transformers"))
+TUNE = StageVersion("tune", 2, ("torch", "diffusers", "transformers"))
 SMALL = 20_000_000  # weights that are tuned without a GPU: minutes on one core
 TOKENS_A_STEP = 2048  # at least, in whole calls
+TOKENS_A_STEP_ON_GPU = 16384  # fewer do not keep it busy
+BLOCKWISE = 0.5  # of the time, where tuning goes on end to end
+END_STEPS = 4  # times the steps of a block, at most
 CALLS_A_STEP = 2  # at least: of one alone the step is that of its own time
 
 log = logging.getLogger(__name__)
@@ -73,16 +77,25 @@ class Tuned:
     blocks: tuple[TunedBlock, ...]
     compensated_error: float
     tuned_error: float
+    whole: Whole | None = None
 
 
 def is_tuned(dit: DiT, plan: SparsityPlan, recipe: Recipe) -> bool:
     """Whether the recipe asks for it; left to us, where there is a GPU or the model is ``SMALL``."""
     if recipe.compensation.tune != "auto":
-        return recipe.compensation.tune == "blockwise"
+        return recipe.compensation.tune != "off"
     if isinstance(dit.checkpoint, OnnxSource):  # its module cannot run without ONNX Runtime
         return False
     size = sum(linear.in_channels * linear.out_channels for group in plan.groups for linear in group.linears)
     return torch.cuda.is_available() or size <= SMALL
+
+
+def reaches_end(dit: DiT, plan: SparsityPlan, recipe: Recipe) -> bool:
+    """Whether tuning goes on end to end: where the recipe asks for it, or leaves it to us and memory holds it."""
+    tune = recipe.compensation.tune
+    if tune == "auto" and not (has_room := fits(dit, plan)):
+        log.info("end to end does not fit the GPU's memory: tuning is block by block alone")
+    return tune == "end_to_end" or (tune == "auto" and has_room)
 
 
 def tune(
@@ -105,36 +118,83 @@ def tune(
         StageError: the calls do not come to the same blocks.
     """
     files = dict(zip(plan.groups, weights, strict=True))
-    tuner = _Tuner(dit, files, recipe, folder / "blocks", key, progress)
-    with lanes(dit, recording, recipe) as calls:
+    has_end = reaches_end(dit, plan, recipe)
+    seconds = 60 * recipe.compensation.minutes
+    tuner = _Tuner(
+        dit, files, recipe, seconds * (BLOCKWISE if has_end else 1), folder / "blocks", key, progress
+    )
+    with lanes(dit, recording, recipe, tuner.states) as calls:
         while (block := where(calls)) is not None:
             tuner.pass_block(block, calls)
-        compensated, tuned = _output_errors(calls)
-    log.info("held-out error at the output: %.4f compensated, %.4f tuned", compensated, tuned)
+        compensated, blockwise = _output_errors(calls)
+    log.info("held-out error at the output: %.4f compensated, %.4f block by block", compensated, blockwise)
+    solved = {linear: part for path in weights for linear, part in split(load_weights(path)).items()}
+    rows, tuned, whole = solved, compensated, None
+    if blockwise < compensated:
+        rows, tuned = solved | tuner.rows(), blockwise
+    if has_end:
+        effort = Effort(
+            steps=END_STEPS * recipe.compensation.steps,
+            seconds=max(seconds - tuner.spent, 1.0),
+            states=tuner.states,
+            seed=recipe.calibration.seed,
+            rate=END_RATE,
+        )
+        saved = folder / "end_to_end.safetensors"
+        moved, whole = end_to_end(
+            dit, files, solved, rows, recording, recipe, effort, saved, key,
+            lambda what, done, total: progress(f"{what} end to end", done, total),
+        )  # fmt: skip
+        compensated, tuned = whole.compensated_error, whole.given_error
+        log.info("held-out error at the output: %.4f end to end, from %.4f", whole.tuned_error, tuned)
+        if whole.tuned_error < tuned and _fit_in(moved, dit.dtype):
+            rows, tuned = moved, whole.tuned_error
     if not tuned < compensated:
         log.warning("tuning did not lower the held-out error at the output: the weights stay as they were")
+        rows, tuned = {}, compensated
+    paths = _written(dit, files, rows, statistics, folder, progress)
+    shutil.rmtree(folder / "blocks", ignore_errors=True)  # they are as large as the weights
+    (folder / "end_to_end.safetensors").unlink(missing_ok=True)
+    blocks = tuple(TunedBlock(*item) for item in tuner.outcomes.items())
+    return Tuned(paths, blocks, compensated, tuned, whole)
+
+
+def _written(
+    dit: DiT,
+    files: Files,
+    rows: Mapping[str, Rows],
+    statistics: Statistics,
+    folder: Path,
+    progress: Progress,
+) -> tuple[Path, ...]:
+    """The groups' weights with ``rows`` in them, of the linears that it has."""
     paths = []
     for group, path in files.items():
         new = load_weights(path)
-        if tuned < compensated:
-            new = joined(new, tuner.rows(group))
+        if own := {linear.path: rows[linear.path] for linear in group.linears if linear.path in rows}:
+            new = joined(new, own)
             new = replace(new, errors=expected_errors(dit, group, new, statistics.load(group.name)))
         paths.append(folder / path.name)
         save_weights(paths[-1], new)
         progress("weights written", len(paths), len(files))
-    shutil.rmtree(folder / "blocks", ignore_errors=True)  # they are as large as the weights
-    blocks = tuple(TunedBlock(*item) for item in tuner.outcomes.items())
-    return Tuned(tuple(paths), blocks, compensated, min(tuned, compensated))
+    return tuple(paths)
 
 
 class _Tuner:
     """Tunes each block when the calls have come to it. ``outcomes``: of the blocks that are done, by path."""
 
     def __init__(
-        self, dit: DiT, files: Files, recipe: Recipe, folder: Path, key: str, progress: Progress
+        self,
+        dit: DiT,
+        files: Files,
+        recipe: Recipe,
+        seconds: float,
+        folder: Path,
+        key: str,
+        progress: Progress,
     ) -> None:
         self.outcomes: dict[str, Outcome] = {}
-        self._dit, self._files, self._recipe = dit, files, recipe
+        self._dit, self._files, self._recipe, self._seconds = dit, files, recipe, seconds
         self._folder, self._key, self._progress = folder, key, progress
         self._device = next(dit.module.parameters()).device
         self._paths = [
@@ -144,11 +204,10 @@ class _Tuner:
     def pass_block(self, path: str, calls: Sequence[Lane]) -> None:
         """Take the calls through a block, which is tuned before the tuned ones go on."""
         block = self._dit.module.get_submodule(path)
-        states = []
+        states: dict[bool, list[State]] = {False: [], True: []}
         for lane in calls:
-            given = _at(lane.tuned)
             result = _through(block, lane.dense)
-            states.append(State(given.args, given.kwargs, outputs_of(result), lane.weight))
+            states[lane.is_held_out] += lane.at_block(result)
             lane.dense.go_on(result)
         if path not in self._paths:
             for lane in calls:
@@ -161,32 +220,45 @@ class _Tuner:
             if lane.compensated is not None:
                 lane.compensated.go_on(_through(made, lane.compensated))
         del made
-        made = self._with(path, self._tuned(path, compensated, calls, states))
+        made = self._with(path, self._tuned(path, compensated, states[False], states[True]))
         for lane in calls:
             lane.tuned.go_on(_through(made, lane.tuned))
 
-    def rows(self, group: SparseGroup) -> dict[str, Rows]:
-        """The tuned weights of a group's linears, by path."""
+    @property
+    def states(self) -> int:
+        """How many calls a step takes."""
+        tokens = max(group.tokens for group in self._files)
+        wanted = TOKENS_A_STEP_ON_GPU if self._device.type == "cuda" else TOKENS_A_STEP
+        return max(CALLS_A_STEP, -(-wanted // tokens))
+
+    @property
+    def spent(self) -> float:
+        """Seconds, on the blocks that are done."""
+        return sum(outcome.seconds for outcome in self.outcomes.values())
+
+    def rows(self) -> dict[str, Rows]:
+        """The tuned weights of the linears in blocks, by path."""
         found: dict[str, Rows] = {}
         for path in self.outcomes:
-            if inside_of(path, group):
-                done = load_block(self._file(path), self._key)
-                assert done is not None, "it has just been written"
-                found |= done[0]
+            done = load_block(self._file(path), self._key)
+            assert done is not None, "it has just been written"
+            found |= done[0]
         return found
 
     def _tuned(
-        self, path: str, compensated: Mapping[str, Rows], calls: Sequence[Lane], states: Sequence[State]
+        self, path: str, compensated: Mapping[str, Rows], train: Sequence[State], held_out: Sequence[State]
     ) -> Mapping[str, Rows]:
         """The block's weights: of an earlier run, or tuned now."""
         done = load_block(self._file(path), self._key)
         if done is None:
+            if not rows_are_alike(self._dit.module.get_submodule(path), train):
+                train, held_out = ([replace(s, kind=None) for s in some] for some in (train, held_out))
             linears = self._linears(path, compensated)
             outcome = fit(
                 self._module(path, linears),
                 linears.values(),
-                [state for lane, state in zip(calls, states, strict=True) if not lane.is_held_out],
-                [state for lane, state in zip(calls, states, strict=True) if lane.is_held_out],
+                train,
+                held_out,
                 self._effort(path),
                 self._steps(path),
             )
@@ -201,14 +273,13 @@ class _Tuner:
 
     def _effort(self, path: str) -> Effort:
         """An equal share of the time that is left."""
-        spent = sum(outcome.seconds for outcome in self.outcomes.values())
         left = len(self._paths) - len(self.outcomes)
-        tokens = max(group.tokens for group in self._files)
         return Effort(
             steps=self._recipe.compensation.steps,
-            seconds=max(self._recipe.compensation.minutes * 60 - spent, 0.0) / left,
-            states=max(CALLS_A_STEP, -(-TOKENS_A_STEP // tokens)),
+            seconds=max(self._seconds - self.spent, 0.0) / left,
+            states=self.states,
             seed=self._recipe.calibration.seed + self._paths.index(path),
+            rate=RATE,
         )
 
     def _steps(self, path: str) -> Progress:
@@ -229,24 +300,17 @@ class _Tuner:
         """A copy of the block that computes with ``linears``, whose own modules stay: models ask for their dtype."""
         made = copy.deepcopy(self._dit.module.get_submodule(path)).requires_grad_(False)
         made.__dict__.pop("forward", None)  # that at which calls stop
-        for name, tuned in linears.items():
-            linear = made.get_submodule(name.removeprefix(f"{path}."))
-            linear.forward = tuned.on_channels if is_pointwise(linear) else tuned.forward
+        substitute(made, {name.removeprefix(f"{path}."): tuned for name, tuned in linears.items()})
         return made
 
     def _file(self, path: str) -> Path:
         return self._folder / f"{path}.safetensors"
 
 
-def _at(walk: Walk) -> BlockCall:
-    assert walk.at is not None, "all calls are at one block"
-    return walk.at
-
-
 @torch.no_grad()
 def _through(block: torch.nn.Module, walk: Walk) -> object:
     """What the block makes of what it is given."""
-    given = _at(walk)
+    given = at(walk)
     return block(*given.args, **given.kwargs)
 
 

@@ -11,23 +11,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.nn import functional
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lynx_compile.files.progress import Progress
 from lynx_compile.ops.fp8 import round_rows, to_e4m3
 from lynx_compile.ops.sparse_linear import keep_mask, norm_scale_of
+from lynx_compile.solve.stacking import State, batches, joined, outputs_of
 
 RATE = 0.005  # of a tensor's rms that Adam moves its elements in a step, at first; it falls to 0 along a half cosine
 LOOK_EVERY = 25  # steps between two looks at the held-out error
 SLOWER = 3  # times, after a look that finds it no lower
 MOST_WORSE = 5  # such looks in a row end it
+SAVE_EVERY = 120  # seconds, at least, between what a stopped run could go on with
 
 
 @dataclass(frozen=True)
@@ -140,28 +142,22 @@ def _straight_through(value: torch.Tensor, rounded: torch.Tensor) -> torch.Tenso
 
 
 @dataclass(frozen=True)
-class State:
-    """What a block is given in one call, what it should return (``outputs_of`` that), and how much that counts."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    targets: tuple[torch.Tensor, ...]
-    weight: float
-
-
-@dataclass(frozen=True)
 class Effort:
-    """How long to tune a block: at most so many ``steps`` of ``states`` each, and about so many ``seconds``."""
+    """How long to tune a module: at most so many ``steps`` of ``states`` each, and about so many ``seconds``.
+
+    ``rate``: of a tensor's rms that Adam moves its elements in a step, at first; it falls to 0 along a half cosine.
+    """
 
     steps: int
     seconds: float
     states: int
     seed: int
+    rate: float = RATE
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Held-out error of the block's result before and after, and what it took. Without a gain both are the same."""
+    """Held-out error of the module's result before and after, and what it took. Without a gain both are the same."""
 
     before: float
     after: float
@@ -169,96 +165,169 @@ class Outcome:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Shelf:
+    """Where tuning that takes long lays what it needs to go on. ``load``: what was saved last, on the CPU, or None."""
+
+    load: Callable[[], Mapping[str, torch.Tensor] | None]
+    save: Callable[[Mapping[str, torch.Tensor]], None]
+
+
+NOWHERE = Shelf(lambda: None, lambda tensors: None)
+
+
 def fit(
-    block: torch.nn.Module,
+    module: torch.nn.Module,
     linears: Iterable[TunedLinear],
     train: Sequence[State],
     held_out: Sequence[State],
     effort: Effort,
     progress: Progress,
+    shelf: Shelf = NOWHERE,
 ) -> Outcome:
-    """Move the parameters of ``linears``, by which ``block`` computes, until the held-out error falls no more.
+    """Move the parameters of ``linears``, by which ``module`` computes, until the held-out error falls no more.
 
     Where a look finds it no lower, tuning goes on from the best that was seen, with smaller steps. They are left at
     the best, which is where they began if nothing was better.
     """
-    start = time.monotonic()
     linears = tuple(linears)
-    parameters = _parameters(linears)
-    sizes = [_size(parameter, linears) for parameter in parameters]
-    best = before = block_error(block, held_out)
-    if not parameters:
-        return Outcome(before, before, 0, time.monotonic() - start)
-    kept = [parameter.detach().clone() for parameter in parameters]
-    adam, rate, worse = _adam(parameters), RATE, 0
-    draw = _drawn(train, effort.seed)
-    step, total = 0, effort.steps
-    while step < total and worse < MOST_WORSE:
-        for group, size in zip(adam.param_groups, sizes, strict=True):
-            group["lr"] = rate * size * (1 + math.cos(math.pi * step / total)) / 2
-        adam.zero_grad()
-        for state in islice(draw, effort.states):
-            (state.weight / effort.states * _squares(block, state).sum()).backward()
-        adam.step()
-        step += 1
-        progress("steps", step, effort.steps)
-        if step % LOOK_EVERY and step < total:
-            continue
-        if (error := block_error(block, held_out)) < best:
-            best, worse = error, 0
-            kept = [parameter.detach().clone() for parameter in parameters]
+    if not _parameters(linears):
+        error = block_error(module, held_out, effort.states)
+        return Outcome(error, error, 0, 0.0)
+    with _differentiable_attention():
+        run = _Fit(module, linears, train, held_out, effort, shelf)
+        while run.step < run.total and run.worse < MOST_WORSE:
+            run.take_step()
+            progress("steps", run.step, effort.steps)
+            if not run.step % LOOK_EVERY or run.step >= run.total:
+                run.look()
+    return run.finish()
+
+
+class _Fit:
+    """Where tuning is. ``kept``: the best values that were seen, and ``best`` their held-out error."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        linears: Sequence[TunedLinear],
+        train: Sequence[State],
+        held_out: Sequence[State],
+        effort: Effort,
+        shelf: Shelf,
+    ) -> None:
+        self._start, self._saved = time.monotonic(), time.monotonic()
+        self._module, self._held_out, self._effort, self._shelf = module, held_out, effort, shelf
+        self._parameters = _parameters(linears)
+        self._sizes = [_size(parameter, linears) for parameter in self._parameters]
+        self._adam = self._fresh_adam()
+        self._draw = _drawn(train, effort.seed)
+        self.step, self.total, self.worse, self._rate = 0, effort.steps, 0, effort.rate
+        self._kept = [parameter.detach().clone() for parameter in self._parameters]
+        if (saved := shelf.load()) is not None:
+            self._take_up(saved)
         else:
-            _restore(parameters, kept)
-            adam, rate, worse = _adam(parameters), rate / SLOWER, worse + 1
-        total = min(effort.steps, max(int(step * effort.seconds / (time.monotonic() - start)), step))
-    _restore(parameters, kept)
-    return Outcome(before, best, step, time.monotonic() - start)
+            self.best = self.before = block_error(module, held_out, effort.states)
+
+    def take_step(self) -> None:
+        for group, size in zip(self._adam.param_groups, self._sizes, strict=True):
+            group["lr"] = self._rate * size * (1 + math.cos(math.pi * self.step / self.total)) / 2
+        self._adam.zero_grad()
+        for batch in batches(list(islice(self._draw, self._effort.states)), self._effort.states):
+            _loss(self._module, batch).sum().backward()
+        self._adam.step()
+        self.step += 1
+
+    def look(self) -> None:
+        error = block_error(self._module, self._held_out, self._effort.states)
+        if error < self.best:
+            self.best, self.worse = error, 0
+            _restore(self._kept, self._parameters)
+        else:
+            _restore(self._parameters, self._kept)
+            self._adam, self._rate, self.worse = self._fresh_adam(), self._rate / SLOWER, self.worse + 1
+        spent = time.monotonic() - self._start
+        self.total = min(self._effort.steps, max(int(self.step * self._effort.seconds / spent), self.step))
+        if time.monotonic() - self._saved > SAVE_EVERY:
+            self._lay_down()
+
+    def finish(self) -> Outcome:
+        _restore(self._parameters, self._kept)
+        return Outcome(self.before, self.best, self.step, time.monotonic() - self._start)
+
+    def _fresh_adam(self) -> torch.optim.Adam:
+        groups = [{"params": [parameter]} for parameter in self._parameters]
+        return torch.optim.Adam(groups, fused=self._parameters[0].is_cuda)
+
+    def _lay_down(self) -> None:
+        numbers = (self.step, self.worse, self._rate, self.best, self.before, time.monotonic() - self._start)
+        tensors = {"numbers": torch.tensor(numbers, dtype=torch.float64)}
+        for number, parameter in enumerate(self._parameters):
+            tensors |= {f"now.{number}": parameter.detach(), f"best.{number}": self._kept[number]}
+            tensors |= {f"{name}.{number}": value for name, value in self._adam.state[parameter].items()}
+        self._shelf.save(tensors)
+        self._saved = time.monotonic()
+
+    def _take_up(self, saved: Mapping[str, torch.Tensor]) -> None:
+        step, worse, self._rate, self.best, self.before, spent = saved["numbers"].tolist()
+        self.step, self.worse = int(step), int(worse)
+        self._start -= spent
+        self.total = min(self._effort.steps, max(int(step * self._effort.seconds / spent), self.step))
+        for _ in range(self.step * self._effort.states):
+            next(self._draw)
+        for number, parameter in enumerate(self._parameters):
+            _restore([parameter, self._kept[number]], [saved[f"now.{number}"], saved[f"best.{number}"]])
+            state = {name: saved.get(f"{name}.{number}") for name in ("step", "exp_avg", "exp_avg_sq")}
+            moved = {name: value.to(parameter.device) for name, value in state.items() if value is not None}
+            if moved:  # none right after a look that began anew
+                self._adam.state[parameter] = moved
+
+
+@contextmanager
+def _differentiable_attention() -> Iterator[None]:
+    """Without cuDNN's attention, whose backward pass fails in torch 2.11 (illegal memory access)."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @torch.no_grad()
-def block_error(block: torch.nn.Module, states: Sequence[State]) -> float:
-    """What the loss is the square of: the relative error of the block's results, as the states' weights have it."""
-    squares = sum(state.weight * float(_squares(block, state).sum()) for state in states)
+def block_error(module: torch.nn.Module, states: Sequence[State], most: int = 1) -> float:
+    """What the loss is the square of: the relative error of the module's results, as the states' weights have it.
+
+    ``most``: states that may be joined to one call.
+    """
+    squares = sum(float(_loss(module, batch).sum()) for batch in batches(states, most))
     elements = sum(state.weight * sum(t.numel() for t in state.targets) for state in states)
     return float((squares / max(elements, 1)) ** 0.5)
 
 
-def outputs_of(result: Any) -> tuple[torch.Tensor, ...]:
-    """The tensors of what a block returns that tell its error."""
-    return tuple(
-        leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-    )
-
-
-def _squares(block: torch.nn.Module, state: State) -> torch.Tensor:
-    """Squared error of every result, [results], each over the mean square of what it should be.
+def _loss(module: torch.nn.Module, states: Sequence[State]) -> torch.Tensor:
+    """Squared error of every result of every state, over the mean square of what it should be: [results, states].
 
     A sum over elements and not their mean: gradients in fp16 would vanish.
     """
-    # Copies, for blocks that write into what they are given.
-    args, kwargs = tree_map(_copied, (state.args, state.kwargs))
-    results = outputs_of(block(*args, **kwargs))
-    pairs = zip(results, state.targets, strict=True)
-    return torch.stack(
-        [
-            (result.float() - target.float()).square().sum()
-            / target.float().square().mean().clamp_min(torch.finfo(torch.float32).tiny)
-            for result, target in pairs
-        ]
-    )
-
-
-def _copied(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+    device = next(module.parameters()).device
+    rows = states[0].rows
+    args, kwargs, targets = joined([(s.args, s.kwargs, s.targets) for s in states], rows, device)
+    weights = torch.tensor([state.weight for state in states], device=device)
+    results = outputs_of(module(*args, **kwargs))
+    pairs = zip(results, targets, strict=True)
+    tiny = torch.finfo(torch.float32).tiny
+    losses = []
+    for result, target in pairs:
+        wanted = target.float().reshape(len(states), -1)
+        lost = (result.float().reshape(len(states), -1) - wanted).square().sum(1)
+        losses.append(weights * lost / wanted.square().mean(1).clamp_min(tiny))
+    return torch.stack(losses)
 
 
 def _parameters(linears: Sequence[TunedLinear]) -> list[torch.nn.Parameter]:
     """Each once: the linears of a node share one."""
     return list(dict.fromkeys(p for linear in linears for p in linear.parameters() if p.requires_grad))
-
-
-def _adam(parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Adam:
-    return torch.optim.Adam([{"params": [parameter]} for parameter in parameters])
 
 
 def _drawn(states: Sequence[State], seed: int) -> Iterator[State]:
@@ -270,9 +339,9 @@ def _drawn(states: Sequence[State], seed: int) -> Iterator[State]:
 
 
 @torch.no_grad()
-def _restore(parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
+def _restore(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
 
 
 def _size(parameter: torch.nn.Parameter, linears: Sequence[TunedLinear]) -> float:

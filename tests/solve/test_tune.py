@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from lynx_compile.files.progress import no_progress
 from lynx_compile.ops.fp8 import Rounded, fp8_linear, round_rows
 from lynx_compile.ops.sparse_linear import expand_low_rank, keep_mask, sparse_linear
 from lynx_compile.solve import tune
-from lynx_compile.solve.tune import Effort, Rows, State, TunedLinear, block_error, fit, outputs_of
+from lynx_compile.solve.stacking import State, outputs_of
+from lynx_compile.solve.tune import NOWHERE, Effort, Outcome, Rows, Shelf, TunedLinear, block_error, fit
 
 K, N, RANK = 32, 24, 16
 
@@ -138,13 +140,53 @@ def test_fp8_is_written_as_it_was_judged() -> None:
 
 
 def test_what_only_gets_worse_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "RATE", 1e5)
     monkeypatch.setattr(tune, "LOOK_EVERY", 2)
     block, linears, train, held_out = _problem("weight")
     before = [parameter.detach().clone() for parameter in block.parameters()]
-    outcome = fit(block, linears, train, held_out, Effort(1000, 1e9, 2, 0), no_progress)
+    outcome = fit(block, linears, train, held_out, Effort(1000, 1e9, 2, 0, rate=1e5), no_progress)
     assert outcome.after == outcome.before and outcome.steps == 2 * tune.MOST_WORSE, "it ends early"
     assert all(torch.equal(a, b) for a, b in zip(before, block.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("operand", ["weight", "activation"])
+def test_joined_states_count_as_they_do_alone(operand: str) -> None:
+    found = []
+    for kind in (None, "all"):
+        block, linears, train, held_out = _problem(operand)
+        weights = torch.linspace(1, 2, len(train)).tolist()
+        train = [replace(s, kind=kind, rows=50, weight=w) for s, w in zip(train, weights, strict=True)]
+        held_out = [replace(s, kind=kind, rows=50) for s in held_out]
+        outcome = fit(block, linears, train, held_out, Effort(10, 1e9, 4, 0), no_progress)
+        found.append((outcome.before, outcome.after, linears[0].rows().weight))
+    assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-4)
+    assert torch.allclose(found[0][2], found[1][2], atol=1e-4)
+
+
+def test_what_was_stopped_goes_on_to_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "LOOK_EVERY", 5)
+    monkeypatch.setattr(tune, "SAVE_EVERY", 0)
+    saved: list[dict[str, torch.Tensor]] = []
+
+    def run(shelf: Shelf, stop: int) -> tuple[Outcome, torch.Tensor]:
+        def progress(what: str, done: int, total: int) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        block, linears, train, held_out = _problem("weight")
+        outcome = fit(block, linears, train, held_out, Effort(30, 1e9, 2, 0), progress, shelf)
+        return outcome, linears[0].rows().weight
+
+    shelf = Shelf(
+        lambda: saved[-1] if saved else None,
+        lambda tensors: saved.append({name: t.clone() for name, t in tensors.items()}),
+    )
+    whole, weight = run(NOWHERE, stop=0)
+    with pytest.raises(KeyboardInterrupt):
+        run(shelf, stop=13)
+    assert len(saved) == 2
+    again, same = run(shelf, stop=0)
+    assert (again.before, again.after, again.steps) == (whole.before, whole.after, whole.steps)
+    assert torch.equal(weight, same)
 
 
 def test_time_that_is_up_ends_it_at_the_next_look() -> None:

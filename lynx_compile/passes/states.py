@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recorded calls as states to tune and measure on: which are held out, which may run as one, what each counts."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+
+from lynx_compile.engine.arguments import unflatten
+from lynx_compile.models.dit import DiT
+from lynx_compile.models.recording import Call, Recording
+from lynx_compile.passes.calibrate import given
+from lynx_compile.solve.stacking import State, joined, outputs_of, parted
+
+HELD_OUT = 8  # one sample of so many, where a recording does not say
+SAME = 0.02  # relative difference, in 16 bits, of what was computed as one from what was computed alone
+
+log = logging.getLogger(__name__)
+
+
+def held_out_of(recording: Recording, calls: Sequence[Call]) -> set[int]:
+    """Positions of the calls that nothing is fitted to.
+
+    They are those of the samples that the recording holds out; of a recording that holds none out, every eighth
+    sample's, the last one's at least; of one sample every eighth call.
+    """
+    if recording.header.held_out:
+        return {number for number, call in enumerate(calls) if call.sample in recording.header.held_out}
+    samples = sorted({call.sample for call in calls})
+    units = [call.sample if len(samples) > 1 else number for number, call in enumerate(calls)]
+    order = sorted(set(units))
+    out = set(order[HELD_OUT - 1 :: HELD_OUT] or order[-1:])
+    return {number for number, unit in enumerate(units) if unit in out}
+
+
+def drawn_calls(calls: Sequence[Call], held_out: set[int], seed: int) -> list[int]:
+    """Positions of the calls in a random order, of which any part has about as many held out as all of them."""
+    choice = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(calls), generator=choice).tolist()
+    kinds = [[n for n in order if n in held_out], [n for n in order if n not in held_out]]
+    places = [(place / len(kind), n) for kind in kinds for place, n in enumerate(kind)]
+    return [n for _, n in sorted(places, key=lambda pair: pair[0])]
+
+
+def calls_within(recording: Recording, calls: Sequence[Call], gib: float) -> int:
+    """How many of the calls, from the first on, memory holds with what they return; two at least."""
+    left, known = gib * 2**30, set[str]()
+    for number, call in enumerate(calls):
+        signature = recording.signature(call)
+        for name, blob in call.blobs.items():
+            if blob not in known:
+                known.add(blob)
+                left -= math.prod(signature.shapes[name]) * getattr(torch, signature.dtypes[name]).itemsize
+        left -= 4 * sum(math.prod(shape) for shape in signature.results)
+        if left < 0:
+            return max(number, 2)
+    return len(calls)
+
+
+def weight_of(call: Call, last: int) -> float:
+    """What a state's squared relative error counts: twice at the first step, falling to once at the ``last``."""
+    return 2 - call.step / max(last, 1)
+
+
+def states_of(dit: DiT, recording: Recording, calls: Sequence[Call]) -> list[State]:
+    """The calls as the module is given them, on the CPU, with no targets yet.
+
+    Calls are of one kind where they agree in shapes, and in every tensor that is not the batch's, such as positions;
+    of none if the module does not treat a batch's rows alike.
+    """
+    cpu, last = torch.device("cpu"), max(call.step for call in dit.calls.calls)
+    stored: dict[str, torch.Tensor] = {}  # what calls share is held once
+    found = []
+    for call in calls:
+        signature = recording.signature(call)
+        tensors = {
+            name: stored.setdefault(call.blobs[name], tensor)
+            for name, tensor in recording.tensors(call).items()
+        }
+        args, kwargs = given(dit, dict(unflatten(signature.structure, tensors)), cpu)
+        state = State(args, kwargs, (), weight_of(call, last))
+        if signature.results and signature.results[0]:
+            rows = signature.results[0][0]
+            own = {name for name, shape in signature.shapes.items() if shape and shape[0] == rows}
+            shared = tuple((name, blob) for name, blob in call.blobs.items() if name not in own)
+            state = replace(state, kind=(tuple(signature.shapes.items()), shared), rows=rows)
+        found.append(state)
+    if not rows_are_alike(dit.module, found):
+        log.info("the model's calls cannot be joined to one: they run one after the other")
+        return [replace(state, kind=None) for state in found]
+    return found
+
+
+@torch.no_grad()
+def rows_are_alike(module: Callable[..., object], states: Sequence[State]) -> bool:
+    """Whether two calls of a kind make the same as one call as each alone; true where there are no two."""
+    device = next(module.parameters()).device if isinstance(module, torch.nn.Module) else None
+    pair = next(
+        (two for two in pairwise(states) if two[0].kind is not None and two[0].kind == two[1].kind), None
+    )
+    if pair is None:
+        return True
+    rows = pair[0].rows
+
+    def run(some: Sequence[State]) -> tuple[torch.Tensor, ...]:
+        args, kwargs = joined([(state.args, state.kwargs) for state in some], rows, device)
+        return outputs_of(module(*args, **kwargs))
+
+    try:
+        together = parted(run(pair), 2, rows)
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        IndexError,
+        KeyError,
+    ) as error:  # whatever a module says of a shape
+        log.debug("calls as one: %s", error)
+        return False
+    for state, made in zip(pair, together, strict=True):
+        alone = run([state])
+        if [t.shape for t in alone] != [t.shape for t in made]:
+            return False
+        if any(
+            (a.float() - b.float()).norm() > SAME * a.float().norm() for a, b in zip(alone, made, strict=True)
+        ):
+            return False
+    return True

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which recorded calls are held out, which may run as one, and which fit in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lynx_compile.models.dit import DiT
+from lynx_compile.models.recording import Recording
+from lynx_compile.passes.calibrate import replay
+from lynx_compile.passes.states import calls_within, drawn_calls, rows_are_alike, states_of
+from lynx_compile.recipe import load_recipe
+from lynx_compile.solve.stacking import State, batches, joined, parted
+from tests.conftest import open_dit
+
+
+@pytest.fixture(scope="module")
+def opened(tiny: Path) -> tuple[DiT, Recording]:
+    return open_dit(load_recipe(tiny / "tiny.yaml"))
+
+
+def test_joined_calls_return_what_each_returns(opened: tuple[DiT, Recording]) -> None:
+    dit, recording = opened
+    calls = dit.calls.calls[:5]
+    (batch,) = batches(states_of(dit, recording, calls), 5)
+    args, kwargs = joined([(state.args, state.kwargs) for state in batch], 2)
+    assert kwargs["hidden_states"].shape == (10, 64, 4) and kwargs["img_ids"].shape == (64, 3)
+    with torch.no_grad():
+        found = parted(dit.module(*args, **kwargs)[0], 5, 2)
+    for call, made in zip(calls, found, strict=True):
+        assert torch.allclose(made, replay(dit, recording.arguments(call))[0], atol=1e-5)
+
+
+def test_first_steps_count_more(opened: tuple[DiT, Recording]) -> None:
+    states = states_of(*opened, opened[0].calls.calls[:4])
+    assert [state.weight for state in states] == sorted((state.weight for state in states), reverse=True)
+    assert states[0].weight > states[3].weight > 0
+
+
+def test_any_part_of_the_calls_has_both_kinds(opened: tuple[DiT, Recording]) -> None:
+    calls = [call for call in opened[0].calls.calls for _ in range(10)]
+    held_out = set(range(0, len(calls), 8))
+    order = drawn_calls(calls, held_out, seed=0)
+    assert sorted(order) == list(range(len(calls))) and order != sorted(order)
+    for count in (2, 16, 64):
+        part = [number in held_out for number in order[:count]]
+        assert abs(sum(part) - count / 8) <= 1 and any(part) and not all(part)
+
+
+def test_memory_holds_tensors_once(opened: tuple[DiT, Recording]) -> None:
+    dit, recording = opened
+    calls = dit.calls.calls
+    assert calls_within(recording, calls, 1.0) == len(calls)
+    one = 4 * 2 * 64 * 4 * 2  # latents of a call and what it returns
+    shared = 4 * (
+        2 * 4 * 32 + 2 * 16 + 64 * 3 + 4 * 3 + 4
+    )  # and what all calls of the first sample are given
+    assert calls_within(recording, calls, (3 * (one + 8) + shared) / 2**30) == 3
+    assert calls_within(recording, calls, 1e-9) == 2
+
+
+def _states(*kinds: str | None) -> list[State]:
+    torch.manual_seed(0)
+    return [State((torch.randn(2, 3),), {}, (), 1.0, kind, 2) for kind in kinds]
+
+
+@pytest.mark.parametrize(
+    ("module", "kinds", "alike"),
+    [
+        (torch.nn.Linear(3, 4), "aa", True),
+        (lambda x: x - x.mean(0), "aa", False),  # a row hangs on the others
+        (lambda x: x - x.mean(0), "ab", True),  # nothing to join
+        (lambda x: x.reshape(2, 3) + 0, "aa", False),  # it raises
+        (lambda x: x.sum(0), "aa", False),
+    ],
+)
+def test_rows_that_hang_together_are_not_joined(module: torch.nn.Module, kinds: str, alike: bool) -> None:
+    assert rows_are_alike(module, _states(*kinds)) is alike
