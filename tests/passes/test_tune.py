@@ -89,7 +89,7 @@ def test_tuning_lowers_the_held_out_error_within_the_masks(
 ) -> None:
     given = compensated(form)
     tuned = given.run(tmp_path)
-    assert tuned.tuned_error < 0.9 * tuned.compensated_error
+    assert tuned.tuned_error < 0.93 * tuned.compensated_error
     assert [block.path for block in tuned.blocks] == list(BLOCKS)
     assert all(block.outcome.after < block.outcome.before for block in tuned.blocks)
     assert [path.name for path in tuned.weights] == [path.name for path in given.weights]
