@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``lynx-compile RECIPE.yaml -o OUT.engine``, and ``bench``, ``inspect``, ``compare``: parses, shows, returns a code.
+"""``lynx-compile RECIPE.yaml -o OUT.engine``, and ``bench``, ``inspect``, ``compare``, ``study``: parses and shows.
 
 Exit codes: 0 done, 1 ``compare`` missed a threshold, 2 bad recipe or input, 3 a stage failed, 130 interrupted,
 143 ended by SIGTERM.
@@ -56,8 +56,8 @@ class Runner(StrEnum):
     onnx = "onnx"
 
 
-app, bench_app, inspect_app, compare_app = (
-    typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False) for _ in range(4)
+app, bench_app, inspect_app, compare_app, study_app = (
+    typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False) for _ in range(5)
 )
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -67,7 +67,7 @@ def main() -> None:
     _speak_utf8()
     try:
         # A recipe without a command compiles, so these are no subcommands.
-        commands = {"bench": bench_app, "inspect": inspect_app, "compare": compare_app}
+        commands = {"bench": bench_app, "inspect": inspect_app, "compare": compare_app, "study": study_app}
         name = sys.argv[1] if len(sys.argv) > 1 else ""
         if command := commands.get(name):
             command(sys.argv[2:], prog_name=f"lynx-compile {name}")
@@ -149,7 +149,7 @@ def compile_(
 ) -> None:
     """Compile a diffusion transformer into a TensorRT engine with 2:4 sparse linears.
 
-    Other commands: inspect, compare, bench; each has a --help.
+    Other commands: inspect, compare, study, bench; each has a --help.
     """
     with _interruptible("no output was changed; the same command goes on from the last whole stage."):
         from lynx_compile.recipe import load_recipe
@@ -480,6 +480,58 @@ def _show_comparison(found: Comparison) -> None:
         out.print(f"metric {escape(name)}: {value:.6g}")
     for what, reason in found.not_measured.items():
         out.print(f"not measured: {escape(what)} ({escape(reason)})")
+
+
+@study_app.command()
+def study_(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Folder for what is found. Default: NAME.study.", show_default=False
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated names, as in study.json; all by default.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Do everything so many times, for a spread.")] = 1,
+    minutes: Annotated[
+        float | None, typer.Option(help="Of tuning, each method that is tuned. Default: the recipe's.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Prompts to measure on. Default: compare.samples.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Prompts to a call. Default: calibration.batch.")
+    ] = None,
+    metric: Annotated[bool, typer.Option("--metric", help="Run the recipe's metric, which is code.")] = False,
+    name: Annotated[str | None, typer.Option(help="Of the model. Default: the recipe's file name.")] = None,
+    summary: Annotated[
+        Path | None, typer.Option(help="Put quality.NAME.METHOD.* into this JSON file too.")
+    ] = None,
+) -> None:
+    """Compare methods of sparsity on the recipe's model, at equal rank and tuning time."""
+    if minutes is not None and not minutes > 0:
+        raise InputError(f"--minutes is {minutes:g}.", "Give more than 0.")
+    with _interruptible("what was measured is kept; the same command goes on from there."):
+        from lynx_compile.recipe import load_recipe
+
+        values = load_recipe(recipe)
+        _configure_logging(verbose=False)
+        from lynx_compile.tools.study import methods as known
+        from lynx_compile.tools.study import results, run, show
+
+        name = name or recipe.stem.replace("-", "_")
+        folder = folder or Path(f"{recipe.stem}.study")
+        wanted = known.chosen(methods)
+        values = run.with_choices(values, minutes, samples, batch)
+        found = run.study(
+            values, name, folder, methods=wanted, seeds=seeds, run_metric=metric, display=_stage
+        )
+        if summary is not None:
+            results.write_summary(found, summary)
+    Console(highlight=False, width=max(out.width, 150)).print(show.table(found))
+    out.print(f"wrote {escape(str(folder / 'study.json'))}, study.png and, of images, sheet.png")
 
 
 def _configure_logging(verbose: bool) -> None:

@@ -403,12 +403,15 @@ class Engine(Strict):
 class Compare(Strict):
     """What ``lynx-compile compare`` runs, and what it holds against the engine; no limit is set by default.
 
-    ``samples``: images to draw, at the calibration's prompts and steps; ``seed``: of their noise, which should not be
-    the calibration's. ``states``: of the dense model's trajectory, at which the layers are compared.
-    ``metric``: ``module:function``, called only with ``--metric``; see ``compare.call_metric``. ``min_metric`` and
+    ``prompts``: a file of prompts, as the calibration's, that calibration does not see; null: those that the
+    calibration's file has beyond its ``samples``, and where it has no more, the same ones with other noise.
+    ``samples``: images to draw; ``seed``: of their noise, which should not be the calibration's.
+    ``states``: of the dense model's trajectory, at which the layers are compared.
+    ``metric``: ``module:function``, called only with ``--metric``; see ``tools.metric.call_metric``. ``min_metric`` and
     ``max_metric``: limits of the numbers that it returns, by their names.
     """
 
+    prompts: Annotated[str, Field(min_length=1)] | None = None
     samples: Annotated[int, Field(ge=1, le=4096)] = 8
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     states: Annotated[int, Field(ge=1, le=4096)] = 8
@@ -504,6 +507,9 @@ class Recipe(Strict):
         if self.sparsity.costs is not None:
             costs = _absolute(folder, self.sparsity.costs)
             update["sparsity"] = self.sparsity.model_copy(update={"costs": costs})
+        if self.compare.prompts is not None:
+            held_out = _absolute(folder, self.compare.prompts)
+            update["compare"] = self.compare.model_copy(update={"prompts": held_out})
         if self.engine.plugin is not None:
             plugin = _absolute(folder, self.engine.plugin)
             update["engine"] = self.engine.model_copy(update={"plugin": plugin})
@@ -512,7 +518,7 @@ class Recipe(Strict):
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that it names, once it is ``resolved``."""
-        named = [self.calibration.prompts, self.sparsity.costs, self.engine.plugin]
+        named = [self.calibration.prompts, self.compare.prompts, self.sparsity.costs, self.engine.plugin]
         named += [getattr(self.model, key, None) for key in ("weights", "config", "onnx")]
         return tuple(Path(name) for name in named if isinstance(name, str))
 

@@ -92,7 +92,7 @@ def compensate(
     """
     paths: list[Path] = []
     for done, group in enumerate(plan.groups):
-        weight, bias = _dense(dit, group)
+        weight, bias = dense_weights(dit, group)
         solved = solve(group, weight, bias, statistics.load(group.name), sparsity)
         _require_range(solved, dit.dtype)
         form = f"fp8.{group.operand}" if group.fp8 else group.operand
@@ -156,7 +156,7 @@ def expected_errors(
     dit: DiT, group: SparseGroup, solved: SparseLinearWeights, moments: LayerStatistics
 ) -> tuple[float, ...]:
     """``SparseLinearWeights.errors`` of any weights of a group."""
-    weight, bias = _dense(dit, group)
+    weight, bias = dense_weights(dit, group)
     channels, rank = group.in_channels, solved.rank
     changed, offset = solved.weight[:, :channels].float(), solved.bias - bias
     if solved.weight_scale is not None:
@@ -336,7 +336,7 @@ def _errors(group: SparseGroup, lost: torch.Tensor, dense: torch.Tensor) -> tupl
     return tuple(relative_error(float(a.sum()), float(b.sum())) for a, b in pairs)
 
 
-def _dense(dit: DiT, group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
+def dense_weights(dit: DiT, group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
     """The group's weights stacked: [N, K] and [N], float32 on the CPU."""
     modules: list[Any] = [dit.module.get_submodule(linear.path) for linear in group.linears]
     weights = [

@@ -9,11 +9,8 @@ images are each model's own. Where there is a GPU, ONNX Runtime is joined by bot
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 import statistics
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +24,6 @@ from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.comparator import (
     Comparator,
     IterationResult,
-    PerceptualMetricsCompareFunc,
-    PsnrCompareFunc,
     RunResults,
 )
 from polygraphy.exception import PolygraphyException
@@ -69,11 +64,13 @@ from lynx_compile.tools.held_out import (
     read_states,
     record_held_out,
     replaced,
+    rows_of_images,
 )
+from lynx_compile.tools.images import has_lpips, lpips, psnr
 from lynx_compile.tools.linear_graphs import Part, linear_graphs
+from lynx_compile.tools.metric import call_metric
 from lynx_compile.torch_ops.operators import kernels_run
 
-BEST_PSNR = 200.0  # of two equal images, whose PSNR is infinite
 SHEET_COLUMNS, SHEET_PIXELS = 8, 192
 DIFFERENCE_GAIN = 4
 
@@ -239,33 +236,6 @@ def _graph_in(sampler: Sampler, job: Job, lynx: Any) -> Iterator[None]:
         yield
 
 
-def call_metric(name: str, dense: np.ndarray, lynx: np.ndarray, prompts: np.ndarray) -> dict[str, float]:
-    """The numbers of the metric ``module:function``, looked up as ``python -m`` would: in the working directory too.
-
-    Args:
-        dense, lynx: images [n, colours, height, width] float32 in [0, 1], of the same noise.
-        prompts: for each, the row of the calibration source that it was drawn for.
-
-    Raises:
-        InputError: there is no such function, it fails, or returns no mapping of names to finite numbers.
-    """
-    module, function = name.split(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        values = getattr(importlib.import_module(module), function)(dense, lynx, prompts)
-        numbers = {str(key): float(value) for key, value in values.items()}
-    except Exception as error:  # it is somebody's code
-        raise InputError(
-            f"The metric '{name}' failed ({type(error).__name__}: {error}).",
-            "Run where its module can be imported; it takes (dense, lynx, prompts) and returns {name: number}.",
-        ) from error
-    finally:
-        sys.path.pop(0)
-    if bad := [key for key, value in numbers.items() if not math.isfinite(value)]:
-        raise InputError(f"The metric '{name}' returned no finite '{bad[0]}'.", "Correct it.")
-    return numbers
-
-
 def _runner(path: Path, name: str) -> OnnxrtRunner:
     return OnnxrtRunner(SessionFromOnnx(str(path)), name=name)
 
@@ -397,35 +367,20 @@ def _images(
         why = f"the {type(sampler.pipe).__name__} returns none"
         return None, None, reasons | {"images": why, "LPIPS": "there are no images"}
     pairs = list(zip(dense_images, lynx_images, strict=True))
-    psnr = [_value(pair, "psnr", PsnrCompareFunc()) for pair in pairs]
-    lpips = None
-    if importlib.util.find_spec("lpips") is None:
+    mean_lpips = None
+    if not has_lpips():
         reasons["LPIPS"] = "the Python package lpips is not installed"
     else:
-        scores = [_value(pair, "lpips", PerceptualMetricsCompareFunc()) for pair in pairs]
-        lpips = statistics.fmean(s for s in scores if s is not None) if None not in scores else None
-        if lpips is None:
+        scores = [lpips(*pair) for pair in pairs]
+        mean_lpips = statistics.fmean(s for s in scores if s is not None) if None not in scores else None
+        if mean_lpips is None:
             reasons["LPIPS"] = "lpips cannot use these images"
     _write_sheet(dense_images, lynx_images, sheet)
     numbers = None
     if metric is not None and job.run_metric:
-        rows = np.arange(len(dense_images)) % sampler.prompts
-        numbers = call_metric(metric, dense_images, lynx_images, rows)
-    scores_db = tuple(min(float(score), BEST_PSNR) for score in psnr if score is not None)
-    return Images(psnr=scores_db, lpips=lpips, sheet=sheet.name), numbers, reasons
-
-
-def _value(pair: tuple[np.ndarray, np.ndarray], field: str, compare_func: Any) -> float | None:
-    """Polygraphy's figure for one image of each model."""
-    results = RunResults(
-        [
-            (name, [IterationResult({"image": image}, runner_name=name)])
-            for name, image in zip(("dense", "lynx"), pair, strict=True)
-        ]
-    )
-    ((found,),) = Comparator.compare_accuracy(results, compare_func=compare_func)[0].values()
-    value: float | None = getattr(found["image"], field)
-    return value
+        numbers = call_metric(metric, dense_images, lynx_images, rows_of_images(sampler, len(dense_images)))
+    scores_db = tuple(psnr(*pair) for pair in pairs)
+    return Images(psnr=scores_db, lpips=mean_lpips, sheet=sheet.name), numbers, reasons
 
 
 def _write_sheet(dense: np.ndarray, lynx: np.ndarray, path: Path) -> None:

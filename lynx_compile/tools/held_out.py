@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine is compared on: the pipeline's calls for other noise than calibration saw, and its images."""
+"""What an engine is compared on: the pipeline's calls and images for prompts and noise that calibration did not see."""
 
 from __future__ import annotations
 
@@ -45,17 +45,19 @@ class State:
 class Sampler:
     """The recipe's pipeline with what it is called for; None where the recipe has a recording instead.
 
-    ``rows``: per image the prompt's own arguments. ``prompts``: how many different ones the recipe's file has.
+    ``rows``: per image the prompt's own arguments. ``numbers``: of their rows in the file of prompts.
+    ``held_out``: whether calibration saw none of them.
     """
 
     pipe: Any
     rows: Sequence[Mapping[str, Any]]
-    prompts: int
+    numbers: np.ndarray
+    held_out: bool
     recipe: Recipe
 
 
 def open_sampler(recipe: Recipe, converted: Path, dtype: torch.dtype | None = None) -> Sampler | None:
-    """The pipeline, at the recipe's ``compare.samples`` prompts.
+    """The pipeline, at ``compare.samples`` of the prompts that are kept apart, in turn where there are fewer.
 
     Args:
         converted: folder for weights that have to be converted to diffusers' layout first.
@@ -66,13 +68,18 @@ def open_sampler(recipe: Recipe, converted: Path, dtype: torch.dtype | None = No
     """
     if recipe.calibration.prompts is None:
         return None
-    rows = prompts.read(Path(recipe.calibration.prompts))
+    rows = prompts.read(Path(recipe.compare.prompts or recipe.calibration.prompts))
+    first = (
+        0 if recipe.compare.prompts or len(rows) <= recipe.calibration.samples else recipe.calibration.samples
+    )
+    numbers = list(islice(cycle(range(first, len(rows))), recipe.compare.samples))
     pipe = open_pipeline(recipe, open_model(recipe, converted), rows, dtype)
-    return Sampler(pipe, list(islice(cycle(rows), recipe.compare.samples)), len(rows), recipe)
+    is_held_out = first > 0 or recipe.compare.prompts is not None
+    return Sampler(pipe, [rows[number] for number in numbers], np.array(numbers), is_held_out, recipe)
 
 
 def record_held_out(sampler: Sampler, component: str, folder: Path, progress: Progress) -> Recording:
-    """The dense model's calls for the comparison's noise."""
+    """The dense model's calls for the comparison's prompts and noise."""
     recipe = sampler.recipe
     return capture(
         sampler.pipe,
@@ -195,6 +202,11 @@ def draw(sampler: Sampler, progress: Progress) -> np.ndarray | None:
     if len(images) < len(runs):
         return None
     return torch.cat(images)[: len(sampler.rows) * len(images[0]) // recipe.calibration.batch].numpy()
+
+
+def rows_of_images(sampler: Sampler, images: int) -> np.ndarray:
+    """For each image, or frame of a video, the row of the file of prompts that it was drawn for."""
+    return np.repeat(sampler.numbers, images // len(sampler.numbers))
 
 
 def _as_images(sampler: Sampler, result: Any) -> torch.Tensor | None:

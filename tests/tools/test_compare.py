@@ -30,6 +30,7 @@ from lynx_compile.recipe import Compare, load_recipe
 from lynx_compile.tools import compare
 from lynx_compile.tools.comparison import Comparison, missed
 from lynx_compile.tools.held_out import _unpacked, draw, open_sampler
+from lynx_compile.tools.metric import call_metric
 from tests.conftest import open_dit
 
 pytestmark = pytest.mark.slow
@@ -213,7 +214,7 @@ def test_a_wrong_metric_is_one_clear_error(
     monkeypatch.delitem(sys.modules, "my_metric", raising=False)
     images = np.zeros((2, 1, 16, 16), np.float32)
     with pytest.raises(InputError, match=message):
-        compare.call_metric(name, images, images, np.arange(2))
+        call_metric(name, images, images, np.arange(2))
 
 
 def lose_cache(engine: Path) -> None:
