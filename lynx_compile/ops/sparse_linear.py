@@ -154,11 +154,15 @@ def keep_mask(z: torch.Tensor, saliency: torch.Tensor | None = None) -> torch.Te
     if saliency is not None:
         score = (score * saliency.float()).abs()
     bits = score.view(torch.int32).unflatten(-1, (-1, GROUP))  # sign bit clear: integers order like floats
-    lower_wins = torch.arange(GROUP, device=z.device)
-    ahead = (bits[..., None, :] > bits[..., :, None]) | (
-        (bits[..., None, :] == bits[..., :, None]) & (lower_wins[None, :] < lower_wins[:, None])
-    )  # [..., group, i, j]: channel j goes before channel i
-    return (ahead.sum(-1) < KEPT).flatten(-2)
+    a, b, c, d = bits.unbind(-1)
+    ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d  # who goes before whom
+    kept = (_most(ab, ac, ad), _most(~ab, bc, bd), _most(~ac, ~bc, cd), _most(~ad, ~bd, ~cd))
+    return torch.stack(kept, -1).flatten(-2)
+
+
+def _most(first: torch.Tensor, second: torch.Tensor, third: torch.Tensor) -> torch.Tensor:
+    """Where at least two of three are true."""
+    return first & second | third & (first | second)
 
 
 def norm_scale_of(z: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
