@@ -504,6 +504,12 @@ def study_(
     batch: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Prompts to a call. Default: calibration.batch.")
     ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Prompts to calibrate on. Default: calibration.samples.")
+    ] = None,
+    states: Annotated[
+        int | None, typer.Option(min=1, help="Calls kept of each. Default: calibration.states_per_prompt.")
+    ] = None,
     metric: Annotated[bool, typer.Option("--metric", help="Run the recipe's metric, which is code.")] = False,
     name: Annotated[str | None, typer.Option(help="Of the model. Default: the recipe's file name.")] = None,
     summary: Annotated[
@@ -524,7 +530,9 @@ def study_(
         name = name or recipe.stem.replace("-", "_")
         folder = folder or Path(f"{recipe.stem}.study")
         wanted = known.chosen(methods)
-        values = run.with_choices(values, minutes, samples, batch)
+        values = run.with_choices(
+            values, minutes=minutes, samples=samples, batch=batch, prompts_calibrated=prompts, states=states
+        )
         found = run.study(
             values, name, folder, methods=wanted, seeds=seeds, run_metric=metric, display=_stage
         )

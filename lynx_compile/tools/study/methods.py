@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from pathlib import Path
 import torch
 
 from lynx_compile.errors import InputError
+from lynx_compile.files.atomic import save_text
 from lynx_compile.files.progress import Progress
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
 from lynx_compile.passes.block_weights import split
 from lynx_compile.passes.calibrate import Statistics, calibrate
 from lynx_compile.passes.compensate import compensate, dense_weights, load_weights
-from lynx_compile.passes.select import SparseGroup, select
+from lynx_compile.passes.select import SparseGroup, SparsityPlan, select
 from lynx_compile.passes.tune import tune
 from lynx_compile.recipe import Recipe, Sparsity
 from lynx_compile.solve.low_rank import slim
@@ -74,6 +76,7 @@ METHODS: dict[str, Method] = {
     ),
     "paper": Method("activations 2:4, the paper: norm scale + low rank, solved", _PAPER),
     "paper_trained": Method("activations 2:4, the paper, low rank trained", _PAPER, tuned=True),
+    "activation_refit": Method("activations 2:4, ours, solved, without low rank", _ACTIVATION | {"rank": 0}),
     "activation_solved": Method("activations 2:4, ours, solved", _ACTIVATION),
     "activation": Method("activations 2:4, ours, tuned", _ACTIVATION, tuned=True),
     "fp8_dense": Method("FP8, dense", {"operand": "none", "precision": "fp8"}),
@@ -119,7 +122,6 @@ class Workshop:
         """The weights of a method."""
         if method.is_dense:
             return Made({})
-        start = time.monotonic()
         if method.sparsity is None:
             statistics = self._statistics(norm_scale=False)
             start = time.monotonic()
@@ -127,22 +129,33 @@ class Workshop:
         sparsity = self._sparsity(method.sparsity)
         statistics = self._statistics(norm_scale=sparsity.uses_norm_scale)
         plan, name = select(self.dit.groups, sparsity), _name(sparsity)
+        weights, solved_seconds = self._solved(plan, statistics, sparsity, self.folder / "weights" / name)
         start = time.monotonic()
-        weights = compensate(
-            self.dit, plan, statistics, sparsity, self.folder / "weights" / name, self.progress
-        )
-        solved = time.monotonic()
         if method.tuned:
             recipe = self.recipe.model_copy(update={"sparsity": sparsity})
             folder, key = self.folder / "tuned" / name, f"{self.key} {recipe.model_dump_json()}"
             weights = tune(
                 self.dit, plan, weights, statistics, self.recording, recipe, folder, key, self.progress
             ).weights
-        tuned = time.monotonic()
+        tuned_seconds = time.monotonic() - start
         rows: dict[str, Rows] = {}
         for path in weights:
             rows |= split(load_weights(path))
-        return Made(rows, solved - start, tuned - solved)
+        return Made(rows, solved_seconds, tuned_seconds)
+
+    def _solved(
+        self, plan: SparsityPlan, statistics: Statistics, sparsity: Sparsity, folder: Path
+    ) -> tuple[tuple[Path, ...], float]:
+        """Files of the closed form and the seconds that it took; of a method that has solved it already."""
+        done = folder / "done.json"
+        if done.exists():
+            kept = json.loads(done.read_text())
+            return tuple(folder / name for name in kept["files"]), kept["seconds"]
+        start = time.monotonic()
+        files = compensate(self.dit, plan, statistics, sparsity, folder, self.progress)
+        seconds = time.monotonic() - start
+        save_text(done, json.dumps({"files": [path.name for path in files], "seconds": seconds}))
+        return files, seconds
 
     def _sparsity(self, changes: Mapping[str, object], include: tuple[str, ...] | None = None) -> Sparsity:
         """The recipe's ridge and rank, and a method's own choices, for the linears that all methods change."""
@@ -155,7 +168,7 @@ class Workshop:
         }
         joint = values.get("method", "joint") != "none" and "precision" not in changes
         if values["operand"] == "activation" and joint:
-            values["rank"] = given.rank
+            values.setdefault("rank", given.rank)
         return Sparsity.model_validate(values)
 
     def _statistics(self, *, norm_scale: bool) -> Statistics:
@@ -224,4 +237,4 @@ def _rows(group: SparseGroup, branch: Branch, bias: torch.Tensor) -> dict[str, R
 def _name(sparsity: Sparsity) -> str:
     """A folder's name for a form, whether tuned or not."""
     scale = "-norm" if sparsity.uses_norm_scale else ""
-    return f"{sparsity.operand}-{sparsity.precision}-{sparsity.method}{scale}"
+    return f"{sparsity.operand}-{sparsity.precision}-{sparsity.method}-{sparsity.rank}{scale}"

@@ -198,19 +198,31 @@ class _Studies:
 
 
 def with_choices(
-    recipe: Recipe, minutes: float | None = None, samples: int | None = None, batch: int | None = None
+    recipe: Recipe,
+    *,
+    minutes: float | None = None,
+    samples: int | None = None,
+    batch: int | None = None,
+    prompts_calibrated: int | None = None,
+    states: int | None = None,
 ) -> Recipe:
-    """The recipe with a study's own choices: minutes of tuning, images, prompts to a call of the module."""
-    compensation, compare, calibration = recipe.compensation, recipe.compare, recipe.calibration
-    if compensation.tune == "off":
-        compensation = compensation.model_copy(update={"tune": "auto"})
-    if minutes is not None:
-        compensation = compensation.model_copy(update={"minutes": minutes})
-    if samples is not None:
-        compare = compare.model_copy(update={"samples": samples})
-    if batch is not None:
-        calibration = calibration.model_copy(update={"batch": batch})
-    changes = {"compensation": compensation, "compare": compare, "calibration": calibration}
+    """The recipe with a study's own choices, of those that are given.
+
+    Args:
+        minutes: of tuning. samples: prompts to measure on. batch: prompts to a call of the module.
+        prompts_calibrated: prompts to calibrate on. states: calls kept of each run of these.
+    """
+    given: dict[str, dict[str, object]] = {
+        "compensation": {"minutes": minutes, "tune": "auto" if recipe.compensation.tune == "off" else None},
+        "compare": {"samples": samples},
+        "calibration": {"batch": batch, "samples": prompts_calibrated, "states_per_prompt": states},
+    }
+    changes = {
+        section: getattr(recipe, section).model_copy(
+            update={key: value for key, value in values.items() if value is not None}
+        )
+        for section, values in given.items()
+    }
     return recipe.model_copy(update=changes)
 
 
