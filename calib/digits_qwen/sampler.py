@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from safetensors.torch import save_file
 
 from calib.digits_flux import digits
 from calib.digits_flux.sampler import Velocity, denoise, noise
 
 HERE = Path(__file__).parent
 MODEL = HERE / "model"
+CONDITIONING = HERE / "conditioning.safetensors"
 IMAGE_SHAPE = (1, digits.SIDE, digits.SIDE)  # frames, rows and columns of tokens
 
 
@@ -53,6 +55,13 @@ def load_conditioning() -> dict[str, torch.Tensor]:
     """A row per digit of ``encoder_hidden_states`` [10, 8, 64]: those of digits-flux. There is no pooled vector."""
     name = "encoder_hidden_states"
     return {name: digits.load_conditioning()[name]}
+
+
+def save_conditioning() -> None:
+    """Write ``load_conditioning``'s rows under the names of ``QwenImagePipeline``'s arguments; no token is masked."""
+    rows = load_conditioning()["encoder_hidden_states"]
+    mask = torch.ones(rows.shape[:2], dtype=torch.long)
+    save_file({"prompt_embeds": rows, "prompt_embeds_mask": mask}, CONDITIONING)
 
 
 def load_model(folder: Path = MODEL, dtype: torch.dtype = torch.float32) -> QwenImageTransformer2DModel:

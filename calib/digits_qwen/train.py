@@ -47,6 +47,7 @@ def main() -> None:
         return
     given.out.mkdir(parents=True, exist_ok=True)
     save_model(train(given), given.out)
+    sampler.save_conditioning()
     images = sampler.sample(
         sampler.dense(sampler.load_model(given.out)), torch.arange(SAMPLES) % digits.CLASSES, 0, 20
     )
