@@ -539,7 +539,7 @@ def study_(
         if summary is not None:
             results.write_summary(found, summary)
     Console(highlight=False, width=max(out.width, 150)).print(show.table(found))
-    out.print(f"wrote {escape(str(folder / 'study.json'))}, study.png and, of images, sheet.png")
+    out.print(f"wrote {escape(str(folder / 'study.json'))}, study.md, study.png and, of images, sheet.png")
 
 
 def _configure_logging(verbose: bool) -> None:

@@ -148,6 +148,8 @@ def test_the_recipes_metric_reads_the_digits():
     found = metric.digits_read(images, images[::-1].copy(), labels)
     same = metric.digits_read(images, images, labels)
     assert same["agreement"] == 1 and same["accuracy"] == same["dense_accuracy"] > 0.9
+    assert same["frechet"] < 1e-3
+    assert metric.digits_read(images, images[:, :, ::-1].copy(), labels)["frechet"] > 1, "upside down"
     assert found["dense_accuracy"] == same["accuracy"] and found["accuracy"] < 0.5 > found["agreement"]
     recipe = load_recipe(digits.HERE.parents[1] / "engines" / "digits-flux.yaml")
     assert recipe.compare.metric == f"{metric.__name__}:{metric.digits_read.__name__}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
@@ -176,8 +177,12 @@ def markdown(study: Study) -> str:
 
 
 def metric_names(study: Study) -> list[str]:
-    """Of the recipe's own numbers."""
-    return sorted({name for row in study.rows for name in row.metric()})
+    """Of the recipe's own numbers, those that tell methods apart."""
+    found: dict[str, set[float]] = defaultdict(set)
+    for row in study.rows:
+        for name, value in row.metric().items():
+            found[name].add(value)
+    return sorted(name for name, values in found.items() if len(values) > 1)
 
 
 def heads(metric: Iterable[str]) -> list[str]:

@@ -26,6 +26,7 @@ import torch
 
 from lynx_compile import __version__
 from lynx_compile.errors import InputError
+from lynx_compile.files.atomic import save_text
 from lynx_compile.files.digest import file_digest
 from lynx_compile.files.lock import locked
 from lynx_compile.files.progress import Progress
@@ -44,7 +45,7 @@ from lynx_compile.tools.held_out import Sampler, open_sampler
 from lynx_compile.tools.study import show
 from lynx_compile.tools.study.measure import HeldOut, hold_out, measure
 from lynx_compile.tools.study.methods import METHODS, Workshop
-from lynx_compile.tools.study.results import Run, Study
+from lynx_compile.tools.study.results import Run, Study, markdown
 
 VERSION = 1  # raised with every change after which the same inputs give other figures
 FLOAT32_PARAMETERS = 10**9  # of a transformer that is measured in float32 on a GPU too
@@ -62,7 +63,7 @@ def study(
     run_metric: bool = False,
     display: Display | None = None,
 ) -> Study:
-    """Study ``recipe``'s model; writes ``study.json``, ``study.png`` and ``sheet.png`` into ``folder``.
+    """Study ``recipe``'s model; writes ``study.json``, ``.md`` and ``.png``, and ``sheet.png``, into ``folder``.
 
     Args:
         name: of the model, in what is written.
@@ -106,6 +107,7 @@ class _Studies:
             if missing:
                 self._run_seed(seed, missing)
         assert self._study is not None, "there is a seed and a method"
+        save_text(self._folder / "study.md", f"{markdown(self._study)}\n")
         show.draw_chart(self._study, self._folder / "study.png")
         show.draw_sheet(self._study, self._folder / "cache" / "images", self._folder / "sheet.png")
         return self._study
@@ -266,16 +268,17 @@ def _device() -> str:
 
 
 def _common(recipe: Recipe) -> list[object]:
-    """What every figure depends on."""
+    """What every figure depends on, wherever its files lie."""
     versions = [VERSION, *(stage.number for stage in (CAPTURE, CALIBRATE, COMPENSATE, TUNE))]
     packages = [__version__, torch.__version__, diffusers.__version__]
-    sparsity = recipe.sparsity.model_dump(mode="json", include={"include", "exclude", "ridge", "rank"})
-    sections = [recipe.model, recipe.calibration, recipe.compare]
     files = [Path(name) for name in (recipe.calibration.prompts, recipe.compare.prompts) if name]
-    return [
-        versions, packages, sparsity, recipe.call, [file_digest(path) for path in files],
-        *(section.model_dump(mode="json") for section in sections),
-    ]  # fmt: skip
+    sections = (
+        recipe.model.model_dump(mode="json", exclude={"source", "revision"}),
+        recipe.calibration.model_dump(mode="json", exclude={"prompts"}),
+        recipe.sparsity.model_dump(mode="json", include={"include", "exclude", "ridge", "rank"}),
+        recipe.compare.model_dump(mode="json", include={"samples", "seed", "states"}),
+    )
+    return [versions, packages, recipe.call, [file_digest(path) for path in files], *sections]
 
 
 def _digest(*values: object) -> str:
