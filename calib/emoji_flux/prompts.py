@@ -30,7 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("texts").add_argument("data", type=Path, help="what calib.emoji_flux.data wrote")
-    commands.add_parser("encode").add_argument("--model", type=Path, default=sampler.MODEL)
+    encode = commands.add_parser("encode")
+    encode.add_argument("--model", type=Path, default=sampler.MODEL)
+    encode.add_argument("--out", type=Path, default=sampler.HERE, help="folder for the rows")
     given = parser.parse_args()
     if given.command == "texts":
         for path, prompts in choose(data.load(given.data)).items():
@@ -38,7 +40,7 @@ def main() -> None:
         return
     table = text.WordTable.load(given.model / sampler.WORDS)
     for path in COUNTS:
-        save_file(rows(table, read(path)), output(path))
+        save_file(rows(table, read(path)), given.out / output(path).name)
 
 
 def choose(emoji: data.Emoji) -> dict[Path, list[str]]:
