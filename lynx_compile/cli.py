@@ -34,7 +34,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from lynx_compile import __version__
+from lynx_compile import __version__, parallel
 from lynx_compile.errors import InputError, LynxError, is_out_of_memory, out_of_memory
 from lynx_compile.files.outputs import Outputs
 
@@ -132,6 +132,27 @@ def _interruptible(left: str) -> Iterator[None]:
             signal.signal(number, before[number])
 
 
+@contextmanager
+def _joined() -> Iterator[None]:
+    """Where torchrun has started several processes, they work together and the first one alone speaks.
+
+    The others end at once when they are told to: they hold nothing. And none of their exit codes says anything, lest
+    torchrun ends the first process before that has said what was wrong.
+    """
+    speaks = True
+    try:
+        with parallel.joined():
+            if not (speaks := parallel.is_first()):
+                out.quiet = err.quiet = True
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, signal.SIG_DFL)
+            yield
+    except Exception:
+        if speaks:
+            raise
+        raise typer.Exit from None
+
+
 @app.command()
 def compile_(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
@@ -149,9 +170,11 @@ def compile_(
 ) -> None:
     """Compile a diffusion transformer into a TensorRT engine with 2:4 sparse linears.
 
-    Other commands: inspect, compare, study, bench; each has a --help.
+    Other commands: inspect, compare, study, bench; each has a --help. Under torchrun several GPUs share the work:
+    torchrun --nproc-per-node 2 -m lynx_compile RECIPE.yaml -o OUT.engine.
     """
-    with _interruptible("no output was changed; the same command goes on from the last whole stage."):
+    left = "no output was changed; the same command goes on from the last whole stage."
+    with _interruptible(left), _joined():
         from lynx_compile.recipe import load_recipe
 
         values = load_recipe(recipe)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from lynx_compile import __version__
+from lynx_compile import __version__, parallel
 from lynx_compile.engine import trt
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError
@@ -66,7 +66,8 @@ def compile(
     A pipeline of several denoisers becomes as many engines: ``-o wan.engine`` writes wan.transformer.engine and
     wan.transformer_2.engine. So does one that calls its transformer in several ways, which need a graph each:
     ltx.0.engine, ltx.1.engine ... A stage whose inputs are unchanged since the last run is taken from the cache.
-    Nothing beside ``output`` is touched before every stage has succeeded, but for the log.
+    Nothing beside ``output`` is touched before every stage has succeeded, but for the log. Processes that were
+    ``parallel.joined`` share capture, calibration and compensation out; those that are not the first return nothing.
 
     Args:
         cache: folder of what the stages leave; OUT.cache by default.
@@ -89,7 +90,8 @@ def compile(
                 Path(recipe.sparsity.costs)
             )  # what is wrong with it is said before the pipeline runs
         with (display or silent)("open") as progress:  # a download, and hashing, take minutes
-            opened = open_model(recipe, outputs.cache / "converted", progress)
+            with parallel.first_process_first():
+                opened = open_model(recipe, outputs.cache / "converted", progress)
             for checkpoint in opened.checkpoints.values():
                 checkpoint.digest(progress)
             if recipe.calibration.recording is not None:
@@ -99,7 +101,8 @@ def compile(
         recording = _recording(recipe, opened, outputs, stages)
         ways = recording.ways()
         if len(ways) == 1:
-            return (_compile_engine(recipe, opened, recording, ways[0], outputs, stages, target, plugin),)
+            only = _compile_engine(recipe, opened, recording, ways[0], outputs, stages, target, plugin)
+            return () if only is None else (only,)
         for line in recording.describe():
             log.info("%s", line)
         manifests = []
@@ -110,11 +113,13 @@ def compile(
                     _forget(part)
                 own = Stages(part, fresh, display or silent)
                 manifests.append(_compile_engine(recipe, opened, recording, way, part, own, target, plugin))
-        return tuple(manifests)
+        return tuple(manifest for manifest in manifests if manifest is not None)
 
 
 def _forget(outputs: Outputs) -> None:
     """What a stage would go on with where it stopped."""
+    if not parallel.is_first():
+        return
     for name in ("recording", "tuned"):
         shutil.rmtree(outputs.cache / name, ignore_errors=True)
 
@@ -146,6 +151,7 @@ def _recording(recipe: Recipe, opened: Opened, outputs: Outputs, stages: Stages)
         {name: checkpoint.digest() for name, checkpoint in opened.checkpoints.items()},
         file_digest(path), recipe.call, named_components(recipe), recipe.model.dtype,
         recipe.calibration.model_copy(update=RECORDED_ALIKE),
+        shared=True,
     )  # fmt: skip
 
 
@@ -158,8 +164,8 @@ def _compile_engine(
     stages: Stages,
     target: Target,
     plugin: trt.PluginLibrary,
-) -> Manifest:
-    """One way in which one denoiser is called, from its recorded calls to its engine."""
+) -> Manifest | None:
+    """One way in which one denoiser is called, from its recorded calls to its engine; None where others build it."""
     dit = find_dit(opened.of(calls.component), recording, calls, DTYPES[recipe.model.dtype])
     plan = select(dit.groups, recipe.sparsity, target.gpus)
     recorded = recording.header.key, calls.component, calls.index, recipe.model.dtype
@@ -168,7 +174,7 @@ def _compile_engine(
         Statistics,
         lambda progress: calibrate(dit, plan, recording, recipe, outputs.cache / "statistics", progress),
         dit.digest, *recorded, recipe.calibration.tokens_per_call, recipe.calibration.seed,
-        recipe.sparsity.uses_norm_scale, measurements(plan),
+        recipe.sparsity.uses_norm_scale, measurements(plan), shared=True,
     )  # fmt: skip
     weights = stages.run(
         COMPENSATE,
@@ -177,8 +183,11 @@ def _compile_engine(
         # The costs count through what they decide.
         stages.key(CALIBRATE), recipe.sparsity.model_copy(update={"costs": None}),
         tuple((decision.linear.path, decision.form) for decision in plan.decisions),
-        reads=(CALIBRATE,),
+        reads=(CALIBRATE,), shared=True,
     )  # fmt: skip
+    if not parallel.is_first():
+        dit.release()
+        return None  # what follows is one process's work
     solved = COMPENSATE
     if is_tuned(dit, plan, recipe):
         solved, refit, blocks = TUNE, weights, outputs.cache / "tuned"
@@ -238,6 +247,9 @@ def _logged(path: Path) -> Iterator[None]:
 
     The file is locked meanwhile: another run for this output may have another cache.
     """
+    if not parallel.is_first():
+        yield
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a", encoding="utf-8")

@@ -23,6 +23,7 @@ LAYERS = (
     ("solve",),
     ("ops",),
     ("files",),
+    ("parallel",),
     ("errors",),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

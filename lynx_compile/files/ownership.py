@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lynx_compile import parallel
 from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import remove_leftovers
 from lynx_compile.files.lock import HEAD_BYTES, locked
@@ -41,6 +42,9 @@ def claimed(outputs: Outputs, inputs: Iterable[Path], checkpoint: Path | None) -
     Raises:
         InputError: an output would take the place of an input or of somebody's file, or another run holds them.
     """
+    if not parallel.is_first():  # which holds them for all
+        yield
+        return
     _refuse_inputs(outputs, inputs, checkpoint)
     refuse_foreign(outputs)
     with locked(outputs.cache / LOCK):

@@ -9,13 +9,14 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
+from lynx_compile import parallel
 from lynx_compile.errors import (
     DiskFullError,
     EngineError,
@@ -103,6 +104,8 @@ class Stages:
     A stage is taken from its stamp if its key (a SHA-256 over its inputs and its version) is the same and its files
     hold what was written. Those are digested again only where size, time or inode is another, since a model's take
     long; but always where they go into the engine: what a running stage reads, and what is published.
+
+    Of several processes the first one decides that, writes the stamps, and tells the others every stage's value.
     """
 
     def __init__(self, outputs: Outputs, fresh: bool, display: Display) -> None:
@@ -113,6 +116,7 @@ class Stages:
         self._runs: dict[str, _Run] = {}
         self._stamps: dict[str, Stamp] = {}
         self._digested: set[str] = set()
+        self._topic = ""
         self.costs: dict[str, Cost] = {}
 
     def key(self, stage: StageVersion) -> str:
@@ -127,6 +131,7 @@ class Stages:
         *inputs: Any,
         reads: tuple[StageVersion, ...] = (),
         published: bool = False,
+        shared: bool = False,
     ) -> T:
         """The stage's value: ``produce``'s, or the stamped one when ``inputs`` are the same.
 
@@ -134,10 +139,22 @@ class Stages:
             kind: type of the value (dataclasses, tuples, paths), for reading a stamp.
             reads: stages whose files ``produce`` reads. One whose files are damaged is run again before it.
             published: its files are outputs.
+            shared: ``produce`` runs in all processes, and shares its work out; else in the first one alone.
         """
         name, adapter = stage.name, TypeAdapter(kind)
-        key = self._keys[name] = _key(stage, inputs)
+        self._keys[name] = _key(stage, inputs)
         self._runs[name] = _Run(stage, adapter, produce, reads)
+        self._topic = f"{self._outputs.engine}: {name}"
+        if not parallel.is_first():
+            return cast(T, self._followed(adapter))
+        with nullcontext() if shared else parallel.alone():
+            value = self._value(name, adapter, published)
+        parallel.tell(self._topic, json.dumps({"value": adapter.dump_python(value, mode="json")}))
+        return cast(T, value)
+
+    def _value(self, name: str, adapter: TypeAdapter[T], published: bool) -> T:
+        """Of the stage: the stamped one, or what it produces."""
+        key = self._keys[name]
         if not self._fresh and (stamp := self._read(name, key)) is not None:
             with self._display(name) as progress:
                 progress("unchanged", 0, 1)
@@ -146,6 +163,12 @@ class Stages:
                     progress("unchanged", 1, 1)
                     return value[0]
         return cast(T, self._produced(name))
+
+    def _followed(self, adapter: TypeAdapter[T]) -> T:
+        """What the first process says of a stage, which may have this process do its share of a stage first."""
+        while "run" in (said := json.loads(parallel.hear(self._topic))):
+            _produced(said["run"], self._runs[said["run"]].produce, no_progress, self._outputs.cache)
+        return adapter.validate_json(json.dumps(said["value"]))
 
     def written(self, *stages: StageVersion) -> dict[str, Written]:
         """The files of these stages, {file name: as it was written}."""
@@ -206,6 +229,7 @@ class Stages:
             self._restored(stage.name)
         self._stamp_path(name).unlink(missing_ok=True)
         log.info("%s: started", name)
+        parallel.tell(self._topic, json.dumps({"run": name}))
         _forget_peak()
         start = time.monotonic()
         with self._display(name) as progress:
@@ -284,8 +308,13 @@ def _replaced(value: Any, places: dict[Place, Place]) -> Any:
 
 def _produced(name: str, produce: Callable[[Progress], T], progress: Progress, folder: Path) -> T:
     """``produce``'s value; what it does not explain itself becomes a StageError."""
+
+    def report(what: str, done: int, total: int) -> None:
+        parallel.raise_if_failed()
+        progress(what, done, total)
+
     try:
-        return produce(progress)
+        return produce(report)
     except DiskFullError:
         raise
     except Exception as error:

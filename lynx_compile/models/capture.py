@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from diffusers import ModelMixin
 
+from lynx_compile import parallel
 from lynx_compile.errors import InputError, LynxError, StageError
 from lynx_compile.files.progress import Progress, no_progress
 from lynx_compile.models.recorder import Pipeline, Recorder, call_parameters, class_name, config, listed
@@ -46,7 +47,9 @@ def capture(
 ) -> Recording:
     """Record what the pipeline hands its transformer for every prompt. The same arguments record the same bytes.
 
-    A run that was stopped goes on with its next prompt; a folder that holds another recording is overwritten.
+    A run that was stopped goes on with the prompts that are missing; a folder that holds another recording is
+    overwritten. Several processes run a share of the prompts each, into one folder; what several of them meet is stored
+    several times.
 
     Args:
         inputs: per prompt, the arguments of ``pipe.__call__`` that are its own, such as ``prompt`` and ``image``;
@@ -57,7 +60,7 @@ def capture(
         seed: the noise of a prompt depends on it and the prompt's place alone.
         batch: prompts to a run; the last run is filled up from the first prompts.
         states_per_prompt: record so many calls of each component and run, drawn by ``seed``; by default all. The
-            first call of every graph is recorded as well.
+            first call of every graph is among them, in the first run and where the first run has not got that graph.
         model_digest: of the weights, so that those of another model are not taken for this one's.
 
     Raises:
@@ -74,21 +77,27 @@ def capture(
     modules = _modules(pipe, components)
     choices = [arguments, list(components), seed, batch, states_per_prompt, model_digest]
     key = _key(pipe, modules, choices, runs)
-    writer = Writer(folder, key, type(pipe).__name__, len(runs))
-    if writer.components is not None:
-        modules = {component.name: modules[component.name] for component in writer.components}
-    while writer.done < len(runs):
-        progress("prompts", writer.done, len(runs))
-        recorder = Recorder(pipe, modules, writer, set(components), states_per_prompt, seed)
+
+    def record(number: int) -> None:
+        progress("prompts", number, len(runs))
+        known = modules if writer.components is None else {c.name: modules[c.name] for c in writer.components}
+        recorder = Recorder(pipe, known, writer, set(components), states_per_prompt, seed, number)
         try:
             with recorder.listening():
-                call_pipeline(pipe, arguments | runs[writer.done], sample_seed(seed, writer.done), recorder)
-            found = recorder.components() if writer.components is None else writer.components
-            writer.finish(recorder.sample, found)
+                call_pipeline(pipe, arguments | runs[number], sample_seed(seed, number), recorder)
+            writer.finish(recorder.sample, writer.components or recorder.components())
         finally:
             recorder.sample.close()
-        modules = {component.name: modules[component.name] for component in found}
-    progress("prompts", writer.done, len(runs))
+
+    with parallel.first_process_first():  # the first run tells all what is to be recorded
+        writer = Writer(folder, key, type(pipe).__name__, len(runs))
+        if 0 in writer.missing:
+            record(0)
+    for number in parallel.share(range(len(runs))):
+        if number in writer.missing:
+            record(number)
+    parallel.meet()
+    progress("prompts", len(runs), len(runs))
     return load(folder)
 
 

@@ -35,15 +35,16 @@ class Recorder:
         named: set[str],
         states: int | None,
         seed: int,
+        number: int,
     ) -> None:
-        self.sample: SampleWriter = writer.begin()
+        self.sample: SampleWriter = writer.begin(number)
         self.step = 0
         self.counts_steps = False
         self._pipe = pipe
         self._modules = dict(modules)
         self._named = named if writer.components is None else {c.name for c in writer.components}
         self._schemas = set(writer.schemas)
-        self._choice = _Choice(states, f"{seed} {writer.done}")
+        self._choice = _Choice(states, f"{seed} {number}")
         self._calls = dict.fromkeys(modules, 0)
         self._times: dict[str, torch.Tensor] = {}
         self._branches: dict[str, list[str]] = {}  # of the current step

@@ -24,7 +24,6 @@ from lynx_compile.models.recording import (
     Sample,
     Signature,
     blob_of,
-    count_samples,
     read,
     sample_path,
     schema_key,
@@ -33,15 +32,15 @@ from lynx_compile.models.recording import (
 
 
 class Writer:
-    """A recording that grows by samples, and goes on where an earlier writer of the same key stopped.
+    """A recording that grows by samples, and takes over those of an earlier writer of the same key.
 
-    ``components``: those recorded; None until the first sample is there. ``done``: samples that are there.
-    ``schemas``: keys of the graphs that their calls need.
+    ``components``: those recorded; None until the first sample is there. ``missing``: samples that are not there.
+    ``schemas``: keys of the graphs that the first sample's calls need. Several processes may write different samples.
     """
 
     def __init__(self, folder: Path, key: str, pipeline: str, samples: int) -> None:
         self.components: tuple[Component, ...] | None = None
-        self.done = 0
+        self.missing = set(range(samples))
         self.schemas: set[str] = set()
         self._folder = folder
         self._header = Header(VERSION, key, pipeline, (), samples)
@@ -52,37 +51,39 @@ class Writer:
             _clear(folder)
             return
         self.components = old.components
-        for number in range(count_samples(folder, samples)):
-            self._note(read(sample_path(folder, number), Sample))
+        for number in range(samples):
+            if sample_path(folder, number).exists():
+                self._note(number, read(sample_path(folder, number), Sample))
 
-    def begin(self) -> SampleWriter:
-        """The next sample, to be filled and given to ``finish``."""
-        return SampleWriter(self._folder, self.done)
+    def begin(self, number: int) -> SampleWriter:
+        """A sample, to be filled and given to ``finish``."""
+        return SampleWriter(self._folder, number)
 
     def finish(self, sample: SampleWriter, components: tuple[Component, ...]) -> None:
         """Write the calls of these components: first the tensors, and last the JSON that makes the sample count."""
         content = sample.content({component.name for component in components}, self._blobs)
         if content.blobs:
             write_tensors(
-                tensors_path(self._folder, self.done), [sample.spec(blob) for blob in content.blobs]
+                tensors_path(self._folder, sample.number), [sample.spec(blob) for blob in content.blobs]
             )
         if self.components is None:
             self.components = components
             _save(self._folder / "recording.json", replace(self._header, components=components))
-        _save(sample_path(self._folder, self.done), content)
-        self._note(content)
+        _save(sample_path(self._folder, sample.number), content)
+        self._note(sample.number, content)
 
-    def _note(self, content: Sample) -> None:
+    def _note(self, number: int, content: Sample) -> None:
         self._blobs.update(content.blobs)
-        self.schemas.update(schema_key(signature) for signature in content.signatures)
-        self.done += 1
+        if number == 0:
+            self.schemas.update(schema_key(signature) for signature in content.signatures)
+        self.missing.discard(number)
 
 
 class SampleWriter:
     """The calls of one run of the pipeline. Tensors go to a temporary file at once."""
 
     def __init__(self, folder: Path, number: int) -> None:
-        self._number = number
+        self.number = number
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._specs: dict[str, TensorSpec] = {}
         self._signatures: list[Signature] = []
@@ -112,7 +113,7 @@ class SampleWriter:
     def keep(self, call: Call, arguments: Arguments) -> None:
         """Store a call, which has no ``blobs`` yet, and its tensors."""
         blobs = {name: self._store(tensor) for name, tensor in arguments.tensors.items()}
-        self._calls[call.component, call.index] = replace(call, sample=self._number, blobs=blobs)
+        self._calls[call.component, call.index] = replace(call, sample=self.number, blobs=blobs)
 
     def drop(self, component: str, index: int) -> None:
         """Forget a stored call."""

@@ -14,11 +14,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from lynx_compile import parallel
 from lynx_compile.engine.arguments import flatten, parameters, spread, unflatten
 from lynx_compile.errors import StageError
 from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import save_tensors
+from lynx_compile.models.capture import sample_seed
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
 from lynx_compile.models.structure import is_pointwise
@@ -28,7 +30,7 @@ from lynx_compile.passes.select import SparsityPlan
 from lynx_compile.recipe import Calibration, Recipe, Sparsity
 from lynx_compile.solve.moments import LayerStatistics, Moments, PrunedStatistics
 
-CALIBRATE = StageVersion("calibrate", 1, ("torch", "diffusers", "transformers"))
+CALIBRATE = StageVersion("calibrate", 2, ("torch", "diffusers", "transformers"))
 TOKENS_PER_CHANNEL = 10  # fewer calibration tokens than this leave the solves badly determined (measured)
 
 log = logging.getLogger(__name__)
@@ -78,25 +80,31 @@ def calibrate(
 ) -> Statistics:
     """Measure what the plan's linears read, over the recorded calls that the engine serves.
 
-    Deterministic: calls in their order, the choice of tokens from ``calibration.seed``. Moments that do
-    not fit ``calibration.memory_gib`` together are gathered in several passes.
+    Deterministic: calls in their order, the choice of tokens from ``calibration.seed`` and a call's place. Moments that
+    do not fit ``calibration.memory_gib`` together are gathered in several passes. Several processes have a share of the
+    calls each, and add their moments up.
 
     Raises:
         StageError: an activation is not finite.
     """
     wanted = measurements(plan)
     passes = _passes(wanted, recipe.calibration.memory_gib)
-    calls = dit.calls.calls
+    calls = parallel.share(tuple(enumerate(dit.calls.calls)))
     tokens: dict[Measurement, int] = {}
     for number, part in enumerate(passes):
-        with _measured(dit.module, part, recipe) as moments:
-            for done, call in enumerate(calls):
+        choice = torch.Generator()
+        with _measured(dit.module, part, recipe, choice) as moments:
+            for done, (place, call) in enumerate(calls):
                 progress("calls", number * len(calls) + done, len(passes) * len(calls))
+                choice.manual_seed(sample_seed(recipe.calibration.seed, place))
                 replay(dit, recording.arguments(call))
-        for one in part:
-            statistics = moments[one.name].finish()
-            tokens[one] = statistics.tokens
-            save_tensors(_file(folder, one.name), _tensors(statistics))
+        with parallel.adding_up() as all_reduce:
+            for one in part:
+                moments[one.name].add_up(all_reduce)
+                if parallel.is_first():
+                    statistics = moments[one.name].finish()
+                    tokens[one] = statistics.tokens
+                    save_tensors(_file(folder, one.name), _tensors(statistics))
     progress("calls", len(passes) * len(calls), len(passes) * len(calls))
     _warn_if_few(tokens)
     return Statistics(folder, tuple(one.name for one in wanted))
@@ -143,12 +151,13 @@ def measurements(plan: SparsityPlan) -> tuple[Measurement, ...]:
 
 @contextmanager
 def _measured(
-    module: torch.nn.Module, wanted: tuple[Measurement, ...], recipe: Recipe
+    module: torch.nn.Module, wanted: tuple[Measurement, ...], recipe: Recipe, choice: torch.Generator
 ) -> Iterator[Mapping[str, Moments]]:
     """Hooks on one reader of every tensor, removed whatever happens; a linear that is called twice measures both."""
     device = next(module.parameters()).device
-    moments = {one.name: Moments(one.channels, device, pruned=one.pruned) for one in wanted}
-    choice = torch.Generator().manual_seed(recipe.calibration.seed)
+    moments = {
+        one.name: Moments(one.channels, device, pruned=one.pruned, rounded=one.rounded) for one in wanted
+    }
 
     def hook(one: Measurement) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
         return lambda linear, arguments: _measure(

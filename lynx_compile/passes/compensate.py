@@ -22,6 +22,7 @@ nearest for ``none``. The errors count it, and what rounding makes wrong in x, w
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lynx_compile import parallel
 from lynx_compile.errors import StageError
 from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import StageVersion
@@ -87,20 +89,29 @@ def compensate(
 ) -> tuple[Path, ...]:
     """Solve every group of the plan and write its ``SparseLinearWeights``, one safetensors file each.
 
+    Several processes solve a share of the groups each.
+
     Raises:
         StageError: the moments cannot be factorised, or what was solved does not fit the model's dtype.
     """
-    paths: list[Path] = []
-    for done, group in enumerate(plan.groups):
+    paths = _files(folder, plan.groups)
+    own = parallel.share(tuple(zip(plan.groups, paths, strict=True)))
+    for done, (group, path) in enumerate(own):
         weight, bias = dense_weights(dit, group)
         solved = solve(group, weight, bias, statistics.load(group.name), sparsity)
         _require_range(solved, dit.dtype)
-        form = f"fp8.{group.operand}" if group.fp8 else group.operand
-        path = folder / f"{group.name}.{form}.safetensors"
-        # Candidates of one form may be nodes of more linears or fewer.
+        save_weights(path, solved)
+        progress("linears compensated", done + 1, len(own))
+    parallel.meet()
+    return paths
+
+
+def _files(folder: Path, groups: Sequence[SparseGroup]) -> tuple[Path, ...]:
+    """A file for each group. Candidates of one form may be nodes of more linears or fewer."""
+    paths: list[Path] = []
+    for group in groups:
+        path = folder / f"{group.name}.{'fp8.' if group.fp8 else ''}{group.operand}.safetensors"
         paths.append(path if path not in paths else path.with_stem(f"{path.stem}.{len(group.linears)}"))
-        save_weights(paths[-1], solved)
-        progress("linears compensated", done + 1, len(plan.groups))
     return tuple(paths)
 
 

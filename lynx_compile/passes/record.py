@@ -20,7 +20,7 @@ from lynx_compile.models.pipeline_loader import load_pipeline
 from lynx_compile.models.recording import Recording
 from lynx_compile.recipe import Model, Recipe
 
-CAPTURE = StageVersion("capture", 3, ("torch", "diffusers", "transformers"))
+CAPTURE = StageVersion("capture", 4, ("torch", "diffusers", "transformers"))
 Rows = Sequence[Mapping[str, Any]]
 
 

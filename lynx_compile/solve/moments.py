@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -46,23 +46,25 @@ class PrunedStatistics(LayerStatistics):
     s_rounding: torch.Tensor | None = field(default=None, kw_only=True)
 
 
+PAIRS = ((0, 0), (0, 1), (1, 1))  # of x and S: xx, xs and ss
+
+
 class Moments:
     """Streaming means and covariances of x, and of S where ``pruned``, by Chan's update: large means do no harm."""
 
-    def __init__(self, channels: int, device: torch.device, *, pruned: bool) -> None:
+    def __init__(self, channels: int, device: torch.device, *, pruned: bool, rounded: bool = False) -> None:
         self.tokens = 0
         self.mean = torch.zeros(2 if pruned else 1, channels, device=device)
-        # xx, and with S xs and ss
         self.scatter = [torch.zeros(channels, channels, device=device) for _ in range(3 if pruned else 1)]
-        self.rounding: list[torch.Tensor] = []
+        self.rounding = [torch.zeros(channels, device=device) for _ in self.mean] if rounded else []
 
     def add(
         self, x: torch.Tensor, s: torch.Tensor | None = None, rounding: Sequence[torch.Tensor] = ()
     ) -> None:
         """x, S: [tokens, K] float32; S where the moments are ``pruned``.
 
-        ``rounding``: errors [tokens, K] that rounding to FP8 makes in x, and then in what S keeps of it; every time or
-        never.
+        ``rounding``: errors [tokens, K] that rounding to FP8 makes in x, and then in what S keeps of it, where the
+        moments are ``rounded``.
         """
         values = [x] if s is None else [x, s]
         tokens = len(x)
@@ -70,16 +72,30 @@ class Moments:
         off = mean - self.mean
         centred = [value - row for value, row in zip(values, mean, strict=True)]
         weight = self.tokens * tokens / (self.tokens + tokens)
-        pairs = ((0, 0), (0, 1), (1, 1))[: len(self.scatter)]
-        for scatter, (a, b) in zip(self.scatter, pairs, strict=True):
+        for scatter, (a, b) in zip(self.scatter, PAIRS, strict=False):
             scatter.addmm_(centred[a].T, centred[b]).addr_(off[a], off[b], alpha=weight)
         self.tokens += tokens
         self.mean += off * (tokens / self.tokens)
-        squares = [error.square().mean(0) for error in rounding]
-        old = self.rounding or [torch.zeros_like(new) for new in squares]
-        self.rounding = [
-            was + (new - was) * (tokens / self.tokens) for was, new in zip(old, squares, strict=True)
-        ]
+        for was, error in zip(self.rounding, rounding, strict=True):
+            was += (error.square().mean(0) - was) * (tokens / self.tokens)
+
+    def add_up(self, all_reduce: Callable[[torch.Tensor], None]) -> None:
+        """Become those of all tokens that several processes have seen: Chan's update for all of them at once.
+
+        Args:
+            all_reduce: puts the sum over the processes in a tensor's place.
+        """
+        own = self.tokens
+        sums = torch.cat([own * self.mean.double(), *(own * row.double()[None] for row in self.rounding)])
+        count = sums.new_tensor([own])
+        all_reduce(count)
+        all_reduce(sums)
+        self.tokens = int(count)
+        means = (sums / max(self.tokens, 1)).float()
+        off = self.mean - means[: len(self.mean)]
+        self.mean, self.rounding = means[: len(self.mean)], list(means[len(self.mean) :])
+        for scatter, (a, b) in zip(self.scatter, PAIRS, strict=False):
+            all_reduce(scatter.addr_(off[a], off[b], alpha=own))
 
     def finish(self) -> LayerStatistics:
         """The statistics, on the CPU."""

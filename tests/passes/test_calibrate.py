@@ -159,7 +159,7 @@ def test_calls_and_convolutions_of_one_linear_add_up(recipe: Recipe) -> None:
     read: dict[str, list[torch.Tensor]] = defaultdict(list)
     for path in ("blocks.0.up", "blocks.1.wide"):
         module.get_submodule(path).register_forward_pre_hook(lambda _, x, path=path: read[path].append(x[0]))
-    with _measured(module, wanted, recipe) as moments, torch.inference_mode():
+    with _measured(module, wanted, recipe, torch.Generator()) as moments, torch.inference_mode():
         module(**inputs)
         module(**inputs | {"image": torch.randn(2, 8, SIZE), "text": torch.randn(2, 0, SIZE)})
     image, text, image_again, nothing = read["blocks.0.up"]
@@ -177,6 +177,6 @@ def test_one_sample_without_a_batch_is_limited_as_one(recipe: Recipe) -> None:
     recipe = recipe.model_copy(update={"calibration": calibration})
     module = Layers().eval().requires_grad_(False)
     one = Measurement("up", "blocks.0.up", SIZE, pruned=False)
-    with _measured(module, (one,), recipe) as moments, torch.inference_mode():
+    with _measured(module, (one,), recipe, torch.Generator()) as moments, torch.inference_mode():
         module.get_submodule("blocks.0.up")(torch.randn(40, SIZE))
     assert moments["up"].tokens == 5
