@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -19,7 +20,7 @@ from lynx_compile.files.lock import lock, this_process
 from lynx_compile.files.outputs import Outputs
 from lynx_compile.files.ownership import claimed
 from lynx_compile.files.progress import Progress
-from lynx_compile.files.resume import Display, Stages, silent
+from lynx_compile.files.resume import Display, Stages, StageVersion, silent
 from lynx_compile.models import prompts
 from lynx_compile.models import recording as recordings
 from lynx_compile.models.dit import DiT, find_dit
@@ -28,6 +29,7 @@ from lynx_compile.models.onnx_source import OnnxSource
 from lynx_compile.models.opened import Opened, open_model
 from lynx_compile.models.recording import Group, Recording
 from lynx_compile.passes.adopt import adopt
+from lynx_compile.passes.budget import Selection, choose, require_speed
 from lynx_compile.passes.build import BUILD, BuiltEngine, build
 from lynx_compile.passes.calibrate import CALIBRATE, Statistics, calibrate, measurements
 from lynx_compile.passes.compensate import COMPENSATE, compensate
@@ -36,13 +38,16 @@ from lynx_compile.passes.export import EXPORT, DenseOnnx, export
 from lynx_compile.passes.keep import keep
 from lynx_compile.passes.record import CAPTURE, named_components, record
 from lynx_compile.passes.rewrite import REWRITE, LynxOnnx, rewrite
-from lynx_compile.passes.select import require_fp8, select
-from lynx_compile.passes.speed_table import CostTable
+from lynx_compile.passes.select import SparseGroup, SparsityPlan, candidates, require_fp8
+from lynx_compile.passes.sensitivity import SENSITIVITY, Sensitivities, sensitivity
+from lynx_compile.passes.speed_table import CostTable, Form
 from lynx_compile.passes.target import Target, target_of
 from lynx_compile.passes.tune import TUNE, Tuned, is_tuned, tune
+from lynx_compile.passes.verify import SELECT, VERIFY, Verified, verify, within_psnr
 from lynx_compile.recipe import Recipe
 from lynx_compile.tools import report
 from lynx_compile.tools.compiled import Compiled
+from lynx_compile.tools.drawn import Drawn
 
 RECORDED_ALIKE = {
     "prompts": "",
@@ -167,39 +172,10 @@ def _compile_engine(
 ) -> Manifest | None:
     """One way in which one denoiser is called, from its recorded calls to its engine; None where others build it."""
     dit = find_dit(opened.of(calls.component), recording, calls, DTYPES[recipe.model.dtype])
-    plan = select(dit.groups, recipe.sparsity, target.gpus)
     recorded = recording.header.key, calls.component, calls.index, recipe.model.dtype
-    statistics = stages.run(
-        CALIBRATE,
-        Statistics,
-        lambda progress: calibrate(dit, plan, recording, recipe, outputs.cache / "statistics", progress),
-        dit.digest, *recorded, recipe.calibration.tokens_per_call, recipe.calibration.seed,
-        recipe.sparsity.uses_norm_scale, measurements(plan), shared=True,
-    )  # fmt: skip
-    weights = stages.run(
-        COMPENSATE,
-        tuple[Path, ...],
-        lambda progress: compensate(dit, plan, statistics, recipe.sparsity, outputs.cache / "weights", progress),
-        # The costs count through what they decide.
-        stages.key(CALIBRATE), recipe.sparsity.model_copy(update={"costs": None}),
-        tuple((decision.linear.path, decision.form) for decision in plan.decisions),
-        reads=(CALIBRATE,), shared=True,
-    )  # fmt: skip
-    if not parallel.is_first():
-        dit.release()
-        return None  # what follows is one process's work
-    solved = COMPENSATE
-    if is_tuned(dit, plan, recipe):
-        solved, refit, blocks = TUNE, weights, outputs.cache / "tuned"
-        weights = stages.run(
-            TUNE,
-            Tuned,
-            lambda progress: tune(
-                dit, plan, refit, statistics, recording, recipe, blocks, stages.key(TUNE), progress
-            ),
-            stages.key(COMPENSATE), recipe.compensation, recipe.calibration.seed, recipe.calibration.memory_gib,
-            reads=(CALIBRATE, COMPENSATE),
-        ).weights  # fmt: skip
+    made = _decide(recipe, dit, recording, recorded, outputs, stages, target.gpus)
+    if made is None:
+        return None
     dit.release()  # a large model and its copy in the exporter would not fit together
     dense = stages.run(EXPORT, DenseOnnx, lambda _: _dense(dit, outputs.dense), dit.digest, *recorded)
     dit.release()
@@ -209,11 +185,11 @@ def _compile_engine(
         REWRITE,
         LynxOnnx,
         lambda _: rewrite(
-            dense, plan, weights, outputs.cache / "lynx" / outputs.onnx.name,
+            dense, made.plan, made.weights, outputs.cache / "lynx" / outputs.onnx.name,
             external=external, metadata_layout=layout,
         ),
-        stages.key(solved), stages.key(EXPORT), plan, outputs.onnx.name, external, layout,
-        reads=(solved, EXPORT), published=True,
+        *map(stages.key, (*made.stages, EXPORT)), made.plan, outputs.onnx.name, external, layout,
+        reads=(*made.stages, EXPORT), published=True,
     )  # fmt: skip
     engine = outputs.cache / "engine" / outputs.engine.name
     built = stages.run(
@@ -226,13 +202,142 @@ def _compile_engine(
         target.name, target.version, target.gpu, target.gpus, outputs.engine.name,
         reads=(REWRITE,), published=True,
     )  # fmt: skip
-    manifest = describe(recipe, dit, dense, lynx, built, stages.written(REWRITE, BUILD), stages.costs)
+    written, decided = stages.written(REWRITE, BUILD), (made.selection, made.verified)
+    manifest = describe(recipe, dit, dense, lynx, built, written, stages.costs, *decided)
     with stages.publish(REWRITE, BUILD):  # an engine never stands beside another run's manifest
         manifest.write(outputs.manifest)
         Compiled(recipe, stages.key(EXPORT), built.sha256).write(outputs)
     report.write(outputs)
     log.info("done: %s", manifest.summary())
     return manifest
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """What every linear becomes, and its weights, with the ``stages`` that wrote them.
+
+    ``selection`` and ``verified``: what decided, where a budget did.
+    """
+
+    plan: SparsityPlan
+    weights: tuple[Path, ...]
+    stages: tuple[StageVersion, ...]
+    selection: Selection | None = None
+    verified: Verified | None = None
+
+
+def _decide(
+    recipe: Recipe,
+    dit: DiT,
+    recording: Recording,
+    recorded: tuple[str, str, int, str],
+    outputs: Outputs,
+    stages: Stages,
+    gpus: tuple[str, ...],
+) -> _Decided | None:
+    """From what linears could become to what they do, by error where the recipe leaves it open; None where another
+    process decides."""
+    judged = recipe.budget
+    if isinstance(dit.checkpoint, OnnxSource):
+        judged = None
+        log.warning(
+            "an ONNX model has no gradients: speed decides on its linears, and no error is held against it"
+        )
+    found = candidates(dit.groups, recipe.sparsity, gpus, by_speed=judged is None)
+    nodes, everything = found.nodes, found.everything()
+    plan = None if found.open else found.plan({})
+    if judged is not None and plan is None:
+        require_speed(found, judged)
+    statistics = stages.run(
+        CALIBRATE,
+        Statistics,
+        lambda progress: calibrate(dit, everything, recording, recipe, outputs.cache / "statistics", progress),
+        dit.digest, *recorded, recipe.calibration.tokens_per_call, recipe.calibration.seed,
+        recipe.sparsity.uses_norm_scale, measurements(everything), shared=True,
+    )  # fmt: skip
+    files = stages.run(
+        COMPENSATE,
+        tuple[Path, ...],
+        lambda progress: compensate(
+            dit, everything, statistics, recipe.sparsity, outputs.cache / "weights", progress
+        ),
+        # The costs count through what they decide.
+        stages.key(CALIBRATE), recipe.sparsity.model_copy(update={"costs": None}), _forms(nodes),
+        reads=(CALIBRATE,), shared=True,
+    )  # fmt: skip
+    if not parallel.is_first():
+        dit.release()
+        return None  # what follows is one process's work
+    solved = dict(zip(nodes, files, strict=True))
+    if judged is None or plan is not None:
+        assert plan is not None, "speed leaves nothing open"
+        weights, by = _tuned(recipe, dit, plan, solved, statistics, recording, outputs, stages)
+        return _Decided(plan, tuple(weights.values()), by)
+    sensitivities = stages.run(
+        SENSITIVITY,
+        Sensitivities,
+        lambda progress: sensitivity(
+            dit, nodes, files, recording, recipe, outputs.cache / "sensitivity", stages.key(SENSITIVITY), progress
+        ),
+        stages.key(COMPENSATE), *recorded, recipe.calibration.seed, _forms(nodes),
+        reads=(COMPENSATE,),
+    )  # fmt: skip
+    selection = choose(found, sensitivities, judged, tuned=is_tuned(dit, everything, recipe))
+    order = tuple((step.group, step.after.form) for step in selection.steps)
+    drawn = Drawn(recipe, outputs.cache / "converted", dit.component) if judged.min_psnr is not None else None
+    taken = len(order)
+    if drawn is not None:
+        taken = stages.run(
+            SELECT,
+            int,
+            lambda progress: within_psnr(selection, solved, drawn, progress),
+            stages.key(SENSITIVITY), *recorded, order, judged, recipe.call, recipe.compare,
+            reads=(COMPENSATE,),
+        )  # fmt: skip
+    weights, by = _tuned(recipe, dit, selection.plan(taken), solved, statistics, recording, outputs, stages)
+    verified = stages.run(
+        VERIFY,
+        Verified,
+        lambda progress: verify(
+            dit, selection, taken, solved, weights if TUNE in by else None, recording, drawn, progress
+        ),
+        *map(stages.key, by), stages.key(SENSITIVITY), order, taken, judged, recipe.call, recipe.compare,
+        reads=by,
+    )  # fmt: skip
+    by = (*dict.fromkeys((COMPENSATE, *by)), VERIFY)
+    return _Decided(selection.plan(verified.taken), verified.weights, by, selection, verified)
+
+
+def _tuned(
+    recipe: Recipe,
+    dit: DiT,
+    plan: SparsityPlan,
+    solved: Mapping[SparseGroup, Path],
+    statistics: Statistics,
+    recording: Recording,
+    outputs: Outputs,
+    stages: Stages,
+) -> tuple[dict[SparseGroup, Path], tuple[StageVersion, ...]]:
+    """The weights of a plan's groups, tuned if the recipe wants it, and the stage that wrote them."""
+    weights = [solved[group] for group in plan.groups]
+    if not is_tuned(dit, plan, recipe):
+        return dict(zip(plan.groups, weights, strict=True)), (COMPENSATE,)
+    blocks = outputs.cache / "tuned"
+    tuned = stages.run(
+        TUNE,
+        Tuned,
+        lambda progress: tune(
+            dit, plan, weights, statistics, recording, recipe, blocks, stages.key(TUNE), progress
+        ),
+        stages.key(COMPENSATE), recipe.compensation, recipe.calibration.seed, recipe.calibration.memory_gib,
+        _forms(plan.groups), reads=(CALIBRATE, COMPENSATE),
+    )  # fmt: skip
+    return dict(zip(plan.groups, tuned.weights, strict=True)), (TUNE,)
+
+
+def _forms(nodes: Sequence[SparseGroup]) -> tuple[tuple[tuple[str, ...], Form], ...]:
+    """Of what stages work on, what their results depend on."""
+    return tuple((tuple(linear.path for linear in node.linears), node.form) for node in nodes)
 
 
 def _dense(dit: DiT, path: Path) -> DenseOnnx:

@@ -67,7 +67,7 @@ def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
-DEFAULT_OUTPUT_ERROR = 0.02  # of a recipe without a budget
+DEFAULT_OUTPUT_ERROR = 0.015  # of a recipe without a budget
 DEFAULT_PROMPTS = Path(__file__).resolve().parent / "data" / "prompts.txt"  # by tools/write_prompts.py
 
 
@@ -204,11 +204,11 @@ class Sparsity(Strict):
     """What becomes sparse and how its error is repaired (see ``compensate``).
 
     ``operand``: what is 2:4. ``activation`` prunes the input while the model runs, ``weight`` the weights, once, at
-    compile time; ``auto`` takes the faster of both, dense where neither is faster than that (speed decides;
-    it is ``activation`` alone where the recipe asks for what only that has: ``paper`` or ``none``, a rank, the
-    scale); or a mapping of globs over module paths to one of these or ``none`` (dense), of which the first that
-    matches a linear counts, ``auto`` where none does. Quote globs that begin with a *. ``none``: nothing is 2:4; in FP8
-    such a linear is still faster than as it was. What is to stay as it was is for ``exclude``.
+    compile time; ``auto`` leaves it to the ``budget``, which may keep a linear dense (it is ``activation`` alone where
+    the recipe asks for what only that has: ``paper`` or ``none``, a rank, the scale); or a mapping of globs over module
+    paths to one of these or ``none`` (dense), of which the first that matches a linear counts, ``auto`` where none
+    does. Quote globs that begin with a *. ``none``: nothing is 2:4; in FP8 such a linear is still faster than as it
+    was. What is to stay as it was is for ``exclude``.
     ``precision``: what linears multiply in: ``fp8``; ``bf16`` or ``fp16``, which must be the model's dtype; or
     ``auto``, the faster of both where every GPU that the engine is for runs the FP8 kernels, and nothing is asked for
     that they have not (``paper``, a rank, the scale).

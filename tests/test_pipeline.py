@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from lynx_compile.errors import InputError, StageError
 from lynx_compile.files.progress import Progress
 from lynx_compile.models.checkpoint import Checkpoint
 from lynx_compile.ops.functions import DOMAIN
+from lynx_compile.passes import sensitivity as passes_sensitivity
+from lynx_compile.passes.budget import TUNED
 from lynx_compile.passes.rewrite import LynxOnnx
 from lynx_compile.passes.target import target_of
 from lynx_compile.recipe import load_recipe
@@ -181,6 +184,39 @@ def test_costs_run_again_what_they_decide_otherwise(project: Path, monkeypatch: 
     assert reasons["transformer_blocks.0.attn.add_q_proj"] == (
         "would be 0.92x as fast as dense (8 x 64 -> 192, gpu.json)"
     )
+
+
+def test_the_budget_decides_on_what_the_recipe_leaves_open(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages up to the export; another budget only selects anew, and is measured anew."""
+
+    def refuse(*arguments: object) -> None:
+        raise StageError("export", "there is none here.", "Do without.")
+
+    monkeypatch.setattr(pipeline, "export", refuse)
+    monkeypatch.setattr(passes_sensitivity, "ROWS", 8)
+    recipe = project / "tiny.yaml"
+    text = recipe.read_text().replace("tune: false", "tune: blockwise\n  steps: 2")
+
+    def stages_run(budget: str, more: str = "") -> list[str]:
+        recipe.write_text(text.replace("budget: false", f"budget: {budget}"))
+        return _stages_run(project, more)
+
+    first = ["capture", "calibrate", "compensate", "sensitivity", "tune", "verify", "export"]
+    assert stages_run("{}") == first
+    assert stages_run("{max_output_error: 0.002}") == ["tune", "verify", "export"]
+    log = (project / "out" / "tiny.log").read_text()
+    predicted, solved, tuned = (
+        float(found) for found in re.findall(r"0\.\d+ (?=predicted|solved|tuned)", log)
+    )
+    assert tuned <= 0.002 and predicted <= 0.002 / TUNED and solved == pytest.approx(predicted, rel=0.5)
+    assert stages_run("{max_output_error: 0.002}") == ["export"]
+    assert stages_run("{min_speed: 1.1}") == ["tune", "verify", "export"]
+    with pytest.raises(InputError, match=r"min_speed is 1.5, and the fastest forms .* 1.40x as fast"):
+        stages_run("{min_speed: 1.5}")
+    fixed = "sparsity: {operand: weight}\n"
+    assert stages_run("false", fixed) == ["compensate", "tune", "export"], "it is not asked"
 
 
 def test_a_missing_cost_table_ends_before_anything_is_measured(project: Path) -> None:

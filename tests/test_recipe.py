@@ -507,6 +507,53 @@ def test_limits_are_read(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("sections", "limit"),
+    [
+        ("", ("max_output_error", 0.015)),
+        ("budget: {}", ("max_output_error", 0.015)),
+        ("budget: {max_output_error: 0.01}", ("max_output_error", 0.01)),
+        ("budget: {min_psnr: 35}", ("min_psnr", 35.0)),
+        ("budget: {min_speed: 2}", ("min_speed", 2.0)),
+        ("budget: false", None),
+        ("budget: 'off'", None),
+        ("sparsity: {operand: {'*.ff.*': weight}}\nbudget: {min_speed: 1.5}", ("min_speed", 1.5)),
+    ],
+)
+def test_budgets(tmp_path: Path, sections: str, limit: tuple[str, float] | None) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE.replace("budget: false\n", "") + sections + "\n")
+    budget = load_recipe(path).budget
+    assert (budget and budget.limit) == limit
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            "budget: {max_eror: 0.1}",
+            "unknown key 'budget.max_eror'. Did you mean 'max_output_error'?",
+        ),
+        ("budget: {max_output_error: 1.5}", "'budget.max_output_error' is wrong"),
+        ("budget: {min_speed: 0.5}", "'budget.min_speed' is wrong"),
+        ("budget: {max_output_error: 0.1, min_speed: 2}", "give one of max_output_error and min_speed"),
+        ("budget: 0.02", "'budget' is wrong: it should be a section"),
+        ("sparsity: {operand: weight}\nbudget: {min_psnr: 35}", "the recipe fixes what is 2:4"),
+        ("sparsity: {method: paper}\nbudget: {}", "set operand: auto, or remove 'budget'"),
+    ],
+)
+def test_wrong_budgets(tmp_path: Path, sections: str, message: str) -> None:
+    text = RECIPE.replace("budget: false\n", "") + sections + "\n"
+    assert message in _error(tmp_path, text)
+
+
+def test_a_budget_needs_gradients_or_a_pipeline(tmp_path: Path) -> None:
+    onnx = "model:\n  onnx: model.onnx\ncalibration: {recording: calls}\n"
+    assert "no gradients to tell its output" in _error(tmp_path, onnx + "budget: {min_speed: 2}\n")
+    recorded = "model:\n  source: model\ncalibration: {recording: calls}\n"
+    assert "a recording has no pipeline" in _error(tmp_path, recorded + "budget: {min_psnr: 35}\n")
+
+
 def test_a_recipe_without_prompts_has_those_of_the_package(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("model:\n  source: model\n")

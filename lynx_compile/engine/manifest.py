@@ -298,6 +298,16 @@ class Budget(Strict):
     stepped_back: tuple[str, ...]
     linears: tuple[LinearChoice, ...]
 
+    @property
+    def summary(self) -> str:
+        """A line for people."""
+        measured = self.error.solved if self.error.tuned is None else self.error.tuned
+        found = (
+            f"  {self.speed:.2f}x on the blocks' linears, output error {self.error.predicted:.4f} predicted"
+        )
+        found += f", {measured:.4f} measured" if measured is not None else ""
+        return f"{found} ({self.limit} {self.value:g})"
+
 
 class Manifest(Strict):
     """All about an engine. ``inputs`` are those that a caller gives, without ``weights.tensors``.
@@ -409,6 +419,7 @@ class Manifest(Strict):
                 f"{self.engine.file}: {megabytes:.1f} MB, {self.dtype}, for {', '.join(self.gpus)}",
                 f"  {sparse} linears in {self.plugin_layers} plugin layers, {len(self.dense)} dense",
                 *([expected] if expected else []),
+                *([self.budget.summary] if self.budget else []),
                 f"  {self.backend.name} {self.backend.version}, weights {self.weights.mode}",
             ]
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -93,6 +94,21 @@ def substitute(module: torch.nn.Module, linears: Mapping[str, TunedLinear]) -> l
         linear.forward = tuned.on_channels if is_pointwise(linear) else tuned.forward
         changed.append(linear)
     return changed
+
+
+def node_linears(
+    path: Path, device: torch.device, dtype: torch.dtype = torch.float32
+) -> dict[str, TunedLinear]:
+    """Modules of a node's linears by path, from its file; they take no gradients."""
+    weights = load_weights(path)
+    moved: dict[str, Any] = {
+        name: tensor.to(device) for name, tensor in vars(weights).items() if isinstance(tensor, torch.Tensor)
+    }
+    found = {}
+    for linear, rows in split(replace(weights, **moved)).items():
+        down = None if rows.lora_down is None else torch.nn.Parameter(rows.lora_down)
+        found[linear] = TunedLinear(rows, down).to(dtype=dtype).requires_grad_(False)
+    return found
 
 
 def split(weights: SparseLinearWeights) -> dict[str, Rows]:

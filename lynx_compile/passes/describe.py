@@ -13,10 +13,16 @@ from lynx_compile.engine import trt
 from lynx_compile.engine.arguments import dtype_of, flatten
 from lynx_compile.engine.manifest import (
     FORMAT_VERSION,
+    AtOutput,
+    AtSteps,
     BackendVersion,
+    Budget,
     Call,
+    CandidateForm,
     DenseLinear,
     EngineFile,
+    HalfOfSteps,
+    LinearChoice,
     Manifest,
     Plugin,
     Source,
@@ -33,6 +39,9 @@ from lynx_compile.passes.rewrite import LynxOnnx, SparseNode
 if TYPE_CHECKING:
     from lynx_compile.files.resume import Cost
     from lynx_compile.models.dit import DiT
+    from lynx_compile.passes.budget import Selection
+    from lynx_compile.passes.select import Decision, Open
+    from lynx_compile.passes.verify import Verified
     from lynx_compile.recipe import Recipe
 
 
@@ -44,12 +53,15 @@ def describe(
     built: BuiltEngine,
     written: Mapping[str, Written],
     costs: Mapping[str, Cost] | None = None,
+    selection: Selection | None = None,
+    verified: Verified | None = None,
 ) -> Manifest:
     """The manifest of an engine that ``build`` has made.
 
     Args:
         written: the files of ``lynx`` and ``built`` by their names, as they were written.
         costs: of the stages, in their order.
+        selection, verified: what a budget decided, and what was measured of it.
     """
     names = {tensor.name for tensor in built.inputs}
     assert names.issuperset(lynx.external_inputs), "build checks it"
@@ -92,6 +104,56 @@ def describe(
             if name not in (built.path.name, built.plugin.name)
         ),
         stages=tuple(Stage(name=name, **asdict(cost)) for name, cost in (costs or {}).items()),
+        budget=_budget(selection, verified) if selection is not None and verified is not None else None,
+    )
+
+
+def _budget(selection: Selection, verified: Verified) -> Budget:
+    key, value = selection.limit
+    plan = selection.plan(verified.taken)
+    whole = asdict(verified.whole)
+    chosen = {decision.linear.path: decision for decision in plan.decisions}
+    return Budget(
+        limit=key,
+        value=value,
+        speed=selection.speed(verified.taken),
+        error=AtOutput(**{name: whole[name] for name in AtOutput.model_fields}),
+        psnr=verified.psnr,
+        calls=verified.calls,
+        steps=tuple(AtSteps(**asdict(steps)) for steps in verified.steps),
+        halves=tuple(
+            HalfOfSteps(first=steps.start, last=steps.stop - 1, speed=speed)
+            for steps, speed in selection.halves(verified.taken)
+        ),
+        stepped_back=tuple(
+            linear.path
+            for name in verified.stepped_back
+            for linear in selection.candidates.open[name].linears
+        ),
+        linears=tuple(
+            _choice(selection, open_, chosen[linear.path])
+            for open_ in selection.candidates.open.values()
+            for linear in open_.linears
+        ),
+    )
+
+
+def _choice(selection: Selection, open_: Open, decision: Decision) -> LinearChoice:
+    options = sorted((*open_.options, *open_.beaten), key=lambda option: option.gain)
+    return LinearChoice(
+        linear=decision.linear.path,
+        candidates=tuple(
+            CandidateForm(
+                operand=option.form.operand,
+                fp8=option.form.fp8,
+                gain=option.gain,
+                measured=option.measured,
+                error=selection.alone(decision.linear.path, option.form),
+            )
+            for option in options
+        ),
+        chosen=[option.form for option in options].index(decision.form),
+        reason=decision.reason,
     )
 
 

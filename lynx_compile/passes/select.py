@@ -141,20 +141,21 @@ class Candidates:
         """All ``nodes``, for the passes that measure and solve them."""
         return SparsityPlan((), self.nodes)
 
-    def speed(self, plan: SparsityPlan) -> float:
-        """How many times as fast as dense the linears of the blocks are together, those that stay dense included."""
-        gains = {
-            linear: group.gain or self.choice.gain(group, group.form)[0]
-            for group in plan.groups
-            for linear in group.linears
-        }
-        dense = sparse = 0.0
-        for group in self.groups:
+    def microseconds(self) -> tuple[float, float]:
+        """Of the blocks' linears together: all dense, and with what is fixed, the open ones dense."""
+        dense = left = 0.0
+        for group, fixed in zip(self.groups, self.fixed, strict=True):
+            nodes = self.choice.split(group, list(fixed))
+            gains = {
+                linear: node.gain or self.choice.gain(node, node.form)[0]
+                for node in nodes
+                for linear in node.linears
+            }
             for linear in group.linears:
                 if linear.refusal is None:
                     time = _microseconds(group, linear)
-                    dense, sparse = dense + time, sparse + time / gains.get(linear, 1.0)
-        return dense / sparse if sparse else 1.0
+                    dense, left = dense + time, left + time / gains.get(linear, 1.0)
+        return dense, left
 
 
 def select(groups: tuple[LinearGroup, ...], sparsity: Sparsity, gpus: tuple[str, ...] = ()) -> SparsityPlan:

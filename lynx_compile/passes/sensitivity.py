@@ -8,7 +8,7 @@ and form, over |y_dense|. The square's mean over rows is the squared relative er
 linears is that of a plan, with what their errors have in common.
 
 Memory: the model, one block's activations (blocks are computed again on the way back), what every block is given, and
-one node's solved weights; those of all nodes where ``calibration.memory_gib`` holds them.
+a few nodes' solved weights in float32; those of all nodes where ``calibration.memory_gib`` holds them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,17 +37,19 @@ from lynx_compile.models.blocks import block_paths
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Call, Recording
 from lynx_compile.models.structure import is_pointwise
-from lynx_compile.passes.block_weights import split
+from lynx_compile.passes.block_weights import node_linears
 from lynx_compile.passes.calibrate import replay
-from lynx_compile.passes.compensate import load_weights
 from lynx_compile.passes.select import SparseGroup
 from lynx_compile.passes.states import held_out_of, weight_of
 from lynx_compile.recipe import Recipe
-from lynx_compile.solve.tune import TunedLinear
+from lynx_compile.solve.tune import TunedLinear, differentiable_attention
 
 SENSITIVITY = StageVersion("sensitivity", 1, ("torch", "diffusers", "transformers"))
-CALLS = 64  # that are probed, spread over steps, branches and samples
-ROWS = 256  # at least: an error's standard deviation is then 4 % of it
+FEWEST, MOST = 32, 128  # calls that are probed, spread over steps, branches and samples
+ROWS = (
+    256  # wanted, a row for each sample of a call and probe: an error's standard deviation is then 4 % of it
+)
+AT_ONCE = 8  # nodes in memory, where it does not hold all
 
 log = logging.getLogger(__name__)
 
@@ -63,17 +65,14 @@ class Rows:
     weights: torch.Tensor
     steps: torch.Tensor
 
-    def squares(self) -> torch.Tensor:
-        """Squared relative error at the output of every column alone, [columns]."""
-        return (self.weights[:, None] * self.adds.square()).sum(0) / self.weights.sum()
+    def error(self, adds: torch.Tensor) -> float:
+        """Relative error at the output of what adds so much in every row, [rows]: a column, or a sum of columns."""
+        return float(((self.weights * adds.square()).sum() / self.weights.sum()) ** 0.5)
 
-    def error(self, columns: Sequence[int], steps: range | None = None) -> float:
-        """Relative error at the output of all these columns together, at some steps or all."""
-        inside = torch.ones_like(self.steps, dtype=torch.bool)
-        if steps is not None:
-            inside = (self.steps >= steps.start) & (self.steps < steps.stop)
-        together = self.adds[:, list(columns)].sum(1).square()
-        return float(((self.weights * together)[inside].sum() / self.weights[inside].sum()) ** 0.5)
+    def at(self, steps: range) -> Rows:
+        """The rows of some denoising steps."""
+        inside = (self.steps >= steps.start) & (self.steps < steps.stop)
+        return Rows(self.adds[inside], self.weights[inside], self.steps[inside])
 
 
 @dataclass(frozen=True)
@@ -110,9 +109,11 @@ def sensitivity(
         StageError: an error is not finite.
     """
     columns = columns_of(nodes)
-    calls = probed_calls(recording, dit.calls.calls, recipe.calibration.seed)
+    wanted = min(max(-(-ROWS // recipe.calibration.batch), FEWEST), MOST)
+    calls = probed_calls(recording, dit.calls.calls, recipe.calibration.seed, wanted)
     last = max(call.step for call in dit.calls.calls)
     solved = Solved(nodes, weights, next(dit.module.parameters()).device, recipe.calibration.memory_gib)
+    least = -(-ROWS // len(calls)) if solved.fit else 1  # reading them is what takes time
     dit.module.requires_grad_(False)
     parts: list[Rows] = []
     with probed(dit.module, columns, solved) as probe:
@@ -122,7 +123,7 @@ def sensitivity(
             adds = _load(path, key)
             if adds is None:
                 choice = torch.Generator().manual_seed(recipe.calibration.seed * len(calls) + number)
-                adds = probe(partial(_output, dit, recording, call), choice, -(-ROWS // len(calls)))
+                adds = probe(partial(_output, dit, recording, call), choice, least)
                 if not adds.isfinite().all():
                     raise StageError(
                         "sensitivity",
@@ -143,7 +144,7 @@ def columns_of(nodes: Sequence[SparseGroup]) -> tuple[tuple[int, str], ...]:
     return tuple((number, linear.path) for number, node in enumerate(nodes) for linear in node.linears)
 
 
-def probed_calls(recording: Recording, calls: Sequence[Call], seed: int, most: int = CALLS) -> list[Call]:
+def probed_calls(recording: Recording, calls: Sequence[Call], seed: int, most: int) -> list[Call]:
     """Calls that are not held out, in turn of every step and branch, of samples drawn at random."""
     out = held_out_of(recording, calls)
     left = [call for number, call in enumerate(calls) if number not in out] or list(calls)
@@ -158,31 +159,22 @@ def probed_calls(recording: Recording, calls: Sequence[Call], seed: int, most: i
 
 
 class Solved:
-    """The solved linears of nodes, as modules by their columns: kept where they fit, else made anew when asked for."""
+    """The solved linears of nodes, as modules by their columns: kept where they fit, else read when asked for."""
 
     def __init__(
         self, nodes: Sequence[SparseGroup], paths: Sequence[Path], device: torch.device, memory_gib: float
     ) -> None:
-        self._paths, self._device = tuple(paths), device
         size = sum(4 * linear.in_channels * linear.out_channels for node in nodes for linear in node.linears)
-        self._keep = size <= memory_gib * 2**30
-        self._kept: dict[tuple[int, str], TunedLinear] = {}
+        self.fit = size <= memory_gib * 2**30
+        # A node's linears are asked for one after the other, each in all forms.
+        self._node = lru_cache(None if self.fit else AT_ONCE)(
+            lambda number: node_linears(paths[number], device)
+        )
 
     def linear(self, column: tuple[int, str]) -> TunedLinear:
         """The module of a node's linear."""
-        if column not in self._kept:
-            made = self._made(column[0])
-            if not self._keep:
-                return made[column]
-            self._kept |= made
-        return self._kept[column]
-
-    def _made(self, number: int) -> dict[tuple[int, str], TunedLinear]:
-        made = {}
-        for path, rows in split(load_weights(self._paths[number])).items():
-            down = None if rows.lora_down is None else torch.nn.Parameter(rows.lora_down)
-            made[number, path] = TunedLinear(rows, down).to(self._device).requires_grad_(False)
-        return made
+        number, path = column
+        return self._node(number)[path]
 
 
 Run = Callable[[], tuple[torch.Tensor, ...]]  # one call with gradients: the output's tensors
@@ -222,6 +214,7 @@ def probed(
         return torch.cat(rows)
 
     with ExitStack() as stack:
+        stack.enter_context(differentiable_attention())
         for path in block_paths(module):
             block = module.get_submodule(path)
             again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

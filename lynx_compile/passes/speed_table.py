@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -220,6 +221,16 @@ class CostTable:
         of measured shapes this is linear interpolation. Outside of the measured range of one of the sizes
         it is the neighbours' lowest gain, and None further out than ``REACH`` times.
         """
+        asked = tokens, channels, out_channels, form, rank
+        if asked not in self._known:  # a model's blocks are alike
+            self._known[asked] = self._gain(*asked)
+        return self._known[asked]
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, int, int, Form, int], float | None]:
+        return {}
+
+    def _gain(self, tokens: int, channels: int, out_channels: int, form: Form, rank: int) -> float | None:
         here = _logarithms(tokens, channels, out_channels)
         gains: dict[tuple[float, ...], float] = {}
         for result in self.results:

@@ -194,7 +194,7 @@ def fit(
     if not _parameters(linears):
         error = block_error(module, held_out, effort.states)
         return Outcome(error, error, 0, 0.0)
-    with _differentiable_attention():
+    with differentiable_attention():
         run = _Fit(module, linears, train, held_out, effort, shelf)
         while run.step < run.total and run.worse < MOST_WORSE:
             run.take_step()
@@ -284,7 +284,7 @@ class _Fit:
 
 
 @contextmanager
-def _differentiable_attention() -> Iterator[None]:
+def differentiable_attention() -> Iterator[None]:
     """Without cuDNN's attention, whose backward pass fails in torch 2.11 (illegal memory access)."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure what the budget predicted, and step back until it holds: nothing over the budget is shipped silently.
+
+The model with the plan's weights is run on calls held out, or draws images where the budget is ``min_psnr``. Where that
+is over the limit, steps of the knapsack are taken back, the last one first, as many as the prediction says are too
+many: a node returns to its next safer form, as it was solved; the others keep what tuning made of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lynx_compile.engine.arguments import flatten
+from lynx_compile.errors import InputError
+from lynx_compile.files.progress import Progress
+from lynx_compile.files.resume import StageVersion
+from lynx_compile.models.dit import DiT
+from lynx_compile.models.recording import Call, Recording
+from lynx_compile.passes.block_weights import node_linears, substituted
+from lynx_compile.passes.budget import Selection
+from lynx_compile.passes.calibrate import replay
+from lynx_compile.passes.select import SparseGroup
+from lynx_compile.passes.states import held_out_of, weight_of
+from lynx_compile.solve.tune import TunedLinear
+
+SELECT = StageVersion("select", 1, ("torch", "diffusers", "transformers"))
+VERIFY = StageVersion("verify", 1, ("torch", "diffusers", "transformers"))
+CALLS = 64  # held out, that are measured at most
+QUARTERS = 4  # ranges of denoising steps that errors are told by
+ROOM = 0.75  # of the limit: an error below it leaves room that is worth a word
+
+Weights = Mapping[SparseGroup, Path]
+Psnr = Callable[
+    [Mapping[str, TunedLinear]], float
+]  # of images that the pipeline draws with these linears, dB
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AtSteps:
+    """Relative error of the model's output at the denoising steps from ``first`` to ``last``.
+
+    ``predicted`` and ``solved``: of the solved weights. ``tuned``: None where nothing was tuned.
+    """
+
+    first: int
+    last: int
+    predicted: float
+    solved: float | None
+    tuned: float | None
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What holds: so many steps of the selection are ``taken``, and ``weights`` are those of that plan's groups.
+
+    ``whole``: the error over all steps, and ``steps`` by ranges of them. ``calls``: that were held out, and measured.
+    ``stepped_back``: the groups that lost a form.
+    """
+
+    taken: int
+    weights: tuple[Path, ...]
+    whole: AtSteps
+    steps: tuple[AtSteps, ...]
+    calls: int
+    psnr: float | None
+    stepped_back: tuple[str, ...]
+
+
+def within_psnr(selection: Selection, solved: Weights, psnr: Psnr, progress: Progress) -> int:
+    """So many steps as leave the images ``min_psnr``, with the solved weights: by halving, for it falls with them."""
+    holds, fails = 0, len(selection.steps) + 1
+    looks = 0
+    while fails - holds > 1:
+        middle = (holds + fails) // 2
+        value = psnr(linears_of(selection, middle, solved, torch.device("cpu")))
+        looks += 1
+        progress("plans drawn with", looks, looks + (fails - holds - 1).bit_length())
+        log.info("%d of %d steps: PSNR %.1f dB", middle, len(selection.steps), value)
+        holds, fails = (middle, fails) if value >= selection.limit[1] else (holds, middle)
+    return holds
+
+
+def verify(
+    dit: DiT,
+    selection: Selection,
+    taken: int,
+    solved: Weights,
+    tuned: Weights | None,
+    recording: Recording,
+    psnr: Psnr | None,
+    progress: Progress,
+) -> Verified:
+    """Measure the plan of so many steps, and of fewer until the budget holds.
+
+    Args:
+        solved: of every node that could be. tuned: of the plan's, if they are.
+        psnr: draws images; None where the budget does not ask for it.
+
+    Raises:
+        InputError: the budget leaves no linear to change, or what the recipe fixes is over it.
+    """
+    key, value = selection.limit
+    held_out = HeldOut(dit, recording, progress)
+    at = held_out.device, held_out.dtype
+    weights = {**solved, **(tuned or {})}
+    start, drawn = taken, None
+    while True:
+        plan = selection.plan(taken)  # refuses one in which nothing changes
+        squares = held_out.squares(linears_of(selection, taken, weights, *at))
+        error = held_out.error(squares)
+        if psnr is not None:
+            drawn = psnr(linears_of(selection, taken, weights, torch.device("cpu")))
+        if drawn is not None:
+            share = 10 ** ((drawn - value) / 20)
+        else:
+            share = value / max(error, 1e-30) if key == "max_output_error" else 1.0
+        if share >= 1:
+            break
+        if not taken:
+            raise InputError(
+                f"What the recipe fixes is over the budget ({key} {value:g}) by itself: it errs by {error:.4f}.",
+                "Leave more to auto in sparsity.operand, or allow more.",
+            )
+        fewer = selection.fewer(taken, share)
+        log.info(
+            "%d steps are over the budget (output error %.4f%s): back to %d", taken, error,
+            f", PSNR {drawn:.1f} dB" if drawn is not None else "", fewer,
+        )  # fmt: skip
+        taken = fewer
+    before = squares if tuned is None else held_out.squares(linears_of(selection, taken, solved, *at))
+
+    def errors(steps: range) -> AtSteps:
+        after = held_out.error(squares, steps) if tuned is not None else None
+        return AtSteps(
+            steps.start, steps.stop - 1, selection.error(taken, steps), held_out.error(before, steps), after
+        )
+
+    ranges = selection.ranges(QUARTERS)
+    whole = errors(range(ranges[0].start, ranges[-1].stop))
+    back = tuple(dict.fromkeys(step.group for step in selection.steps[taken:start]))
+    _say(selection, taken, whole, error, back)
+    return Verified(
+        taken,
+        tuple(weights[group] for group in plan.groups),
+        whole,
+        tuple(errors(steps) for steps in ranges),
+        len(held_out.calls),
+        drawn,
+        back,
+    )
+
+
+def linears_of(
+    selection: Selection,
+    taken: int,
+    weights: Weights,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, TunedLinear]:
+    """The linears of a plan that change, by path: as many weights as the model has there, once more."""
+    found: dict[str, TunedLinear] = {}
+    for group in selection.plan(taken).groups:
+        found |= node_linears(weights[group], device, dtype)
+    return found
+
+
+class HeldOut:
+    """The calls held out, what the dense model returns in them, and what other linears make of that."""
+
+    def __init__(self, dit: DiT, recording: Recording, progress: Progress, most: int = CALLS) -> None:
+        calls = dit.calls.calls
+        found = sorted(held_out_of(recording, calls))
+        self.calls: list[Call] = [calls[number] for number in found[:: -(-len(found) // most)]]
+        like = next(p for p in dit.module.parameters() if p.is_floating_point())
+        self.device, self.dtype = like.device, like.dtype
+        self._run = partial(_outputs, dit, recording)
+        self._progress = partial(progress, "calls held out")
+        self._module = dit.module
+        last = max(call.step for call in calls)
+        self._weights = torch.tensor([weight_of(call, last) for call in self.calls], dtype=torch.float64)
+        self._dense = [self._run(call) for call in self.calls]
+
+    def squares(self, linears: Mapping[str, TunedLinear]) -> torch.Tensor:
+        """|y - y_dense|^2 / |y_dense|^2 of every call with ``linears``, [calls]."""
+        found = []
+        with substituted(self._module, linears):
+            for number, (call, dense) in enumerate(zip(self.calls, self._dense, strict=True)):
+                self._progress(number, len(self.calls))
+                lost = float((self._run(call) - dense).square().sum())
+                found.append(lost / max(float(dense.square().sum()), 1e-30))
+        self._progress(len(self.calls), len(self.calls))
+        return torch.tensor(found, dtype=torch.float64)
+
+    def error(self, squares: torch.Tensor, steps: range | None = None) -> float:
+        """Relative error at the output, at some denoising steps or all; weighed as tuning weighs calls."""
+        inside = torch.tensor([steps is None or call.step in steps for call in self.calls])
+        weights = self._weights * inside
+        return float(((weights * squares).sum() / weights.sum().clamp_min(1e-30)) ** 0.5)
+
+
+def _outputs(dit: DiT, recording: Recording, call: Call) -> torch.Tensor:
+    """All that the call returns, in a row."""
+    result = flatten(replay(dit, recording.arguments(call)), "output")
+    return torch.cat([t.flatten().double().cpu() for t in result.tensors.values() if t.is_floating_point()])
+
+
+def _say(selection: Selection, taken: int, whole: AtSteps, error: float, back: tuple[str, ...]) -> None:
+    """The budget's outcome in the log."""
+    key, value = selection.limit
+    log.info(
+        "budget %s %g: %.2fx on the blocks' linears; output error %.4f predicted, %.4f solved%s",
+        key, value, selection.speed(taken), whole.predicted, whole.solved or 0.0,
+        f", {whole.tuned:.4f} tuned" if whole.tuned is not None else "",
+    )  # fmt: skip
+    if back:
+        log.warning(
+            "over the budget when measured, so safer forms for %d nodes: %s", len(back), ", ".join(back)
+        )
+    if key == "max_output_error" and error < ROOM * value:
+        more = value * whole.predicted / error
+        if (speed := selection.speed_at(more)) > selection.speed(taken):
+            log.info(
+                "the error is far below the %g allowed: with max_output_error: %.3f the linears would be %.2fx as "
+                "fast, and the error again about %g", value, more * selection.mended, speed, value,
+            )  # fmt: skip
+    parts = [f"{speed:.2f}x for steps {s.start} to {s.stop - 1}" for s, speed in selection.halves(taken)]
+    if parts:
+        log.info("two engines would be %s, with the same error in each", " and ".join(parts))

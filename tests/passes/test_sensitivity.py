@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Probes of the tiny FLUX against one linear at a time, and what is measured of a plan that they chose."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lynx_compile.errors import InputError
+from lynx_compile.files.progress import no_progress
+from lynx_compile.models.dit import DiT
+from lynx_compile.models.recording import Recording
+from lynx_compile.passes import sensitivity as passes_sensitivity
+from lynx_compile.passes.block_weights import node_linears, substituted
+from lynx_compile.passes.budget import Selection, choose
+from lynx_compile.passes.calibrate import calibrate, replay
+from lynx_compile.passes.compensate import compensate
+from lynx_compile.passes.describe import _budget
+from lynx_compile.passes.select import SparseGroup, SparsityPlan, candidates, select
+from lynx_compile.passes.sensitivity import Sensitivities, probed_calls, sensitivity
+from lynx_compile.passes.states import held_out_of, weight_of
+from lynx_compile.passes.verify import HeldOut, Verified, linears_of, verify, within_psnr
+from lynx_compile.recipe import Budget, Recipe, Sparsity, load_recipe
+from lynx_compile.solve.tune import TunedLinear
+from tests.conftest import open_dit
+
+CPU = torch.device("cpu")
+FEWER = ("*_context*", "*.add_*", "*.to_add_out")
+OTHER_FORMS = (
+    Sparsity(operand="activation", rank=16, method="paper", exclude=FEWER),
+    Sparsity(operand="none", precision="fp8", exclude=FEWER),
+    Sparsity(operand="activation", precision="fp8", exclude=FEWER),
+)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """2:4 weights of every open linear, and nodes of other forms behind them."""
+
+    recipe: Recipe
+    dit: DiT
+    recording: Recording
+    nodes: tuple[SparseGroup, ...]
+    weights: Mapping[SparseGroup, Path]
+    sensitivities: Sensitivities
+    selection: Selection
+
+    def probe(self, folder: Path, key: str = "key", **changes: Any) -> Sensitivities:
+        given = (self.nodes, tuple(self.weights.values()))
+        nodes, paths = (part[: changes.get("nodes", len(part))] for part in given)
+        progress = changes.get("progress", no_progress)
+        return sensitivity(self.dit, nodes, paths, self.recording, self.recipe, folder, key, progress)
+
+
+@pytest.fixture(scope="module")
+def made(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Probed:
+    folder = tmp_path_factory.mktemp("probed")
+    recipe = load_recipe(tiny / "tiny.yaml")
+    dit, recording = open_dit(recipe)
+    found = candidates(dit.groups, Sparsity(), ("sm80",))
+    nodes, paths = list(found.nodes), []
+    for sparsity in (Sparsity(), *OTHER_FORMS):
+        own = found.nodes if not paths else select(dit.groups, sparsity, ("sm90",)).groups
+        plan = SparsityPlan((), own)
+        changed = recipe.model_copy(update={"sparsity": sparsity})
+        statistics = calibrate(dit, plan, recording, changed, folder / f"{len(paths)}", no_progress)
+        nodes = list(found.nodes) if not paths else [*nodes, *own]
+        paths += compensate(dit, plan, statistics, sparsity, folder / f"w{len(paths)}", no_progress)
+    measured = sensitivity(dit, nodes, paths, recording, recipe, folder / "probed", "key", no_progress)
+    first = tuple(column for column in measured.columns if column[0] < len(found.nodes))
+    selection = choose(found, Sensitivities(measured.path, first), Budget(max_output_error=0.5))
+    weights = dict(zip(nodes, paths, strict=True))
+    return Probed(recipe, dit, recording, tuple(nodes), weights, measured, selection)
+
+
+def test_probes_tell_what_each_linear_and_form_adds(made: Probed) -> None:
+    """Against the model run anew with one linear changed at a time, for all linears and forms."""
+    rows, exact = made.sensitivities.load(), _one_at_a_time(made)
+    found = torch.tensor([rows.error(column) for column in rows.adds.T], dtype=torch.float64)
+    told = exact > 1e-5  # what is smaller drowns in float32
+    found, exact = found[told], exact[told]
+    ratio = found / exact
+    assert len(exact) > 40 and float(exact.max() / exact.min()) > 100, "they differ by far"
+    assert (
+        float((ratio.log().square().mean()).sqrt()) < 0.08
+        and 0.75 < float(ratio.min()) < float(ratio.max()) < 1.3
+    )
+    ranks = torch.stack([found.argsort().argsort(), exact.argsort().argsort()]).double()
+    assert float(torch.corrcoef(ranks)[0, 1]) > 0.98
+
+
+def _one_at_a_time(made: Probed) -> torch.Tensor:
+    """Relative error at the output of every column, on the calls that were probed."""
+    calls = probed_calls(made.recording, made.dit.calls.calls, made.recipe.calibration.seed, 128)
+    weights = torch.tensor([weight_of(call, 3) for call in calls], dtype=torch.float64)
+    arguments = [made.recording.arguments(call) for call in calls]
+    dense = [replay(made.dit, one)[0] for one in arguments]
+    found = []
+    for node, path in made.sensitivities.columns:
+        linear = node_linears(made.weights[made.nodes[node]], CPU)[path]
+        squares = []
+        with substituted(made.dit.module, {path: linear}):
+            for one, y in zip(arguments, dense, strict=True):
+                squares.append(((replay(made.dit, one)[0] - y).norm() / y.norm()) ** 2)
+        found.append(float((weights * torch.stack(squares)).sum() / weights.sum()) ** 0.5)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def test_a_plan_adds_what_was_predicted(made: Probed) -> None:
+    selection = made.selection
+    held_out = HeldOut(made.dit, made.recording, no_progress)
+    assert {call.sample for call in held_out.calls} == {2} and len(held_out.calls) == 4
+    for taken in (len(selection.steps) // 2, len(selection.steps)):
+        linears = linears_of(selection, taken, made.weights, CPU)
+        squares = held_out.squares(linears)
+        assert selection.error(taken) == pytest.approx(held_out.error(squares), rel=0.25)
+        early, late = (held_out.error(squares, steps) for steps in (range(2), range(2, 4)))
+        assert held_out.error(squares) == pytest.approx(
+            ((3.67 * early**2 + 2.33 * late**2) / 6) ** 0.5, rel=0.05
+        )
+    module = made.dit.module
+    assert all("forward" not in vars(module.get_submodule(path)) for path in linears), "put back"
+    assert not any(m._forward_hooks for m in module.modules()), "no hook is left"
+
+
+def test_rows_of_a_batch_are_those_of_its_samples(
+    made: Probed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the batch's samples in one row the same probes tell the same, but for their noise."""
+    monkeypatch.setattr(passes_sensitivity, "ROWS", 8)
+    apart = made.probe(tmp_path / "apart", nodes=2).load()
+    by_samples = passes_sensitivity._by_samples
+    monkeypatch.setattr(
+        passes_sensitivity, "_by_samples", lambda found, n, batch: by_samples(found, n, batch + 1)
+    )
+    together = made.probe(tmp_path / "together", nodes=2).load()
+    assert len(apart.weights) == 16 and len(together.weights) == 8, "one of two samples, one probe a call"
+    summed = apart.adds.reshape(8, 2, -1).sum(1) / 2**0.5
+    assert torch.allclose(summed, together.adds, rtol=1e-6, atol=1e-12)
+    assert float(apart.weights.sum()) == pytest.approx(float(together.weights.sum()))
+
+
+def test_an_interrupted_run_goes_on_to_the_same_rows(
+    made: Probed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes_sensitivity, "ROWS", 8)
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made.probe(tmp_path / "parts", nodes=2, progress=interrupt)
+    assert torch.is_grad_enabled() and len(list((tmp_path / "parts" / "calls").iterdir())) == 5
+    runs: list[int] = []
+    output = passes_sensitivity._output
+    monkeypatch.setattr(passes_sensitivity, "_output", lambda *given: runs.append(1) or output(*given))
+    parts = made.probe(tmp_path / "parts", nodes=2).load()
+    assert len(runs) == 3
+    whole = made.probe(tmp_path / "whole", nodes=2).load()
+    assert torch.equal(parts.adds, whole.adds)
+    runs.clear()
+    made.probe(tmp_path / "parts", key="another", nodes=2)
+    assert len(runs) == 8, "what another key wrote is not taken"
+
+
+def test_weights_that_memory_does_not_hold_are_read_anew_and_probed_once(
+    made: Probed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes_sensitivity, "AT_ONCE", 1)
+    little = made.recipe.calibration.model_copy(update={"memory_gib": 1e-6})
+    small = replace(made, recipe=made.recipe.model_copy(update={"calibration": little}))
+    once = small.probe(tmp_path / "little", nodes=2).load()
+    monkeypatch.setattr(passes_sensitivity, "ROWS", 8)
+    assert torch.equal(once.adds, made.probe(tmp_path / "enough", nodes=2).load().adds)
+
+
+def test_calls_are_spread_over_steps_and_none_is_held_out(made: Probed) -> None:
+    calls = made.dit.calls.calls
+    chosen = probed_calls(made.recording, calls, 0, most=4)
+    assert sorted(call.step for call in chosen) == [0, 1, 2, 3]
+    out = [calls[number] for number in held_out_of(made.recording, calls)]
+    assert not any(call in out for call in probed_calls(made.recording, calls, 0, 128))
+    assert probed_calls(made.recording, calls[:1], 0, 128) == [calls[0]], "better than none"
+
+
+def _verify(made: Probed, selection: Selection, **changes: Any) -> Verified:
+    given = {"taken": len(selection.steps), "tuned": None, "psnr": None} | changes
+    return verify(
+        made.dit, selection, given["taken"], made.weights, given["tuned"], made.recording, given["psnr"],
+        no_progress,
+    )  # fmt: skip
+
+
+def test_what_holds_is_left_as_it_is(made: Probed, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    found = _verify(made, made.selection)
+    taken = len(made.selection.steps)
+    assert found.taken == taken and found.stepped_back == () and found.whole.tuned is None
+    assert found.weights == tuple(made.weights[group] for group in made.selection.plan(taken).groups)
+    assert found.whole.predicted == made.selection.error(taken)
+    assert [(at.first, at.last) for at in found.steps] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    budget = _budget(made.selection, found)
+    assert budget.error.solved == found.whole.solved and len(budget.linears) == 17
+    assert {linear.candidates[linear.chosen].form for linear in budget.linears} == {"2:4 weights"}
+    assert all(linear.candidates[0].error == 0 or linear.candidates[0].gain < 1 for linear in budget.linears)
+    assert "two engines would be" in caplog.text and "over the budget" not in caplog.text
+
+
+def test_over_the_budget_is_stepped_back_and_tuned_weights_stay(
+    made: Probed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = len(made.selection.steps)
+    most = 0.8 * _verify(made, made.selection).whole.solved  # type: ignore[operator]
+    tuned = {
+        group: Path(shutil.copy(made.weights[group], tmp_path)) for group in made.selection.plan(whole).groups
+    }
+    selection = replace(made.selection, limit=("max_output_error", most))
+    found = _verify(made, selection, tuned=tuned)
+    assert 0 < found.taken < whole and found.whole.tuned == found.whole.solved
+    assert found.whole.tuned <= most  # type: ignore[operator]
+    assert found.stepped_back and "over the budget when measured" in caplog.text
+    assert {path.parent for path in found.weights} == {tmp_path}
+    dropped = {step.group for step in selection.steps[found.taken :]}
+    assert set(found.stepped_back) == dropped
+    assert not dropped & {group.name for group in selection.plan(found.taken).groups}
+    assert found.whole.tuned > 0.5 * most, "and not further than needed"  # type: ignore[operator]
+
+
+def test_a_budget_that_nothing_fits_is_an_error(made: Probed) -> None:
+    with pytest.raises(InputError, match="No linear would become sparse"):
+        _verify(made, replace(made.selection, limit=("max_output_error", 1e-9)))
+
+
+def test_images_decide_where_they_are_asked(made: Probed) -> None:
+    """A made-up pipeline, whose images lose a decibel with each linear."""
+    drawn: list[int] = []
+
+    def psnr(linears: Mapping[str, TunedLinear]) -> float:
+        drawn.append(len(linears))
+        return 40.0 - len(linears)
+
+    selection = replace(made.selection, limit=("min_psnr", 33.0))
+    taken = within_psnr(selection, made.weights, psnr, no_progress)
+    sizes = [len(linears_of(selection, n, made.weights, CPU)) for n in range(1, len(selection.steps) + 1)]
+    assert sizes[taken - 1] <= 7 < sizes[taken] and len(drawn) <= 4
+    found = _verify(made, selection, taken=taken + 2, psnr=psnr)
+    assert (
+        0 < found.taken <= taken and found.psnr == 40.0 - sizes[found.taken - 1] >= 33 and found.stepped_back
+    )
