@@ -538,6 +538,13 @@ def study_(
     summary: Annotated[
         Path | None, typer.Option(help="Put quality.NAME.METHOD.* into this JSON file too.")
     ] = None,
+    budget: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --summary: an engine of a budget, after compare.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Compare methods of sparsity on the recipe's model, at equal rank and tuning time."""
     if minutes is not None and not minutes > 0:
@@ -560,7 +567,8 @@ def study_(
             values, name, folder, methods=wanted, seeds=seeds, run_metric=metric, display=_stage
         )
         if summary is not None:
-            results.write_summary(found, summary)
+            compiled = {} if budget is None else results.of_budget(name, budget)
+            results.write_summary(results.summary(found) | compiled, summary)
     Console(highlight=False, width=max(out.width, 150)).print(show.table(found))
     out.print(f"wrote {escape(str(folder / 'study.json'))}, study.md, study.png and, of images, sheet.png")
 

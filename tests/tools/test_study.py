@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -165,6 +166,26 @@ def test_a_table_says_spread_where_there_is_one() -> None:
         "0.200 ± 0.000", "0.1500 ± 0.0707", "30.5 ± 0.7", "–", "0.5", "3",
     ]  # fmt: skip
     assert results.cells(one, [])[1:] == ["0.200", "0.1000", "30.0", "–", "3"]
+
+
+def test_an_engine_of_a_budget_joins_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = SimpleNamespace(sha256="a")
+    manifest = SimpleNamespace(engine=engine, budget=SimpleNamespace(speed=2.034))
+    steps = [SimpleNamespace(error=error) for error in (0.01, 0.02)]
+    comparison = SimpleNamespace(engine_sha256="a", output=steps, images=SimpleNamespace(mean_psnr=36.123))
+    monkeypatch.setattr(results.Manifest, "read", lambda path: manifest)
+    monkeypatch.setattr(results.Comparison, "read", lambda path: comparison)
+    assert results.of_budget("tiny", tmp_path / "x.engine") == {
+        "quality.tiny.budget.output_error": 0.0158,
+        "quality.tiny.budget.psnr": 36.12,
+        "quality.tiny.budget.speed": 2.03,
+    }
+    engine.sha256 = "b"
+    with pytest.raises(InputError, match="was not compared"):
+        results.of_budget("tiny", tmp_path / "x.engine")
+    manifest.budget = None
+    with pytest.raises(InputError, match="No budget decided"):
+        results.of_budget("tiny", tmp_path / "x.engine")
 
 
 def test_wrong_choices_are_said(tiny: Path, tmp_path: Path) -> None:

@@ -4,17 +4,21 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
 
+from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import save_text
+from lynx_compile.files.outputs import Outputs
 from lynx_compile.files.strict import Strict
+from lynx_compile.tools.comparison import Comparison
 from lynx_compile.tools.study.methods import METHODS
 
 FORMAT_VERSION: Literal[1] = 1
@@ -148,8 +152,36 @@ def summary(study: Study) -> dict[str, float | str]:
     return found | {f"quality.{study.name}.device": study.device, f"quality.{study.name}.date": study.date}
 
 
-def write_summary(study: Study, path: Path) -> None:
-    """Put ``summary`` over what ``path`` says of the same keys.
+def of_budget(name: str, engine: Path) -> dict[str, float | str]:
+    """``quality.NAME.budget.output_error``, ``.psnr`` and ``.speed`` of an engine that a budget decided on.
+
+    Error and PSNR are those of ``lynx-compile compare``, whose calls and images nothing was fitted to or chosen by. The
+    speed is that of the blocks' linears together, by the recipe's costs or a roofline.
+
+    Raises:
+        InputError: no budget decided on the engine, or it was not compared.
+    """
+    outputs = Outputs.find(engine)
+    manifest, comparison = Manifest.read(outputs.manifest), Comparison.read(outputs.comparison)
+    if manifest.budget is None:
+        raise InputError(
+            f"No budget decided on {engine}.", "Compile with sparsity.operand: auto and a budget."
+        )
+    if comparison is None or comparison.engine_sha256 != manifest.engine.sha256:
+        raise InputError(f"{engine} was not compared.", f"Run 'lynx-compile compare {engine}' first.")
+    squares = [step.error**2 for step in comparison.output]
+    found: dict[str, float | None] = {
+        "output_error": math.sqrt(statistics.fmean(squares)),
+        "psnr": None if comparison.images is None else comparison.images.mean_psnr,
+        "speed": manifest.budget.speed,
+    }
+    return {
+        f"quality.{name}.budget.{what}": _rounded(value) for what, value in found.items() if value is not None
+    }
+
+
+def write_summary(values: Mapping[str, float | str], path: Path) -> None:
+    """Put ``values`` over what ``path`` says of the same keys.
 
     Raises:
         InputError: what is there is no JSON mapping.
@@ -160,7 +192,7 @@ def write_summary(study: Study, path: Path) -> None:
             raise ValueError("it is no mapping")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}).", "Give another --summary.") from None
-    save_text(path, json.dumps(old | summary(study), indent=1) + "\n")
+    save_text(path, json.dumps({**old, **values}, indent=1) + "\n")
 
 
 def _rounded(value: float) -> float:
