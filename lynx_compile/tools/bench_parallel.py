@@ -6,7 +6,7 @@ transformer (full size, random weights) and its share of the tokens; attention e
 Each form is compiled region by region and runs on one GPU, on each by itself at once, and then on all together, in
 turns with the other forms; launched by Python, and, where NCCL lets them be captured, as a CUDA graph.
 
-Before it is timed, what all GPUs draw together is held against what one draws: a few steps of a sampler from one noise.
+What all GPUs draw together is held against what one draws: a few steps of a sampler from one noise.
 Sums in another order differ in their last bits, and how much that comes to at the end is measured on one GPU, which
 draws the same picture with its tokens shuffled.
 """
@@ -67,7 +67,7 @@ class FormOnGpus:
 
 @dataclass(frozen=True)
 class ParallelResult:
-    """``no_graph``: why there are no times of CUDA graphs on all GPUs, where there are none."""
+    """``no_graph``: why there are no times of CUDA graphs, where there are none."""
 
     model: str
     gpus: int
@@ -119,8 +119,8 @@ def bench_parallel(
         log("drawn by one GPU")
         works = {form: _step(module, call) for form, module in modules.items()}
         once = _medians(works, rounds) if on_gpu else {}
-        graphs = _medians(_captured(works), rounds) if on_gpu else {}
-        log(f"one GPU, ms a step: {once}; as a CUDA graph: {graphs}")
+        graphs, no_graph = _of_graphs(works, rounds) if on_gpu else ({}, None)
+        log(f"one GPU, ms a step: {once}; as a CUDA graph: {graphs or no_graph}")
         torch._dynamo.reset()
         for module in modules.values():
             module.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))  # type: ignore[operator]
@@ -137,13 +137,16 @@ def bench_parallel(
             torch.cuda.get_device_name() if on_gpu else "cpu", torch.__version__, diffusers.__version__,
             datetime.date.today().isoformat(),
         )  # fmt: skip
-        _require_right(result)
         if on_gpu:
             result = _timed(result, "ms", once, _medians(works, rounds))
             save(result)
             log("all GPUs are timed; CUDA graphs follow")
-            result = _with_graphs(result, graphs, works, rounds)
+            if graphs:
+                together_ms, no_graph = _of_graphs(works, rounds)
+                result = _timed(result, "graph_ms", graphs, together_ms) if together_ms else result
+            result = replace(result, no_graph=no_graph)
             save(result)
+    _require_right(result)
     return result
 
 
@@ -213,13 +216,12 @@ def _captured(works: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[
     return found
 
 
-def _with_graphs(
-    result: ParallelResult, once: Mapping[str, float], works: Mapping[str, Callable[[], object]], rounds: int
-) -> ParallelResult:
+def _of_graphs(works: Mapping[str, Callable[[], object]], rounds: int) -> tuple[dict[str, float], str | None]:
+    """``_medians`` of the works as CUDA graphs; none, and why, where they cannot be captured."""
     try:
-        return _timed(result, "graph_ms", once, _medians(_captured(works), rounds))
+        return _medians(_captured(works), rounds), None
     except RuntimeError as error:
-        return replace(result, no_graph=str(error).split("\n")[0])
+        return {}, str(error).split("\n")[0]
 
 
 def _timed(
@@ -254,7 +256,7 @@ def lines(result: ParallelResult) -> list[str]:
                     f"{dense[1] / times[1]:.2f}x over bf16 on all"
                 )
         found.append(text)
-    return found + ([f"no CUDA graph on all GPUs: {result.no_graph}"] if result.no_graph else [])
+    return found + ([f"no CUDA graphs: {result.no_graph}"] if result.no_graph else [])
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lynx_compile.passes.compensate import load_weights
+from tests.processes import free_port
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 SAME = 1e-3  # of moments: a model in fp16, whose last bits a GPU may sum otherwise
@@ -24,7 +25,8 @@ def test_two_gpus_measure_what_one_does(tiny: Path, tmp_path: Path) -> None:
     with (project / "tiny.yaml").open("a") as recipe:
         recipe.write("engine: {backend: torch, gpus: [sm90], weights: external}\n")
         recipe.write("sparsity: {operand: {'*.ff.*': activation, '*': weight}}\n")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     for command, name in (([sys.executable], "one"), (torchrun, "two")):
         done = subprocess.run(
             [*command, "-m", "lynx_compile", "tiny.yaml", "-o", f"{name}/tiny.engine"],
