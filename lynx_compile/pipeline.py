@@ -282,7 +282,7 @@ def _decide(
         stages.key(COMPENSATE), *recorded, recipe.calibration.seed, _forms(nodes),
         reads=(COMPENSATE,),
     )  # fmt: skip
-    selection = choose(found, sensitivities, judged, tuned=is_tuned(dit, everything, recipe))
+    selection = choose(found, sensitivities, judged, tuned=is_tuned(dit, found.fastest(), recipe))
     order = tuple((step.group, step.after.form) for step in selection.steps)
     drawn = Drawn(recipe, outputs.cache / "converted", dit.component) if judged.min_psnr is not None else None
     taken = len(order)

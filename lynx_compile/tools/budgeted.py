@@ -55,7 +55,7 @@ def budgeted(
     statistics = calibrate(dit, everything, recording, recipe, folder / "statistics", progress)
     files = compensate(dit, everything, statistics, recipe.sparsity, folder / "weights", progress)
     measured = sensitivity(dit, found.nodes, files, recording, recipe, folder / "sensitivity", key, progress)
-    is_moved = is_tuned(dit, everything, recipe)
+    is_moved = is_tuned(dit, found.fastest(), recipe)
     selection = choose(found, measured, recipe.budget or Budget(), tuned=is_moved)
     taken, solved = len(selection.steps), dict(zip(found.nodes, files, strict=True))
     plan, tuned = selection.plan(taken), None

@@ -28,6 +28,8 @@ from lynx_compile.passes.states import held_out_of, weight_of
 from lynx_compile.passes.verify import HeldOut, Verified, linears_of, verify, within_psnr
 from lynx_compile.recipe import Budget, Recipe, Sparsity, load_recipe
 from lynx_compile.solve.tune import TunedLinear
+from lynx_compile.tools.drawn import Drawn
+from lynx_compile.tools.images import BEST_PSNR
 from tests.conftest import open_dit
 
 CPU = torch.device("cpu")
@@ -254,3 +256,13 @@ def test_images_decide_where_they_are_asked(made: Probed) -> None:
     assert (
         0 < found.taken <= taken and found.psnr == 40.0 - sizes[found.taken - 1] >= 33 and found.stepped_back
     )
+
+
+def test_the_pipeline_draws_with_other_linears(made: Probed, tmp_path: Path) -> None:
+    """The same images with none, worse ones with more of them; and the pipeline's own linears are put back."""
+    compare = made.recipe.compare.model_copy(update={"samples": 2})
+    drawn = Drawn(made.recipe.model_copy(update={"compare": compare}), tmp_path, made.dit.component)
+    few, all_ = (linears_of(made.selection, n, made.weights, CPU) for n in (3, len(made.selection.steps)))
+    assert drawn({}) == BEST_PSNR
+    assert BEST_PSNR > drawn(few) > drawn(all_) > 20
+    assert drawn({}) == BEST_PSNR
