@@ -32,7 +32,9 @@ CMAKE := PYTHONPATH=$(abspath $(VENV))/toolchain $(BIN)/cmake
 .PHONY: demo test nightly support sanitize unit plugin plugin-demo plugin-test runtime setup lint format clean
 
 demo: plugin-demo
-	$(BIN)/lynx-compile engines/digits-flux.yaml -o engines/digits-flux.engine
+	$(BIN)/lynx-compile engines/demo.yaml -o engines/demo.engine
+	$(BIN)/lynx-compile compare engines/demo.engine
+	@echo "Emoji drawn by the dense model and by the compiled one, side by side: engines/demo.compare.png"
 
 test: plugin-test runtime
 	@$(CMAKE) --build $(TEST_BUILD) -j $(JOBS)  # the plugin's own tests too

@@ -21,6 +21,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from calib import flow_matching
 from calib.digits_flux import digits
 from calib.digits_flux.sampler import image_ids
 
@@ -137,10 +138,7 @@ def new_model() -> FluxTransformer2DModel:
         axes_dims_rope=SETTINGS.axes_dims_rope,
     )
     zeroed = re.compile(r".+\.norm\w*\.linear|norm_out\.linear|proj_out")
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and zeroed.fullmatch(path):
-            torch.nn.init.zeros_(module.weight)
-            torch.nn.init.zeros_(module.bias)
+    flow_matching.start_at_zero(model, lambda path: zeroed.fullmatch(path) is not None)
     return model
 
 
@@ -190,7 +188,8 @@ def one_step(
     run.optimizer.step()
     # A young average must not remember the untrained weights.
     decay = min(SETTINGS.ema_decay, (1 + run.step) / (10 + run.step))
-    torch._foreach_lerp_(list(run.ema.parameters()), list(run.model.parameters()), 1 - decay)
+    with torch.no_grad():
+        torch._foreach_lerp_(list(run.ema.parameters()), list(run.model.parameters()), 1 - decay)
     return loss.item()
 
 
@@ -200,19 +199,20 @@ def flow_matching_loss(
     prompts: dict[str, torch.Tensor],
     random: torch.Generator,
 ) -> torch.Tensor:
-    """Velocity error at x_t = (1 - t) x_0 + t noise, t uniform: rectified flow, velocity = noise - x_0."""
-    noise = torch.randn(clean.shape, generator=random)
-    t = torch.rand(len(clean), generator=random)
-    noisy = torch.lerp(clean, noise, t[:, None, None])
-    velocity = model(
-        hidden_states=noisy,
-        timestep=t,
-        img_ids=image_ids(digits.SIDE, digits.SIDE),
-        txt_ids=torch.zeros(SETTINGS.text_tokens, 3),
-        return_dict=False,
-        **prompts,
-    )[0]
-    return torch.nn.functional.mse_loss(velocity, noise - clean)
+    """The velocity's error, t uniform."""
+
+    def velocity(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = model(
+            hidden_states=noisy,
+            timestep=t,
+            img_ids=image_ids(digits.SIDE, digits.SIDE),
+            txt_ids=torch.zeros(SETTINGS.text_tokens, 3),
+            return_dict=False,
+            **prompts,
+        )[0]
+        return output
+
+    return flow_matching.velocity_loss(velocity, clean, random, logit_normal=False)
 
 
 def save_model(model: FluxTransformer2DModel, folder: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,18 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def _without_fallbacks() -> Iterator[None]:
+    """Where torchvision is missing, transformers says of every image processor that its other one serves as well."""
+    importing = getLogger("transformers.utils.import_utils")
+    before = importing.level
+    importing.setLevel(ERROR)
+    try:
+        yield
+    finally:
+        importing.setLevel(before)
+
+
 def _index(folder: Path) -> dict[str, Any]:
     """``model_index.json``: the pipeline's class, and {component: [library, class]}."""
     path = folder / "model_index.json"
@@ -104,7 +117,8 @@ def _index(folder: Path) -> dict[str, Any]:
 def _pipeline_class(folder: Path, chosen: str | None) -> Any:
     """The class itself: ``DiffusionPipeline.from_pretrained`` loads optional components that are to be left out."""
     name = chosen or _index(folder).get("_class_name")
-    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    with _without_fallbacks():
+        found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not isinstance(found, type) or not issubclass(found, DiffusionPipeline):
         raise InputError(
             f"{folder} names no pipeline of the installed diffusers ({name!r:.60}).",

@@ -181,7 +181,7 @@ def test_digits_on_a_gpu(programs: Path, tmp_path: Path) -> None:
     if trt.gpu() is None:
         pytest.skip("no CUDA device was found: the engine was not run")
     if not engine.exists():
-        pytest.skip("engines/digits-flux.engine is not built (make demo)")
+        pytest.skip("engines/digits-flux.engine is not there: compile engines/digits-flux.yaml")
     save_file(seed.seed_tensors(0, 20), tmp_path / "seed.safetensors")
     output(programs / "digits", engine, tmp_path / "seed.safetensors", tmp_path / "cpp.png", LIBRARY)
     images = sampler.sample(sampler.dense(sampler.load_model()), torch.arange(10), seed=0, steps=20)
