@@ -210,7 +210,16 @@ def bench_(
     ] = False,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Measure a step of a whole model: flux1_dev, qwen_image, z_image or flux2_klein."),
+        typer.Option(
+            help="Measure a step of a whole model: a recipe's (YAML), flux1_dev, qwen_image, z_image or flux2_klein."
+        ),
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="With --model: do not read a recipe's checkpoint.")
+    ] = False,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="With --model: an engine, whose plan to measure instead of the fastest one."),
     ] = None,
 ) -> None:
     """Measure the sparse linears of real models against cuBLAS on this GPU."""
@@ -223,7 +232,7 @@ def bench_(
         from lynx_compile.torch_ops import bindings as kernels
 
         if model:
-            _bench_models(folder, min(rounds, 10), model, plugin)
+            _bench_models(folder, min(rounds, 10), model, plugin, random_weights, plan)
             return
         if blocks:
             _bench_blocks(folder, rounds, plugin or kernels.LIBRARY)
@@ -315,21 +324,33 @@ def _bench_blocks(folder: Path, rounds: int, library: Path) -> None:
     out.print(f"wrote {escape(str(bench_blocks.save(measured, folder)))}")
 
 
-def _bench_models(folder: Path, rounds: int, names: Sequence[str], library: Path | None) -> None:
-    from lynx_compile.tools import bench_model
-    from lynx_compile.tools.full_size import find
+def _bench_models(
+    folder: Path,
+    rounds: int,
+    names: Sequence[str],
+    library: Path | None,
+    random_weights: bool,
+    engine: Path | None,
+) -> None:
+    from lynx_compile.engine.manifest import Manifest
+    from lynx_compile.tools import bench_model, model_results, models_to_bench
     from lynx_compile.torch_ops import operators
+
+    def log(text: str) -> None:
+        err.print(f"[dim]{escape(text)}")
 
     if library is not None:
         operators.use_library(library)
-    for model in [find(name) for name in names]:
-        result = bench_model.bench_model(
-            model, rounds=rounds, log=lambda text: err.print(f"[dim]{escape(text)}")
-        )
-        for form, each in result.forms.items():
-            out.print(escape(bench_model.line(model.name, form, each)))
-        for path in bench_model.save(result, folder):
-            out.print(f"wrote {escape(str(path))}")
+    plan = bench_model.plan_of(Manifest.read(Outputs.find(engine).manifest)) if engine else None
+    with models_to_bench.models(names, folder, random_weights=random_weights, log=log) as models:
+        models_to_bench.require_gpu(models, plan, log)
+        for model in models:
+            settings = bench_model.Settings(rounds=rounds)
+            result = bench_model.bench_model(model, plan=plan, settings=settings, log=log)
+            for form in result.forms:
+                out.print(escape(model_results.line(result, form)))
+            for path in model_results.save(result, folder):
+                out.print(f"wrote {escape(str(path))}")
 
 
 def _bench_table(measured: Bench) -> Table:

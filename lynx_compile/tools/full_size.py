@@ -1,87 +1,157 @@
 # SPDX-License-Identifier: Apache-2.0
 """The transformers that whole models are measured on: at full size, by their public ``config.json``, random weights.
 
-One call is a denoising step for a picture of 1024x1024 pixels and a batch of one. Qwen-Image turns its queries and keys
-in real numbers here, in every form alike: torch's compiler has no complex ones and would leave them to kernels of their
-own.
+One call is a denoising step for a picture of 1024x1024 pixels and a batch of one, where a recipe asks for no other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from lynx_compile.errors import InputError
+from lynx_compile.recipe import Sparsity
+from lynx_compile.tools.step_model import StepModel, turn_in_real_numbers, with_random_weights
 
-TEXT_TOKENS = 512
-LATENT = 128  # rows and columns of the latent picture; its patches are 2 x 2
-SIDE = LATENT // 2  # rows and columns of image tokens
+RANDOM = "random weights"
+PATCH = 16  # pixels to a token, and to two latent rows or columns
 
 
 @dataclass(frozen=True)
-class FullSize:
-    """``class_name``: of diffusers. ``config``: what differs from its defaults. ``call``: arguments of a step."""
+class Size:
+    """Of a call: ``rows`` and ``columns`` of image tokens, ``text`` tokens, ``batch``."""
 
-    name: str
-    class_name: str
-    config: dict[str, Any]
-    call: Callable[[dict[str, Any], Callable[..., torch.Tensor]], dict[str, Any]]
+    rows: int = 64
+    columns: int = 64
+    text: int = 512
+    batch: int = 1
+
+    @classmethod
+    def of_call(cls, call: Mapping[str, Any], batch: int) -> Size:
+        """By the arguments of a pipeline's call."""
+        rows, columns = (int(call.get(name) or 1024) // PATCH for name in ("height", "width"))
+        return cls(rows, columns, int(call.get("max_sequence_length") or 512), batch)
+
+    @property
+    def words(self) -> str:
+        return (
+            f"{self.columns * PATCH}x{self.rows * PATCH} pixels, {self.text} text tokens, batch {self.batch}"
+        )
 
 
-def _flux(config: dict[str, Any], normal: Callable[..., torch.Tensor]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Draw:
+    """Inputs of a call on a device."""
+
+    device: str
+    size: Size
+    dtype: torch.dtype
+    generator: torch.Generator
+
+    def normal(self, *size: int) -> torch.Tensor:
+        drawn = torch.randn(*size, generator=self.generator, device=self.device)
+        return drawn.to(self.dtype)
+
+    def full(self, value: float) -> torch.Tensor:
+        return torch.full((self.size.batch,), value, device=self.device, dtype=self.dtype)
+
+    def image(self, channels: int) -> torch.Tensor:
+        return self.normal(self.size.batch, self.size.rows * self.size.columns, channels)
+
+    def text(self, channels: int) -> torch.Tensor:
+        return self.normal(self.size.batch, self.size.text, channels)
+
+    def positions(self, axes: int) -> torch.Tensor:
+        """Of the image tokens: row and column on axes 1 and 2."""
+        ids = torch.zeros(self.size.rows, self.size.columns, axes, device=self.device)
+        ids[..., 1] = torch.arange(self.size.rows, device=self.device)[:, None]
+        ids[..., 2] = torch.arange(self.size.columns, device=self.device)
+        return ids.flatten(0, 1)
+
+
+Config = dict[str, Any]
+
+
+def _flux(config: Config, draw: _Draw) -> dict[str, Any]:
     return {
-        "hidden_states": normal(1, SIDE**2, config.get("in_channels", 64)),
-        "encoder_hidden_states": normal(1, TEXT_TOKENS, config.get("joint_attention_dim", 4096)),
-        "pooled_projections": normal(1, config.get("pooled_projection_dim", 768)),
-        "timestep": _timestep(normal),
-        "guidance": torch.full_like(_timestep(normal), 3.5),
-        "img_ids": _positions(normal, 3),
-        "txt_ids": torch.zeros(TEXT_TOKENS, 3, device=_device(normal)),
+        "hidden_states": draw.image(config.get("in_channels", 64)),
+        "encoder_hidden_states": draw.text(config.get("joint_attention_dim", 4096)),
+        "pooled_projections": draw.normal(draw.size.batch, config.get("pooled_projection_dim", 768)),
+        "timestep": draw.full(0.5),
+        "guidance": draw.full(3.5),
+        "img_ids": draw.positions(3),
+        "txt_ids": torch.zeros(draw.size.text, 3, device=draw.device),
     }
 
 
-def _flux2(config: dict[str, Any], normal: Callable[..., torch.Tensor]) -> dict[str, Any]:
-    text = torch.zeros(TEXT_TOKENS, 4, device=_device(normal))
-    text[:, 3] = torch.arange(TEXT_TOKENS, device=text.device)
+def _flux2(config: Config, draw: _Draw) -> dict[str, Any]:
+    text = torch.zeros(draw.size.text, 4, device=draw.device)
+    text[:, 3] = torch.arange(draw.size.text, device=text.device)
     return {
-        "hidden_states": normal(1, SIDE**2, config.get("in_channels", 128)),
-        "encoder_hidden_states": normal(1, TEXT_TOKENS, config["joint_attention_dim"]),
-        "timestep": _timestep(normal),
-        "img_ids": _positions(normal, 4),
+        "hidden_states": draw.image(config.get("in_channels", 128)),
+        "encoder_hidden_states": draw.text(config["joint_attention_dim"]),
+        "timestep": draw.full(0.5),
+        "img_ids": draw.positions(4),
         "txt_ids": text,
     }
 
 
-def _qwen_image(config: dict[str, Any], normal: Callable[..., torch.Tensor]) -> dict[str, Any]:
+def _qwen_image(config: Config, draw: _Draw) -> dict[str, Any]:
     return {
-        "hidden_states": normal(1, SIDE**2, config.get("in_channels", 64)),
-        "encoder_hidden_states": normal(1, TEXT_TOKENS, config.get("joint_attention_dim", 3584)),
-        "timestep": _timestep(normal),
-        "img_shapes": [[(1, SIDE, SIDE)]],
+        "hidden_states": draw.image(config.get("in_channels", 64)),
+        "encoder_hidden_states": draw.text(config.get("joint_attention_dim", 3584)),
+        "timestep": draw.full(0.5),
+        "img_shapes": [[(1, draw.size.rows, draw.size.columns)]] * draw.size.batch,
     }
 
 
-def _z_image(config: dict[str, Any], normal: Callable[..., torch.Tensor]) -> dict[str, Any]:
+def _z_image(config: Config, draw: _Draw) -> dict[str, Any]:
+    size, batch = draw.size, range(draw.size.batch)
+    channels = config.get("in_channels", 16)
     return {
-        "x": [normal(config.get("in_channels", 16), 1, LATENT, LATENT)],
-        "t": _timestep(normal),
-        "cap_feats": [normal(TEXT_TOKENS, config.get("cap_feat_dim", 2560))],
+        "x": [draw.normal(channels, 1, 2 * size.rows, 2 * size.columns) for _ in batch],
+        "t": draw.full(0.5),
+        "cap_feats": [draw.normal(size.text, config.get("cap_feat_dim", 2560)) for _ in batch],
     }
+
+
+@dataclass(frozen=True)
+class FullSize:
+    """``class_name``: of diffusers. ``config``: what differs from its defaults. ``call``: arguments of a step.
+
+    ``sources``: hub ids of checkpoints of this size.
+    """
+
+    name: str
+    class_name: str
+    config: Config
+    call: Callable[[Config, _Draw], dict[str, Any]]
+    sources: tuple[str, ...] = ()
+    size: Size = field(default_factory=Size)
 
 
 MODELS = (
-    FullSize("flux1_dev", "FluxTransformer2DModel", {"guidance_embeds": True}, _flux),
-    FullSize("qwen_image", "QwenImageTransformer2DModel", {}, _qwen_image),
-    FullSize("z_image", "ZImageTransformer2DModel", {}, _z_image),
+    FullSize(
+        "flux1_dev", "FluxTransformer2DModel", {"guidance_embeds": True}, _flux,
+        ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Krea-dev"),
+    ),
+    FullSize(
+        "qwen_image", "QwenImageTransformer2DModel", {}, _qwen_image, ("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512")
+    ),
+    FullSize(
+        "z_image", "ZImageTransformer2DModel", {}, _z_image, ("Tongyi-MAI/Z-Image-Turbo", "Tongyi-MAI/Z-Image")
+    ),
     FullSize(  # klein of 9 B parameters
         "flux2_klein", "Flux2Transformer2DModel",
         {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288,
          "guidance_embeds": False},
         _flux2,
+        ("black-forest-labs/FLUX.2-klein-9B", "black-forest-labs/FLUX.2-klein-base-9B"),
     ),
 )  # fmt: skip
 
@@ -96,69 +166,52 @@ def find(name: str) -> FullSize:
         if model.name == name:
             return model
     names = ", ".join(model.name for model in MODELS)
-    raise InputError(f"There is no model {name!r} to measure.", f"Give one of {names}.")
+    raise InputError(f"There is no model {name!r} to measure.", f"Give one of {names}, or a recipe (YAML).")
 
 
-def build(model: FullSize, device: str) -> nn.Module:
-    """The transformer in bf16 with random weights, made on ``device`` itself."""
+def of_source(source: str) -> FullSize | None:
+    """That of a checkpoint on the hub; None where its size is not known."""
+    return next((model for model in MODELS if source in model.sources), None)
+
+
+def step_model(
+    model: FullSize,
+    *,
+    name: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    sparsity: Sparsity | None = None,
+    gpus: tuple[str, ...] = ("sm90",),
+) -> StepModel:
+    """The model with random weights, under ``name`` in the results."""
+    return StepModel(
+        name=name or model.name,
+        class_name=model.class_name,
+        weights=RANDOM,
+        size=model.size.words,
+        dtype=dtype,
+        sparsity=sparsity or Sparsity(),
+        gpus=gpus,
+        build=partial(_build, model, dtype),
+        step=partial(_step, model, dtype),
+    )
+
+
+def _build(model: FullSize, dtype: torch.dtype, device: str) -> nn.Module:
+    """The transformer, made on ``device`` itself."""
     import diffusers  # seconds, and only here
 
-    _turn_in_real_numbers()
+    turn_in_real_numbers()
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
             module: nn.Module = getattr(diffusers, model.class_name)(**model.config)
     finally:
         torch.set_default_dtype(default)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
-            elif name.endswith("bias"):
-                parameter.normal_(0, 0.02, generator=generator)
-    return module.eval().requires_grad_(False)
+    return with_random_weights(module, device)
 
 
-def step(model: FullSize, device: str) -> dict[str, Any]:
+def _step(model: FullSize, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Arguments of one step, ``return_dict`` left out."""
     generator = torch.Generator(device).manual_seed(1)
-
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator, device=device).bfloat16()
-
-    return model.call(model.config, normal)
-
-
-def _turn_in_real_numbers() -> None:
-    """Have diffusers' Qwen-Image do so."""
-    from diffusers.models.transformers import transformer_qwenimage
-
-    transformer_qwenimage.apply_rotary_emb_qwen = turned  # type: ignore[assignment]
-
-
-def turned(x: torch.Tensor, freqs_cis: torch.Tensor, use_real: bool = True) -> torch.Tensor:
-    """x [B, tokens, heads, D], each pair of channels as a complex number times freqs_cis [tokens, D / 2]."""
-    assert not use_real, "it is called with complex frequencies"
-    cos, sin = torch.view_as_real(freqs_cis)[:, None].unbind(-1)
-    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    pairs = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), -1)
-    return pairs.flatten(3).type_as(x)
-
-
-def _timestep(normal: Callable[..., torch.Tensor]) -> torch.Tensor:
-    return torch.full_like(normal(1), 0.5)
-
-
-def _device(normal: Callable[..., torch.Tensor]) -> torch.device:
-    return normal(1).device
-
-
-def _positions(normal: Callable[..., torch.Tensor], axes: int) -> torch.Tensor:
-    """Of the image tokens: row and column on axes 1 and 2."""
-    device = _device(normal)
-    ids = torch.zeros(SIDE, SIDE, axes, device=device)
-    ids[..., 1] = torch.arange(SIDE, device=device)[:, None]
-    ids[..., 2] = torch.arange(SIDE, device=device)
-    return ids.flatten(0, 1)
+    return model.call(model.config, _Draw(device, model.size, dtype, generator))

@@ -8,7 +8,7 @@ how many tokens they see. Weights are pruned by magnitude and rounded; how good 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,33 +17,51 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lynx_compile.models.structure import block_lists
 from lynx_compile.ops.fp8 import STEP, Rounded, pack, pack_dense, round_rows
-from lynx_compile.ops.sparse_linear import GELU_TANH, keep_mask
-from lynx_compile.ops.sparse_weight_linear import MetadataLayout, pack_weight
+from lynx_compile.ops.sparse_linear import GATED_RUN, GELU_TANH, expand_low_rank, keep_mask
+from lynx_compile.ops.sparse_weight_linear import MetadataLayout, gated_order, pack_weight
+from lynx_compile.passes.speed_table import DENSE, Form
+from lynx_compile.recipe import Sparsity
 from lynx_compile.torch_ops import operators
+from lynx_compile.torch_ops.bindings import DTYPES
 from lynx_compile.torch_ops.epilogue import NO_EPILOGUE, Epilogue
-from lynx_compile.torch_ops.modules import Fp8Linear, SparseWeightLinear
+from lynx_compile.torch_ops.module_gates import ModuleGate, find_gate
+from lynx_compile.torch_ops.modules import Fp8Linear, SparseActivationLinear, SparseWeightLinear
 from lynx_compile.torch_ops.readers import Merged, Reader
-from lynx_compile.torch_ops.swap import Group, gelu_behind, linear_at, merge
+from lynx_compile.torch_ops.swap import Group, gelu_behind, is_gate_last, linear_at, merge
 
 LEAST_TOKENS = 64  # a modulation's linear sees one
-FORMS = ("bf16_dense", "torch_fp8", "bf16_weight", "fp8_dense", "fp8_weight")
+FORMS = ("bf16_dense", "torch_fp8", "bf16_weight", "fp8_dense", "fp8_weight", "plan")
+PLAIN_MULTIPLE = 64  # rows before a gated epilogue: kGeluMultiple of plugins/kernels/tile_config.h
+# The form of all linears that has a name of its own.
+NAMES = {
+    DENSE: "bf16_dense",
+    Form("weight"): "bf16_weight",
+    Form("none", fp8=True): "fp8_dense",
+    Form("weight", fp8=True): "fp8_weight",
+}
 
 
 class DenseLinear(nn.Module):
-    """Linears merged into one product in bf16, with GELU behind the channels from ``gelu_from`` on."""
+    """Linears merged into one product in 16 bits, with GELU behind the channels from ``group.gelu_from`` on.
+
+    ``gate``: of a product that makes it in its epilogue.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, gelu_from: int) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, group: Group, gate: ModuleGate | None = None
+    ) -> None:
         super().__init__()
-        self.gelu_from = gelu_from
+        self.group, self.gate = group, gate
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
 
     def parts(self, x: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
-        return _activated(self.product(x), sizes, self.gelu_from)
+        return _activated(self.product(x), sizes, self.group.gelu_from)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self.weight, self.bias)
@@ -54,8 +72,8 @@ class TorchFp8Linear(DenseLinear):
 
     weight_scale: torch.Tensor
 
-    def __init__(self, weight: Rounded, bias: torch.Tensor | None, gelu_from: int) -> None:
-        super().__init__(weight.values, bias, gelu_from)
+    def __init__(self, weight: Rounded, bias: torch.Tensor | None, group: Group) -> None:
+        super().__init__(weight.values, bias, group)
         self.register_buffer("weight_scale", weight.scale)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -65,6 +83,22 @@ class TorchFp8Linear(DenseLinear):
             bias=self.bias, out_dtype=x.dtype, use_fast_accum=True,
         )  # fmt: skip
         return y.view(*x.shape[:-1], -1)
+
+
+class Mixed(nn.Module):
+    """Linears that read one tensor and have several forms: ``products``, and of which linears each is."""
+
+    def __init__(self, products: Sequence[nn.Module], members: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.products = nn.ModuleList(products)
+        self.members = [list(each) for each in members]
+
+    def parts(self, x: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+        found: dict[int, torch.Tensor] = {}
+        for product, members in zip(self.products, self.members, strict=True):
+            linear: Any = product
+            found |= zip(members, linear.parts(x, [sizes[index] for index in members]), strict=True)
+        return [found[index] for index in range(len(sizes))]
 
 
 def _activated(y: torch.Tensor, sizes: list[int], gelu_from: int) -> list[torch.Tensor]:
@@ -84,9 +118,14 @@ class Observed:
 
 
 def blocks_of(module: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks by their paths, as diffusers names their classes for regional compilation."""
-    kinds: Any = module._repeated_blocks
-    return {path: block for path, block in module.named_modules() if type(block).__name__ in kinds}
+    """The repeated blocks by their paths: those that the class names for regional compilation, as diffusers' do.
+
+    Of others, the members of their lists of blocks.
+    """
+    if kinds := getattr(module, "_repeated_blocks", None):
+        return {path: block for path, block in module.named_modules() if type(block).__name__ in kinds}
+    lists = [(path, module.get_submodule(path)) for path in block_lists(module)]
+    return {f"{path}.{name}": block for path, blocks in lists for name, block in blocks.named_children()}
 
 
 def observe(module: nn.Module, call: dict[str, Any]) -> Observed:
@@ -102,8 +141,7 @@ def _watched(module: nn.Module, found: Observed) -> Iterator[None]:
     handles = []
     seen: set[tuple[object, ...]] = set()
     for path, block in blocks_of(module).items():
-        readers: dict[int, list[str]] = {}
-        alive: list[torch.Tensor] = []  # an address is one tensor's as long as it lives
+        reads: list[tuple[str, torch.Tensor]] = []  # a tensor that lives keeps its identity
 
         def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
             tokens = [
@@ -115,11 +153,11 @@ def _watched(module: nn.Module, found: Observed) -> Iterator[None]:
                 found.calls[path] = args, kwargs
 
         def leave(
-            block: nn.Module, args: object, y: object, path: str = path, readers: dict[int, list[str]] = readers,
-            alive: list[torch.Tensor] = alive,
+            block: nn.Module, args: object, y: object, path: str = path,
+            reads: list[tuple[str, torch.Tensor]] = reads,
         ) -> None:  # fmt: skip
-            found.groups[path] = list(readers.values())
-            alive.clear()
+            found.groups[path] = _groups(reads)
+            reads.clear()
 
         handles += [
             block.register_forward_pre_hook(enter, with_kwargs=True),
@@ -130,12 +168,9 @@ def _watched(module: nn.Module, found: Observed) -> Iterator[None]:
 
                 def read(
                     linear: nn.Module, args: tuple[torch.Tensor, ...], name: str = name,
-                    readers: dict[int, list[str]] = readers, alive: list[torch.Tensor] = alive,
+                    reads: list[tuple[str, torch.Tensor]] = reads,
                 ) -> None:  # fmt: skip
-                    x = args[0]
-                    if x.numel() // x.shape[-1] >= LEAST_TOKENS:
-                        alive.append(x)
-                        readers.setdefault(id(x), []).append(name)
+                    reads.append((name, args[0]))
 
                 handles.append(linear.register_forward_pre_hook(read))
     try:
@@ -145,72 +180,147 @@ def _watched(module: nn.Module, found: Observed) -> Iterator[None]:
             handle.remove()
 
 
+def _groups(reads: Sequence[tuple[str, torch.Tensor]]) -> list[list[str]]:
+    """Linears that are called once, for many tokens, by the tensor that they read."""
+    names, readers = [name for name, _ in reads], dict[int, list[str]]()
+    for name, x in reads:
+        if names.count(name) == 1 and x.numel() // x.shape[-1] >= LEAST_TOKENS:
+            readers.setdefault(id(x), []).append(name)
+    return list(readers.values())
+
+
 def merge_dense(module: nn.Module, observed: Observed) -> None:
     """Turn ``module`` into its dense form: the linears of every group one product; their own weights are freed."""
-    for path, block in blocks_of(module).items():
-        for names in observed.groups[path]:
-            ordered = sorted(names, key=lambda name: gelu_behind(block, name) is not None)
-            linears = [linear_at(block, name) for name in ordered]
-            sizes = [linear.out_features for linear in linears]
+    for path in blocks_of(module):
+        for names in observed.groups.get(path, []):
+            paths = [f"{path}.{name}" for name in names]
+            ordered = sorted(paths, key=lambda each: gelu_behind(module, each) is not None)
+            linears = [linear_at(module, each) for each in ordered]
+            sizes = tuple(linear.out_features for linear in linears)
             plain = sum(
-                size for name, size in zip(ordered, sizes, strict=True) if gelu_behind(block, name) is None
+                size for each, size in zip(ordered, sizes, strict=True) if gelu_behind(module, each) is None
             )
-            weight = torch.cat([linear.weight for linear in linears])
-            biases: list[torch.Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-            bias = torch.cat(biases) if biases else None
-            group = Group(tuple(ordered), tuple(sizes), plain)
-            merge(block, group, DenseLinear(weight, bias, plain))
+            group = Group(tuple(ordered), sizes, plain)
+            weight, bias = torch.cat([linear.weight for linear in linears]), _biases(linears)
+            merge(module, group, DenseLinear(weight, bias, group, _gate(module, group)))
+
+
+def _biases(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
+    """Of all of them; zeros for those without one, where others have one."""
+    if all(linear.bias is None for linear in linears):
+        return None
+    return torch.cat([
+        linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears
+    ])  # fmt: skip
+
+
+def _gate(module: nn.Module, group: Group) -> ModuleGate | None:
+    """A gated activation that an epilogue can make, as ``rewrite`` has it."""
+    gate = find_gate(module, group.linears, group.sizes)
+    if gate is None or gate.channels % (GATED_RUN // 2) or not is_gate_last(group, gate):
+        return None
+    return None if (sum(group.sizes) - 2 * gate.channels) % PLAIN_MULTIPLE else gate
 
 
 class Forms:
-    """Makes forms of a dense one. FP8 weights that are not sparse are shared by the two forms that have them."""
+    """Makes forms of a dense one. FP8 weights that are not sparse are shared by the forms that have them.
 
-    def __init__(self, dense: nn.Module) -> None:
+    ``plan``: the form of every linear by its path, dense where it names none; ``sparsity``: rank and scale of pruned
+    activations.
+    """
+
+    def __init__(
+        self, dense: nn.Module, plan: Mapping[str, Form] | None = None, sparsity: Sparsity | None = None
+    ) -> None:
         self.dense = dense
+        self.plan, self.sparsity = plan or {}, sparsity or Sparsity()
         self._rounded: dict[int, Rounded] = {}
-        self._layout: MetadataLayout = operators.metadata_layout(torch.bfloat16)
+        self._layout: MetadataLayout = operators.metadata_layout(_dtype(dense))
 
     def make(self, form: str, **options: bool) -> nn.Module:
+        """The module in one of ``FORMS``. ``options``: of ``Fp8Linear``."""
         if form == "bf16_dense":
             return self.dense
-        makers: dict[str, Callable[[DenseLinear], nn.Module]] = {
-            "torch_fp8": self._torch_fp8,
-            "bf16_weight": self._bf16_weight,
-            "fp8_dense": lambda linear: self._fp8_dense(linear, **options),
-            "fp8_weight": lambda linear: self._fp8_weight(linear, **options),
+        of_all = next((each for each, name in NAMES.items() if name == form), None)
+        made: dict[DenseLinear, nn.Module] = {}
+
+        def make(linear: DenseLinear) -> nn.Module:
+            if form == "torch_fp8":
+                made[linear] = TorchFp8Linear(self._dense_fp8(linear), linear.bias, linear.group)
+            elif of_all is not None:
+                made[linear] = self._product(linear, of_all, options)
+            else:
+                made[linear] = self._planned(linear, options)
+            return made[linear]
+
+        module = _copied(self.dense, make, {})
+        for linear, product in made.items():
+            if isinstance(product, SparseWeightLinear) and product.epilogue.gated:
+                merge(module, Group(linear.group.linears, linear.group.sizes, 0, gate=linear.gate), product)
+        return module
+
+    def uniform(self) -> str | None:
+        """The name of the form that the plan gives to every linear; None where it mixes them."""
+        forms = {
+            self.plan.get(path, DENSE)
+            for linear in dense_linears(self.dense)
+            for path in linear.group.linears
         }
-        return _copied(self.dense, makers[form], {})
+        return NAMES.get(next(iter(forms))) if len(forms) == 1 else None
 
     def release(self) -> None:
         """Forget the weights that are kept for the next form."""
         self._rounded.clear()
 
-    def _torch_fp8(self, linear: DenseLinear) -> nn.Module:
-        return TorchFp8Linear(self._dense_fp8(linear), linear.bias, linear.gelu_from)
+    def _planned(self, linear: DenseLinear, options: dict[str, bool]) -> nn.Module:
+        """One product where all linears have one form, else one for each form."""
+        forms = [self.plan.get(path, DENSE) for path in linear.group.linears]
+        if len(set(forms)) == 1:
+            return self._product(linear, forms[0], options)
+        members = [[i for i, each in enumerate(forms) if each == form] for form in dict.fromkeys(forms)]
+        products = [self._product(_part(linear, each), forms[each[0]], options) for each in members]
+        return Mixed(products, members)
+
+    def _product(self, linear: DenseLinear, form: Form, options: dict[str, bool]) -> nn.Module:
+        if form == DENSE:
+            return linear
+        if form.fp8:
+            return self._fp8(linear, form, options)
+        return self._bf16_weight(linear) if form.operand == "weight" else self._bf16_activation(linear)
 
     def _bf16_weight(self, linear: DenseLinear) -> nn.Module:
-        values, metadata = pack_weight(linear.weight, keep_mask(linear.weight), self._layout)
-        return SparseWeightLinear(
-            values, metadata, _bias(linear), metadata_layout=self._layout, epilogue=_gelu(linear)
-        )
+        weight, bias, epilogue = linear.weight, _bias(linear), _gelu(linear)
+        if (gate := linear.gate) is not None:
+            order = gated_order(len(weight), *gate.rows)
+            weight, bias = weight[order], bias[order]
+            epilogue = Epilogue(gate.activation, len(weight) - 2 * gate.channels, gated=True)
+        values, metadata = pack_weight(weight, keep_mask(weight), self._layout)
+        return SparseWeightLinear(values, metadata, bias, metadata_layout=self._layout, epilogue=epilogue)
 
-    def _fp8_dense(self, linear: DenseLinear, **options: Any) -> nn.Module:
-        rounded, channels = self._dense_fp8(linear), linear.weight.shape[1]
-        values = (
-            pack_dense(rounded.values) if channels % STEP else rounded.values
-        )  # the same tensor, not a copy
-        return Fp8Linear(
-            values, None, rounded.scale, _bias(linear), in_features=channels, operand="dense",
-            epilogue=_gelu(linear), **options,
+    def _bf16_activation(self, linear: DenseLinear) -> nn.Module:
+        channels = linear.weight.shape[1]
+        rank = self.sparsity.rank_for(channels)
+        return SparseActivationLinear(
+            expand_low_rank(linear.weight, linear.weight[:, :rank]), linear.weight[: max(rank, 1)].clone(),
+            _bias(linear), rank=rank, norm_scale=self.sparsity.uses_norm_scale, epilogue=_gelu(linear),
         )  # fmt: skip
 
-    def _fp8_weight(self, linear: DenseLinear, **options: Any) -> nn.Module:
-        keep = keep_mask(linear.weight)
-        rounded = round_rows(linear.weight, keep)
-        values, metadata = pack(rounded.values, keep)
+    def _fp8(self, linear: DenseLinear, form: Form, options: dict[str, bool]) -> nn.Module:
+        channels = linear.weight.shape[1]
+        if form.operand == "weight":
+            keep = keep_mask(linear.weight)
+            rounded = round_rows(linear.weight, keep)
+            values, metadata = pack(rounded.values, keep)
+        else:
+            rounded, metadata = self._dense_fp8(linear), None
+            values = (
+                pack_dense(rounded.values) if channels % STEP else rounded.values
+            )  # the same tensor, not a copy
+        operands = {"none": "dense", "weight": "sparse weight", "activation": "sparse activation"}
+        operand: Any = operands[form.operand]
         return Fp8Linear(
-            values, metadata, rounded.scale, _bias(linear), in_features=linear.weight.shape[1],
-            operand="sparse weight", epilogue=_gelu(linear), **options,
+            values, metadata, rounded.scale, _bias(linear), in_features=channels, operand=operand,
+            epilogue=_gelu(linear), **options,
         )  # fmt: skip
 
     def _dense_fp8(self, linear: DenseLinear) -> Rounded:
@@ -220,8 +330,31 @@ class Forms:
         return self._rounded[key]
 
 
+def _part(linear: DenseLinear, members: Sequence[int]) -> DenseLinear:
+    """Some of the linears; no gate can be made of them."""
+    group = linear.group
+    pieces = linear.weight.split(list(group.sizes))
+    biases = None if linear.bias is None else linear.bias.split(list(group.sizes))
+    sizes = tuple(group.sizes[i] for i in members)
+    starts = [sum(group.sizes[:i]) for i in members]
+    plain = sum(size for size, start in zip(sizes, starts, strict=True) if start < group.gelu_from)
+    own = Group(tuple(group.linears[i] for i in members), sizes, plain)
+    bias = None if biases is None else torch.cat([biases[i] for i in members])
+    return DenseLinear(torch.cat([pieces[i] for i in members]), bias, own)
+
+
+def dense_linears(module: nn.Module) -> list[DenseLinear]:
+    """The merged linears of a dense form."""
+    return [each for each in module.modules() if isinstance(each, DenseLinear)]
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(t.dtype for t in (*module.parameters(), *module.buffers()) if t.dtype in DTYPES)
+
+
 def _gelu(linear: DenseLinear) -> Epilogue:
-    return Epilogue(GELU_TANH, linear.gelu_from) if linear.gelu_from < len(linear.weight) else NO_EPILOGUE
+    first = linear.group.gelu_from
+    return Epilogue(GELU_TANH, first) if first < len(linear.weight) else NO_EPILOGUE
 
 
 def _bias(linear: DenseLinear) -> torch.Tensor:

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times on a GPU that can be compared: works as CUDA graphs, in turns, in orders that favour none."""
+"""Times on a GPU that can be compared: works as CUDA graphs, in turns, in orders that favour none.
+
+Where there is no GPU the same works run one by one on the CPU, which is good for trying out what measures.
+"""
 
 from __future__ import annotations
 
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -13,7 +18,13 @@ STEADY_SECONDS = 0.25
 
 
 def captured(work: Callable[[], object]) -> Callable[[], None]:
-    """``work`` as a CUDA graph to replay, so that Python's launches take no part."""
+    """``work`` as a CUDA graph to replay, so that Python's launches take no part; without a GPU, ``work`` itself."""
+    if not torch.cuda.is_available():
+
+        def run() -> None:
+            work()
+
+        return run
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         work()  # what is done once only: cuBLAS's workspace, say
@@ -37,16 +48,16 @@ def take_turns(works: Mapping[str, Callable[[], object]], rounds: int, calls: in
     """
     for work in works.values():
         work()
-    torch.cuda.synchronize()
+    synchronize()
     times: dict[str, list[float]] = {name: [] for name in works}
     for names in itertools.islice(orders(list(works)), rounds):
-        events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in works}
+        events = {name: [_event() for _ in range(2)] for name in works}
         works[names[-1]]()  # untimed: the GPU must not wait for the launch of the first
         for name in names:
             events[name][0].record()
             works[name]()
             events[name][1].record()
-        torch.cuda.synchronize()
+        synchronize()
         for name, (start, stop) in events.items():
             times[name].append(1000 * start.elapsed_time(stop) / calls)
     return times
@@ -71,7 +82,7 @@ def take_long_turns(works: Mapping[str, Callable[[], object]], calls: int) -> di
     for names in itertools.islice(orders(list(works)), 3):
         for name in names:
             work = works[name]
-            first, middle, last = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+            first, middle, last = (_event() for _ in range(3))
             once = take_turns({name: work}, 1, calls)[name][0]
             count = max(1, round(STEADY_SECONDS * 1e6 / once / calls / 2))
             for event in (first, middle):
@@ -79,9 +90,30 @@ def take_long_turns(works: Mapping[str, Callable[[], object]], calls: int) -> di
                 for _ in range(count):
                     work()
             last.record()
-            torch.cuda.synchronize()
+            synchronize()
             times[name].append(1000 * middle.elapsed_time(last) / count / calls)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else _CpuEvent()
+
+
+class _CpuEvent:
+    """What is needed of a ``torch.cuda.Event``, for what has run when it returns."""
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, later: _CpuEvent) -> float:
+        """Milliseconds."""
+        return 1000 * (later.at - self.at)
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:

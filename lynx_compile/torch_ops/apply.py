@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -45,7 +47,7 @@ class Applied:
 
     engine: Path
     changes: list[Change]
-    refused: list[str]
+    hidden: list[str]
     restorable: bool
 
 
@@ -73,10 +75,10 @@ def apply(module: nn.Module, path: Path, *, restorable: bool = True) -> nn.Modul
     except BaseException:
         undo(module, applied.changes)
         raise
-    for name in LORA:
-        if hasattr(module, name):
-            setattr(module, name, _refuse)
-            applied.refused.append(name)
+    hidden = dict.fromkeys(LORA, _refuse) | {"state_dict": MethodType(_state_dict, module)}
+    for name in (name for name in hidden if hasattr(module, name)):
+        setattr(module, name, hidden[name])
+        applied.hidden.append(name)
     if restorable:
         for change in applied.changes:
             if isinstance(change.old, nn.Module):
@@ -98,7 +100,7 @@ def restore(module: nn.Module) -> nn.Module:
         )
     _follow(applied.changes)
     undo(module, applied.changes)
-    for name in applied.refused:
+    for name in applied.hidden:
         delattr(module, name)
     delattr(module, APPLIED)
     return module
@@ -127,6 +129,26 @@ def _refuse(*_: object, **__: object) -> None:
         "A LoRA cannot be loaded into compiled linears.",
         "Call lynx_compile.restore, load the LoRA, and apply again: it then stays beside the compiled linears.",
     )
+
+
+class _StateDict(OrderedDict[str, Any]):
+    """A module's tensors, in which who asks for a compiled linear's weight learns why it is not there.
+
+    So does FLUX's pipeline, which looks at the linears before it loads a LoRA into them.
+    """
+
+    def __missing__(self, key: str) -> Any:
+        readers = {name.partition(".merged.")[0] for name in self if ".merged." in name}
+        if any(key.startswith(f"{reader}.") for reader in readers):
+            _refuse()
+        raise KeyError(key)
+
+
+def _state_dict(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    own = type(module).state_dict(module, *args, **kwargs)
+    found = _StateDict(own)
+    found._metadata = getattr(own, "_metadata", None)  # type: ignore[attr-defined]
+    return found
 
 
 def _check_module(module: nn.Module, manifest: Manifest, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,14 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lynx_compile.errors import InputError, StageError
-from lynx_compile.tools import bench_model, full_size, model_forms
-from lynx_compile.tools.bench_model import FormResult, ModelResult
+from lynx_compile.passes.speed_table import Form
+from lynx_compile.recipe import Sparsity
+from lynx_compile.tools import bench_model, full_size, model_forms, model_results, timing
+from lynx_compile.tools.model_checks import TOLERANCE, check_blocks, check_ops
+from lynx_compile.tools.model_results import FormResult, ModelResult
+from lynx_compile.tools.step_model import StepModel, turned
 from lynx_compile.torch_ops import operators
+from lynx_compile.torch_ops.modules import SparseWeightLinear
 from lynx_compile.torch_ops.readers import Merged
 
 SMALL: dict[str, dict[str, Any]] = {"num_layers": 3, "attention_head_dim": 64, "num_attention_heads": 2}  # type: ignore[dict-item]
@@ -35,6 +41,7 @@ TINY: dict[str, dict[str, Any]] = {
         "guidance_embeds": False,
     },
 }  # fmt: skip
+GATES = {"flux2_klein": 3 * 2 + 3, "z_image": 3 + 2}  # SwiGLU in an epilogue; the two refiners' blocks too
 GROUPS = {
     "flux1_dev": {1, 3, 4}, "qwen_image": {1, 3}, "z_image": {1, 2, 3}, "flux2_klein": {1, 3},
 }  # fmt: skip
@@ -42,6 +49,7 @@ GROUPS = {
 
 @dataclasses.dataclass
 class Built:
+    model: StepModel
     dense: nn.Module
     call: dict[str, Any]
     observed: model_forms.Observed
@@ -53,22 +61,23 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "metadata_layout", lambda dtype: 90)
 
 
+def tiny_model(name: str) -> StepModel:
+    known = full_size.find(name)
+    return full_size.step_model(dataclasses.replace(known, config=TINY[name], size=full_size.Size(8, 8, 64)))
+
+
 @pytest.fixture(scope="module", params=list(TINY))
 def built(request: pytest.FixtureRequest) -> Built:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(full_size, "SIDE", 8)
-        patch.setattr(full_size, "LATENT", 16)
-        patch.setattr(full_size, "TEXT_TOKENS", 64)
-        model = dataclasses.replace(full_size.find(request.param), config=TINY[request.param])
-        dense = full_size.build(model, "cpu")
-        call = {**full_size.step(model, "cpu"), "return_dict": False}
+    model = tiny_model(request.param)
+    dense = model.build("cpu")
+    call = {**model.step("cpu"), "return_dict": False}
     observed = model_forms.observe(dense, call)
     with torch.no_grad():
         output = bench_model._first(dense(**call))
     sizes = {len(group) for groups in observed.groups.values() for group in groups}
     assert sizes == GROUPS[request.param]
     model_forms.merge_dense(dense, observed)
-    return Built(dense, call, observed, output)
+    return Built(model, dense, call, observed, output)
 
 
 def test_merging_changes_nothing(built: Built) -> None:
@@ -87,10 +96,10 @@ def test_a_form_is_checked_compiled_and_smaller(built: Built, form: str) -> None
     calls = built.observed.calls
     with torch.no_grad():
         module = model_forms.Forms(built.dense).make(form)
-        eager, error = bench_model._check_ops(form, module, calls)
-        assert error is not None and 0 < error < bench_model.TOLERANCE
+        eager, error = check_ops(form, module, calls)
+        assert error is not None and 0 < error < TOLERANCE
         module.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=counter)  # type: ignore[operator]
-        bench_model._check_blocks(form, module, calls, eager)
+        check_blocks(form, module, calls, eager)
         found = bench_model._first(module(**built.call)).float()
     # Blocks of a kind share their code; FLUX's second single block gets its tokens in other strides than the first.
     assert counter.frame_count <= len(calls) + (built.dense.__class__.__name__.startswith("Flux"))
@@ -99,6 +108,8 @@ def test_a_form_is_checked_compiled_and_smaller(built: Built, form: str) -> None
     assert 1e-3 < difference < (0.1 if form == "fp8_dense" else 0.8)
     assert model_forms.weight_bytes(module) < model_forms.weight_bytes(built.dense)
     assert all(not each._held for each in module.modules() if isinstance(each, Merged))
+    gates = sum(isinstance(each, SparseWeightLinear) and each.epilogue.gated for each in module.modules())
+    assert gates == (GATES.get(built.model.name, 0) if form == "bf16_weight" else 0)
 
 
 def test_a_wrong_product_is_not_timed(built: Built) -> None:
@@ -108,7 +119,65 @@ def test_a_wrong_product_is_not_timed(built: Built) -> None:
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(type(linear), "parts", lambda self, x, sizes: [1.02 * y for y in parts(self, x, sizes)])
         with pytest.raises(StageError, match="is off by"):
-            bench_model._check_ops("fp8_weight", module, built.observed.calls)
+            check_ops("fp8_weight", module, built.observed.calls)
+
+
+MIXED = {
+    "*.attn.to_q": Form("activation"),
+    "*.attn.to_k": Form("weight", fp8=True),
+    "transformer_*.attn.to_v": Form("activation", fp8=True),
+    "*.ff.*": Form("none", fp8=True),
+    "single_*.proj_mlp": Form("weight"),
+}
+
+
+def test_a_plan_mixes_forms_even_of_linears_that_read_one_tensor(built: Built) -> None:
+    if built.model.name != "flux1_dev":
+        pytest.skip("one is enough")
+    paths = [path for linear in model_forms.dense_linears(built.dense) for path in linear.group.linears]
+    plan = {path: form for path in paths for glob, form in MIXED.items() if fnmatchcase(path, glob)}
+    forms = model_forms.Forms(built.dense, plan, Sparsity(norm_scale=True))
+    assert forms.uniform() is None  # else its figures are that form's
+    everywhere = dict.fromkeys(paths, Form("weight", fp8=True))
+    assert model_forms.Forms(built.dense, everywhere).uniform() == "fp8_weight"
+    with torch.no_grad():
+        module = forms.make("plan")
+        _, error = check_ops("plan", module, built.observed.calls)
+        assert error is not None and error < TOLERANCE
+        found = bench_model._first(module(**built.call)).float()
+    assert 1e-3 < float((found - built.output.float()).norm() / built.output.float().norm()) < 0.8
+    products = [p for each in module.modules() if isinstance(each, model_forms.Mixed) for p in each.products]
+    assert {type(product).__name__ for product in products} == {
+        "SparseActivationLinear", "SparseWeightLinear", "Fp8Linear", "DenseLinear",
+    }  # fmt: skip
+    assert bench_model.mixture_of(plan, paths)["2:4 activations"] == 3 + 3
+
+
+def test_a_step_is_measured_and_so_is_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU: everything but the graphs."""
+    monkeypatch.setattr(timing, "STEADY_SECONDS", 0.001)
+    small = TINY["flux1_dev"] | {"num_layers": 1, "num_single_layers": 1}
+    known = dataclasses.replace(full_size.find("flux1_dev"), config=small, size=full_size.Size(8, 8, 64))
+    sparsity = Sparsity(operand={"transformer_*": "weight", "*": "none"}, precision="fp8")
+    model = full_size.step_model(known, sparsity=sparsity)
+    result = bench_model.bench_model(
+        model,
+        forms=["fp8_weight", "plan"],
+        settings=bench_model.Settings(rounds=2, backend="eager"),
+        device="cpu",
+    )
+    assert list(result.forms) == ["bf16_dense", "fp8_weight", "plan"]
+    dense, plan = result.forms["bf16_dense"], result.forms["plan"]
+    assert dense.ratio == dense.steady_ratio == 1 and dense.output_difference == 0
+    assert all(form.ms > 0 and form.steady_ms > 0 for form in result.forms.values())
+    assert plan.same_as is None and plan.output_difference < result.forms["fp8_weight"].output_difference
+    assert result.plan == {"2:4 weights in FP8": 12, "dense FP8": 5}
+    assert not result.cuda_graph and result.device == "the CPU"
+    model_results.save(result, tmp_path)
+    table = (tmp_path / "the-cpu-model.md").read_text()
+    assert "- flux1_dev: 128x128 pixels, 64 text tokens, batch 1, random weights" in table
+    assert f"| the plan ({', '.join(f'{n} {words}' for words, n in result.plan.items())}) |" in table
+    assert json.loads((tmp_path / "summary.json").read_text())["step.flux1_dev.plan"] == round(plan.ratio, 3)
 
 
 def test_results_lie_beside_those_of_before(tmp_path: Path) -> None:
@@ -119,9 +188,9 @@ def test_results_lie_beside_those_of_before(tmp_path: Path) -> None:
         return ModelResult(model, "C", 1, "flash", True, forms, "A GPU", "2", "0", "2026-01-01", {})
 
     (tmp_path / "summary.json").write_text('{"linears.torch_fp8": 1.9}')
-    bench_model.save(result("flux1_dev", {"bf16_dense": form(1), "fp8_weight": form(1.6)}), tmp_path)
-    bench_model.save(result("z_image", {"bf16_dense": form(1), "torch_fp8": form(1.3)}), tmp_path)
-    bench_model.save(result("flux1_dev", {"bf16_dense": form(1), "bf16_weight": form(1.25)}), tmp_path)
+    model_results.save(result("flux1_dev", {"bf16_dense": form(1), "fp8_weight": form(1.6)}), tmp_path)
+    model_results.save(result("z_image", {"bf16_dense": form(1), "torch_fp8": form(1.3)}), tmp_path)
+    model_results.save(result("flux1_dev", {"bf16_dense": form(1), "bf16_weight": form(1.25)}), tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["linears.torch_fp8"] == 1.9 and summary["step.flux1_dev.dense_ms"] == 100
     assert summary["step.flux1_dev.fp8_weight"] == 1.6 and summary["step.flux1_dev.bf16_weight"] == 1.25
@@ -135,12 +204,12 @@ def test_real_numbers_turn_as_complex_ones() -> None:
     x, freqs = torch.randn(2, 5, 3, 8).bfloat16(), torch.polar(torch.ones(5, 4), torch.randn(5, 4))
     complex_x = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     wanted = torch.view_as_real(complex_x * freqs[:, None]).flatten(3)
-    assert torch.allclose(full_size.turned(x, freqs, use_real=False).float(), wanted, rtol=2**-7, atol=2**-7)
+    assert torch.allclose(turned(x, freqs, use_real=False).float(), wanted, rtol=2**-7, atol=2**-7)
 
 
 def test_an_unknown_model_and_a_missing_gpu_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="flux1_dev, qwen_image"):
+    with pytest.raises(InputError, match="flux1_dev, qwen_image.*or a recipe"):
         full_size.find("flux9")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="no GPU"):
-        bench_model.bench_model(full_size.find("z_image"))
+        bench_model.bench_model(tiny_model("z_image"))

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -29,6 +29,7 @@ from lynx_compile.passes.export import DenseOnnx, export_module
 from lynx_compile.passes.rewrite import LynxOnnx, rewrite
 from lynx_compile.passes.select import Decision, SparseGroup, SparsityPlan
 from lynx_compile.torch_ops import apply as apply_module
+from lynx_compile.torch_ops.modules import Fp8Linear
 from lynx_compile.torch_ops.readers import Merged, Reader
 from tests.conftest import TINY
 from tests.passes.exact import fp8_plan, fp8_weights, pruned_weights
@@ -200,13 +201,75 @@ def test_repeated_blocks_compile_whole(flux: Case) -> None:
     assert torch.equal(run(module, given), run(flux.module, given))
 
 
-def test_a_lora_is_refused_while_linears_are_compiled(flux: Case) -> None:
-    module = flux.own()
-    lynx_compile.apply(module, flux.compiled("weight")[0])
-    with pytest.raises(InputError, match="LoRA cannot be loaded.*restore"):
-        module.load_lora_adapter({})
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+def test_diffusers_moves_compiled_linears_in_groups(flux: Case, level: str) -> None:
+    """From the CPU to the CPU, which is as far as it goes without a GPU: hooks are where they have to be."""
+    module, given = flux.own(), arguments()
+    lynx_compile.apply(module, flux.compiled("fp8 weight")[0])
+    wanted = run(module, given)
+    cpu, groups = torch.device("cpu"), {"num_blocks_per_group": 1} if level == "block_level" else {}
+    module.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=level, **groups)
+    linears = [each for each in module.modules() if isinstance(each, Fp8Linear)]
+    if level == "leaf_level":
+        assert all(each._diffusers_hook.get_hook("group_offloading") is not None for each in linears)
+    for _ in range(2):
+        assert torch.equal(run(module, given), wanted)
+    if level == "block_level":
+        lynx_compile.restore(module)
+        assert torch.equal(run(module, given), run(flux.module, given))
+    later = flux.own()
+    later.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=level, **groups)
+    with pytest.raises(InputError, match="apply first, then enable_group_offload"):
+        lynx_compile.apply(later, flux.compiled("fp8 weight")[0])
+
+
+def lora(module: FluxTransformer2DModel, *paths: str) -> dict[str, torch.Tensor]:
+    """Of rank 4 and no small one, as files have it."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for path in paths:
+        out_channels, channels = module.get_submodule(path).weight.shape
+        found[f"transformer.{path}.lora_A.weight"] = torch.randn(4, channels, generator=generator) / 4
+        found[f"transformer.{path}.lora_B.weight"] = torch.randn(out_channels, 4, generator=generator) / 4
+    return found
+
+
+def test_a_pipelines_own_lora_stays_beside_compiled_linears(flux: Case) -> None:
+    pytest.importorskip("peft", reason="diffusers loads a LoRA through it")
+    module, given, engine = flux.own(), arguments(), flux.compiled("weight")[0]
+    pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, module)
+    before = run(module, given)
+    lynx_compile.apply(module, engine)
+    compiled = run(module, given)
+    adapted = "transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.proj_mlp"
+    with pytest.raises(InputError, match="LoRA cannot be loaded.*restore, load the LoRA, and apply again"):
+        pipe.load_lora_weights(lora(flux.module, *adapted))
     lynx_compile.restore(module)
-    assert module.load_lora_adapter.__func__ is FluxTransformer2DModel.load_lora_adapter
+    pipe.load_lora_weights(lora(module, *adapted))
+    with_lora = run(module, given)
+    lynx_compile.apply(module, engine)
+    y, kept = (
+        run(module, given),
+        compiled - before,
+    )  # what compiling changed is small beside what the LoRA does
+    assert off(y, with_lora) < 0.6 * off(y, before) and off(y, with_lora) < 3 * float(
+        kept.norm() / before.norm()
+    )
+    layer, x = module.get_submodule(adapted[0]), torch.randn(3, CONFIG["attention_head_dim"] * 2).half()
+    own = layer.lora_B["default_0"](layer.lora_A["default_0"](x.to(layer.lora_A["default_0"].weight.dtype)))
+    assert isinstance(layer.base_layer, Reader)
+    assert torch.allclose(layer(x), layer.base_layer(x) + layer.scaling["default_0"] * own.half(), atol=2e-2)
+    pipe.disable_lora()
+    assert off(run(module, given), compiled) < 2**-9  # but for the GELU, which follows y's rounding now
+    with pytest.raises(InputError, match="LoRA cannot be loaded"):
+        pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert off(run(module, given), compiled) < 2**-9
+    lynx_compile.restore(module)
+    assert torch.equal(run(module, given), before)
+    pipe.load_lora_weights(lora(module, *adapted))
+    pipe.fuse_lora()
+    with pytest.raises(InputError, match="fused into the module's linears.*unfuse_lora"):
+        lynx_compile.apply(module, engine)
 
 
 def test_what_cannot_be_applied_is_said_and_nothing_is_changed(flux: Case, tmp_path: Path) -> None:
