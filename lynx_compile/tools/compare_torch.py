@@ -7,6 +7,7 @@ need days for. A linear's error and the output's are taken on the dense module's
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -88,14 +89,16 @@ def output_squares(found: Sequence[Tensors], dense: Sequence[Tensors]) -> list[d
 def linear_squares(
     module: nn.Module, engine: Path, states: Sequence[TorchState], progress: Progress
 ) -> dict[str, list[Squares]]:
-    """{linear: how far the compiled one is from it on its own input} for every call of it in these states."""
+    """{linear: how far the compiled one is from it on its own input} for every call of it in these states.
+
+    The compiled ones wait in host memory; one at a time is where the module is.
+    """
     squares: dict[str, list[Squares]] = defaultdict(list)
-    device = next(module.parameters()).device
+    resident = _Resident(next(module.parameters()).device)
     handles = []
     for node, op in compiled_linears(engine):
-        op.to(device)
         for index, path in enumerate(node.linears):
-            hook = _hook(op, node.sizes, index, path, squares[path])
+            hook = _hook(resident, op, node.sizes, index, path, squares[path])
             handles.append(module.get_submodule(path).register_forward_hook(hook))
     try:
         for done, state in enumerate(states):
@@ -113,14 +116,31 @@ def squares_of(y: torch.Tensor, y_dense: torch.Tensor) -> Squares:
     return Squares(float((y - y_dense).square().sum()), float(y_dense.square().sum()))
 
 
+class _Resident:
+    """The linear that is on ``device``: the last that was asked for, since readers of one tensor follow one another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._of: nn.Module | None = None
+        self._copy: Any = None
+
+    def copy_of(self, op: nn.Module) -> Any:
+        if self._of is not op:
+            self._of, self._copy = op, None
+            moved = copy.copy(op)
+            moved._buffers = dict(op._buffers)
+            self._copy = moved.to(self.device)
+        return self._copy
+
+
 def _hook(
-    op: Any, sizes: Sequence[int], index: int, path: str, found: list[Squares]
+    resident: _Resident, op: nn.Module, sizes: Sequence[int], index: int, path: str, found: list[Squares]
 ) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
     def compare(linear: nn.Module, given: tuple[torch.Tensor, ...], y_dense: torch.Tensor) -> None:
         x = given[0]
         if isinstance(linear, nn.Conv2d):
             x, y_dense = x.movedim(1, -1), y_dense.movedim(1, -1)
-        found.append(_checked(path, squares_of(op.parts(x, sizes)[index], y_dense)))
+        found.append(_checked(path, squares_of(resident.copy_of(op).parts(x, sizes)[index], y_dense)))
 
     return compare
 

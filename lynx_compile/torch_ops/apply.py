@@ -69,21 +69,17 @@ def apply(module: nn.Module, path: Path, *, restorable: bool = True) -> nn.Modul
                 if done.isdisjoint(node.linears):  # a linear that is called several times has several nodes
                     _put(module, node, _Reader(file, weights, node), DTYPES[manifest.dtype], applied)
                 done |= set(node.linears)
-    except SafetensorError as error:
+    except BaseException as error:
+        _follow(applied.changes)
         undo(module, applied.changes)
-        raise InputError(f"{weights} is no safetensors file ({error!s:.200}).", _AGAIN) from None
-    except BaseException:
-        undo(module, applied.changes)
+        if isinstance(error, SafetensorError):
+            raise InputError(f"{weights} is no safetensors file ({error!s:.200}).", _AGAIN) from None
         raise
     hidden = dict.fromkeys(LORA, _refuse) | {"state_dict": MethodType(_state_dict, module)}
     for name in (name for name in hidden if hasattr(module, name)):
         setattr(module, name, hidden[name])
         applied.hidden.append(name)
-    if restorable:
-        for change in applied.changes:
-            if isinstance(change.old, nn.Module):
-                change.old.to("cpu")
-    else:
+    if not restorable:
         applied.changes.clear()
     object.__setattr__(module, APPLIED, applied)
     return module
@@ -254,7 +250,12 @@ def _put(module: nn.Module, node: SparseLinears, read: _Reader, dtype: torch.dty
     first: Any = module.get_submodule(own[0])
     gelu_from = epilogue.first if epilogue.activation else node.out_channels
     group = Group(own, node.sizes, gelu_from, isinstance(first, nn.Conv2d), gate)
-    applied.changes += merge(module, group, linear.to(first.weight.device))
+    changes = merge(module, group, linear.to(first.weight.device))
+    applied.changes += changes
+    if applied.restorable:  # at once: the two models need not fit beside each other
+        for change in changes:
+            if isinstance(change.old, nn.Module):
+                change.old.to("cpu")
 
 
 def _own(module: nn.Module, path: str) -> str:

@@ -247,13 +247,9 @@ def test_a_pipelines_own_lora_stays_beside_compiled_linears(flux: Case) -> None:
     pipe.load_lora_weights(lora(module, *adapted))
     with_lora = run(module, given)
     lynx_compile.apply(module, engine)
-    y, kept = (
-        run(module, given),
-        compiled - before,
-    )  # what compiling changed is small beside what the LoRA does
-    assert off(y, with_lora) < 0.6 * off(y, before) and off(y, with_lora) < 3 * float(
-        kept.norm() / before.norm()
-    )
+    assert (
+        off(run(module, given) - compiled, with_lora - before) < 0.5
+    )  # it does to both models about the same
     layer, x = module.get_submodule(adapted[0]), torch.randn(3, CONFIG["attention_head_dim"] * 2).half()
     own = layer.lora_B["default_0"](layer.lora_A["default_0"](x.to(layer.lora_A["default_0"].weight.dtype)))
     assert isinstance(layer.base_layer, Reader)
