@@ -359,10 +359,15 @@ _KINDS: dict[tuple[bool, bool], _Maker] = {  # by whether in FP8, and whether th
 
 
 def _follow(changes: Sequence[Change]) -> None:
-    """The module's own linears onto the device where what stands for them is."""
-    device = torch.device("cpu")
+    """The module's own linears onto the device where what stands for them is, which gives up its memory first."""
+    devices: list[torch.device] = []
     for change in changes:
         tensors = [*change.new.buffers()] if isinstance(change.new, nn.Module) else []
-        device = tensors[0].device if tensors else device  # what idles since is where its neighbour is
+        # What idles since is where its neighbour is.
+        devices.append(tensors[0].device if tensors else devices[-1] if devices else torch.device("cpu"))
+    for change in changes:
+        if isinstance(change.new, nn.Module):
+            change.new.to("meta")
+    for change, device in zip(changes, devices, strict=True):
         if isinstance(change.old, nn.Module):
             change.old.to(device)
