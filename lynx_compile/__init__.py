@@ -54,11 +54,12 @@ def apply(module: nn.Module, path: str | Path, *, restorable: bool = True) -> nn
         pipe.to("cuda")
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
 
-    Linears that read one tensor become one product, a GELU behind them part of it. Any resolution and number of tokens
-    run. On a GPU the plugin library's kernels compute; on a CPU, slowly, their definitions.
+    Linears that read one tensor become one product; a GELU behind them, or SwiGLU or GEGLU behind 2:4 weights, is
+    part of it. Any resolution and number of tokens run. On a GPU the plugin library's kernels compute; on a CPU,
+    slowly, their definitions. A LoRA that is loaded before stays beside them; diffusers' group offload comes after.
 
     Args:
-        module: on any device, in the engine's dtype, without LoRA layers.
+        module: on any device, in the engine's dtype, without a fused LoRA.
         path: the engine (which itself is not read), with its manifest and weights beside it.
         restorable: keep the module's own linears, in host memory.
 
@@ -66,7 +67,8 @@ def apply(module: nn.Module, path: str | Path, *, restorable: bool = True) -> nn
         ``module``.
 
     Raises:
-        InputError: a file is missing, damaged or of another model; or there are compiled linears or LoRA layers in it.
+        InputError: a file is missing, damaged or of another model; there are compiled linears or a fused LoRA in the
+            module; or it is offloaded in groups already.
     """
     from lynx_compile.torch_ops.apply import apply as apply_to  # torch only where it is used
 

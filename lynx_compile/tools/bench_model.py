@@ -40,7 +40,7 @@ from lynx_compile.passes.speed_table import DENSE, Form
 from lynx_compile.tools.full_size import MODELS, step_model
 from lynx_compile.tools.model_checks import check_blocks, check_ops
 from lynx_compile.tools.model_forms import (
-    FORMS,
+    FORMS_AND_PLAN,
     NAMES,
     Forms,
     blocks_of,
@@ -82,7 +82,7 @@ class Settings:
 def bench_model(
     model: StepModel,
     *,
-    forms: Sequence[str] = FORMS,
+    forms: Sequence[str] = FORMS_AND_PLAN,
     plan: Plan | None = None,
     settings: Settings | None = None,
     device: str = "cuda",
@@ -103,7 +103,7 @@ def bench_model(
     import diffusers
 
     settings = settings or Settings()
-    others = [form for form in FORMS if form in forms and form != "bf16_dense"]
+    others = [form for form in FORMS_AND_PLAN if form in forms and form != "bf16_dense"]
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # the forms are variants of the same blocks' code
     dense = model.build(device)
@@ -350,7 +350,7 @@ def main() -> None:
     parser.add_argument(
         "--model", action="append", choices=[model.name for model in MODELS], help="default: all"
     )
-    parser.add_argument("--form", action="append", choices=FORMS, help="default: all")
+    parser.add_argument("--form", action="append", choices=FORMS_AND_PLAN, help="default: all")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--attention", choices=list(ATTENTION), help="default: the faster one")
     parser.add_argument(
@@ -369,7 +369,7 @@ def main() -> None:
     )  # fmt: skip
     for model in (model for model in MODELS if model.name in names):
         result = bench_model(
-            step_model(model), forms=arguments.form or FORMS, settings=settings,
+            step_model(model), forms=arguments.form or FORMS_AND_PLAN, settings=settings,
             log=lambda text: print(text, flush=True),
         )  # fmt: skip
         for form in result.forms:

@@ -35,8 +35,9 @@ from torch.nn.attention import sdpa_kernel
 from lynx_compile.errors import InputError, StageError
 from lynx_compile.files.atomic import save_text
 from lynx_compile.tools.bench_model import ATTENTION
-from lynx_compile.tools.full_size import FullSize, build, find, step
+from lynx_compile.tools.full_size import find, step_model
 from lynx_compile.tools.model_forms import FORMS, Forms, merge_dense, observe
+from lynx_compile.tools.step_model import StepModel
 from lynx_compile.tools.timing import file_name, take_turns
 
 MODEL = "flux1_dev"
@@ -81,7 +82,7 @@ class ParallelResult:
 
 
 def bench_parallel(
-    model: FullSize,
+    model: StepModel,
     *,
     forms: Sequence[str] = FORMS,
     rounds: int = 10,
@@ -103,8 +104,8 @@ def bench_parallel(
     from diffusers import ContextParallelConfig
 
     torch._dynamo.config.recompile_limit = 64  # the forms are variants of the same blocks' code
-    dense = build(model, device)
-    call = {**step(model, device), "return_dict": False}
+    dense = model.build(device)
+    call = {**model.step(device), "return_dict": False}
     merge_dense(dense, observe(dense, call))
     maker = Forms(dense)
     modules = {form: maker.make(form) for form in FORMS if form in {*forms, "bf16_dense"}}
@@ -286,7 +287,7 @@ def main() -> None:
             print(*lines(result), f"wrote {save(result, arguments.folder)}", sep="\n", flush=True)
 
     bench_parallel(
-        find(MODEL), forms=arguments.form or [form for form in FORMS if form != "torch_fp8"],
+        step_model(find(MODEL)), forms=arguments.form or [form for form in FORMS if form != "torch_fp8"],
         rounds=arguments.rounds, attention=arguments.attention, log=log, save=keep,
     )  # fmt: skip
     sys.stdout.flush()

@@ -32,7 +32,8 @@ from lynx_compile.torch_ops.readers import Merged, Reader
 from lynx_compile.torch_ops.swap import Group, gelu_behind, is_gate_last, linear_at, merge
 
 LEAST_TOKENS = 64  # a modulation's linear sees one
-FORMS = ("bf16_dense", "torch_fp8", "bf16_weight", "fp8_dense", "fp8_weight", "plan")
+FORMS = ("bf16_dense", "torch_fp8", "bf16_weight", "fp8_dense", "fp8_weight")  # of all linears alike
+FORMS_AND_PLAN = (*FORMS, "plan")
 PLAIN_MULTIPLE = 64  # rows before a gated epilogue: kGeluMultiple of plugins/kernels/tile_config.h
 # The form of all linears that has a name of its own.
 NAMES = {
@@ -238,7 +239,7 @@ class Forms:
         self._layout: MetadataLayout = operators.metadata_layout(_dtype(dense))
 
     def make(self, form: str, **options: bool) -> nn.Module:
-        """The module in one of ``FORMS``. ``options``: of ``Fp8Linear``."""
+        """The module in one of ``FORMS_AND_PLAN``. ``options``: of ``Fp8Linear``."""
         if form == "bf16_dense":
             return self.dense
         of_all = next((each for each, name in NAMES.items() if name == form), None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lynx_compile.files.atomic import save_text
-from lynx_compile.tools.model_forms import FORMS
+from lynx_compile.tools.model_forms import FORMS_AND_PLAN
 from lynx_compile.tools.timing import file_name
 
 FULL_SIZE = "1024x1024 pixels, 512 text tokens, batch 1, random weights"  # of results that do not say it
@@ -101,7 +101,7 @@ def markdown(models: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, model in models.items():
-        for form in (form for form in FORMS if form in model["forms"]):
+        for form in (form for form in FORMS_AND_PLAN if form in model["forms"]):
             f = model["forms"][form]
             lines.append(
                 f"| {name} | {title(form, model)} | {f['ms']:.1f} | {f['ratio']:.2f}x | {f['steady_ratio']:.2f}x "

@@ -8,12 +8,25 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
+from torch import nn
 
 from lynx_compile.ops.fp8 import round_rows
 from lynx_compile.torch_ops import operators
 from lynx_compile.torch_ops.bindings import DTYPES, LIBRARY
 from lynx_compile.torch_ops.fp8_bindings import load_fp8_library
-from tests.torch_ops.test_operators import BIAS, CHANNELS, FROM, MODULES, X, fp8_linear, normal, wanted
+from lynx_compile.torch_ops.readers import Merged
+from tests.torch_ops.test_operators import (
+    BIAS,
+    CHANNELS,
+    FROM,
+    MODULES,
+    Attention,
+    X,
+    fp8_linear,
+    normal,
+    wanted,
+)
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -79,6 +92,39 @@ def test_a_module_compiles_whole(name: str) -> None:
     assert (
         off(y, wanted(name, X)) < 2**-6
     )  # inverses that a compiler rounds otherwise move single e4m3 values
+
+
+class Blocks(nn.Module):
+    """Blocks whose readers share a product, as a transformer with compiled linears has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        makes = (lambda: fp8_linear("sparse weight"), MODULES["sparse weight"], lambda: fp8_linear("dense"))
+        self.blocks = nn.ModuleList(Attention(Merged(make(), [64, 64, 64])) for make in makes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([block(x) for block in self.blocks])
+
+
+@pytest.mark.parametrize("use_stream", [False, True])
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+def test_diffusers_offloads_compiled_linears_in_groups(level: str, use_stream: bool) -> None:
+    if not load_fp8_library().lynx_fp8_runs(DTYPES[torch.bfloat16]):
+        pytest.skip("needs a GPU and a library with FP8 kernels")
+    module, x = Blocks().cuda(), X.cuda()
+    with torch.no_grad():
+        expected = module(x)
+        groups = {"num_blocks_per_group": 1} if level == "block_level" else {}
+        apply_group_offloading(
+            module.cpu(), torch.device("cuda"), torch.device("cpu"), level, use_stream=use_stream, **groups
+        )
+        assert all(not buffer.is_cuda for buffer in module.buffers())
+        for _ in range(3):
+            assert torch.equal(module(x), expected)
+        torch.cuda.synchronize()
+        assert all(not buffer.is_cuda for buffer in module.blocks[0].buffers()), (
+            "a block that has run is gone again"
+        )
 
 
 def test_the_product_of_what_torch_rounded_is_the_whole_op() -> None:

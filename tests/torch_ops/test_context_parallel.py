@@ -92,12 +92,13 @@ def test_the_bench_holds_several_gpus_to_one(tmp_path: Path) -> None:
     """All forms, FP8 with its scale a token too; and it finds a linear that mixes its tokens up."""
 
     def work() -> None:
-        full_size.SIDE = 8
-        full_size.TEXT_TOKENS = 64
         operators.metadata_layout = lambda dtype: 90
         bench_parallel.STEPS = 2
         config = {**TINY["flux1_dev"], "num_layers": 1, "num_single_layers": 1}
-        model = dataclasses.replace(full_size.find("flux1_dev"), config=config)
+        size = full_size.Size(8, 8, 64)
+        model = full_size.step_model(
+            dataclasses.replace(full_size.find("flux1_dev"), config=config, size=size)
+        )
         result = bench(model, forms=("bf16_weight", "fp8_weight"), device="cpu")
         assert set(result.forms) == {"bf16_dense", "bf16_weight", "fp8_weight"}
         assert all(each.shuffled < 0.1 for each in result.forms.values())
