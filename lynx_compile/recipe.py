@@ -203,6 +203,8 @@ _ONE_OPERAND, _OPERAND_GLOBS = "literal[operand]", "dict[operand]"
 class Sparsity(Strict):
     """What becomes sparse and how its error is repaired (see ``compensate``).
 
+    ``method``: ``joint``, ``paper`` or ``none`` from calibrated moments; ``magnitude`` keeps the two largest of every
+    four weights and needs no calibration: minutes, for an engine whose speed alone counts.
     ``operand``: what is 2:4. ``activation`` prunes the input while the model runs, ``weight`` the weights, once, at
     compile time; ``auto`` leaves it to the ``budget``, which may keep a linear dense (it is ``activation`` alone where
     the recipe asks for what only that has: ``paper`` or ``none``, a rank, the scale); or a mapping of globs over module
@@ -219,7 +221,7 @@ class Sparsity(Strict):
     ``include`` and ``exclude``: globs over module paths, ``exclude`` wins over ``include``, both over ``operand``.
     """
 
-    method: Literal["joint", "paper", "none"] = "joint"
+    method: Literal["joint", "paper", "none", "magnitude"] = "joint"
     operand: Annotated[
         Annotated[Literal["auto", "activation", "weight", "none"], Tag(_ONE_OPERAND)]
         | Annotated[OperandGlobs, Tag(_OPERAND_GLOBS)],
@@ -251,6 +253,19 @@ class Sparsity(Strict):
         return self
 
     @model_validator(mode="after")
+    def _magnitude_is_of_weights(self) -> Sparsity:
+        if self.method != "magnitude":
+            return self
+        operands = {self.operand} if isinstance(self.operand, str) else set(self.operand.values())
+        if operands - {"auto", "weight", "none"} or self.operand == "none" or self.precision == "fp8":
+            raise ValueError("method 'magnitude' prunes weights in 16 bits; set operand to 'weight'")
+        if self.rank not in ("auto", 0) or self.norm_scale:
+            raise ValueError(
+                "method 'magnitude' has no low rank and no scale; remove 'rank' and 'norm_scale'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights_have_no_activations_parts(self) -> Sparsity:
         if self.method == "paper" and "weight" in (self.operand, *self.operand_globs.values()):
             raise ValueError(
@@ -277,7 +292,12 @@ class Sparsity(Strict):
     @property
     def _asks_for_16_bits(self) -> bool:
         """Whether the recipe asks for what only linears in the model's dtype have."""
-        return self.method == "paper" or self.rank not in ("auto", 0) or bool(self.norm_scale)
+        return self.method in ("paper", "magnitude") or self.rank not in ("auto", 0) or bool(self.norm_scale)
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether the weights are solved from calibrated moments."""
+        return self.method != "magnitude"
 
     def precisions(self, fp8_pays: bool) -> tuple[bool, ...]:
         """Whether linears may multiply in FP8: no, yes, or either. ``fp8_pays``: whether the GPUs were seen to."""
@@ -296,6 +316,8 @@ class Sparsity(Strict):
         """What may be 2:4 of linears whose operand no glob says."""
         if self.operand in ("activation", "weight", "none"):
             return (self.operand,)
+        if self.method == "magnitude":
+            return ("weight",)
         of_activations = self.method != "joint" or self.rank not in ("auto", 0) or self.norm_scale
         return ("activation",) if of_activations else ("activation", "weight")
 
@@ -492,6 +514,9 @@ class Recipe(Strict):
     def _onnx_has_no_gradients(cls, value: Compensation, info: ValidationInfo) -> Compensation:
         if value.tune in ("blockwise", "end_to_end") and isinstance(info.data.get("model"), OnnxModel):
             raise ValueError("an ONNX model has no gradients to tune by; leave 'tune' to auto")
+        sparsity = info.data.get("sparsity")
+        if value.tune == "blockwise" and sparsity is not None and not sparsity.needs_moments:
+            raise ValueError("method 'magnitude' calibrates nothing to tune from; leave 'tune' to auto")
         return value
 
     def model_post_init(self, context: Any) -> None:

@@ -73,6 +73,16 @@ def _error(folder: Path, text: str) -> str:
         ("  batch: 2", "  batch: 2\nsparsity:\n  rank: true", "r.yaml:14: 'sparsity.rank' is wrong"),
         (
             "  batch: 2",
+            "  batch: 2\nsparsity: {method: magnitude, operand: activation}",
+            "r.yaml:13: 'sparsity' is wrong: method 'magnitude' prunes weights in 16 bits",
+        ),
+        (
+            "  tune: false",
+            "  tune: blockwise\nsparsity: {method: magnitude}",
+            "'compensation' is wrong: method 'magnitude' calibrates nothing",
+        ),
+        (
+            "  batch: 2",
             "  batch: 2\nsparsity: {method: none, rank: 16}",
             "r.yaml:13: 'sparsity' is wrong: method 'none'",
         ),

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import atomic_path
-from lynx_compile.files.tensors import TensorSpec, refer, write_tensors
+from lynx_compile.files.tensors import TORCH_DTYPES, TensorSpec, read_external, refer, write_tensors
 
 HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 INLINE_BYTES = 4096  # larger tensors go into the safetensors file
@@ -83,6 +83,9 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def _read_tensor(tensor: onnx.TensorProto, folder: Path) -> torch.Tensor:
+    if uses_external_data(tensor) and tensor.data_type in TORCH_DTYPES:
+        stored = read_external(tensor, folder)
+        return stored.float() if tensor.data_type in HALVES else stored
     values = onnx.numpy_helper.to_array(tensor, str(folder))
     return torch.from_numpy(values.astype(np.float32) if tensor.data_type in HALVES else values.copy())
 

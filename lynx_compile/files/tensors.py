@@ -96,6 +96,30 @@ def refer(initializer: onnx.TensorProto, location: str, offset: int, length: int
         initializer.external_data.add(key=key, value=value)
 
 
+def read_external(initializer: onnx.TensorProto, folder: Path) -> torch.Tensor:
+    """What ``refer`` refers to, mapped; ``folder`` is the ONNX file's. ONNX's own reader refuses files elsewhere.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, or ends before the tensor does.
+    """
+    entries = {entry.key: entry.value for entry in initializer.external_data}
+    offset = int(entries.get("offset", 0))
+    return map_tensor(
+        folder / entries["location"], offset, TORCH_DTYPES[initializer.data_type], initializer.dims
+    )
+
+
+TORCH_DTYPES: dict[int, torch.dtype] = {
+    onnx.TensorProto.FLOAT: torch.float32,
+    onnx.TensorProto.DOUBLE: torch.float64,
+    onnx.TensorProto.FLOAT16: torch.float16,
+    onnx.TensorProto.BFLOAT16: torch.bfloat16,
+    onnx.TensorProto.INT32: torch.int32,
+    onnx.TensorProto.INT64: torch.int64,
+    onnx.TensorProto.BOOL: torch.bool,
+}
+
+
 def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 

@@ -126,21 +126,33 @@ class Checkpoint:
             tensor.data = tensor.data.to(_dtype_of(name, tensor.dtype, dtype, kept))
         return module.eval().requires_grad_(False)
 
-    def fill(self, module: torch.nn.Module, path: str = "", dtype: torch.dtype = torch.float32) -> None:
+    def fill(
+        self,
+        module: torch.nn.Module,
+        path: str = "",
+        dtype: torch.dtype = torch.float32,
+        without: Sequence[str] = (),
+    ) -> None:
         """Put the weights into ``module``, which is the submodule ``path`` of what ``build`` returned (or all of it).
 
         A tensor that is stored in ``dtype`` is mapped and takes no memory of its own.
 
+        Args:
+            without: submodules to leave as they are.
+
         Raises:
             InputError: a file was changed, or a value is not finite in ``dtype``.
         """
+        left = tuple(f"{submodule}." for submodule in without)
         kept = _kept_in_float32(_import_class(self.model_class))
         prefix = f"{path}." if path else ""
         values = {}
         for name in module.state_dict():
+            if name.startswith(left):
+                continue
             stored = self.tensors[prefix + name]
             values[name] = self.tensor(prefix + name, _dtype_of(prefix + name, stored.dtype, dtype, kept))
-        module.load_state_dict(values, assign=True)
+        module.load_state_dict(values, strict=not left, assign=True)
         module.requires_grad_(False)
 
     def load(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.nn.Module:

@@ -7,6 +7,7 @@ import gc
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,7 @@ from lynx_compile.models import families
 from lynx_compile.models.checkpoint import Checkpoint
 from lynx_compile.models.onnx_source import OnnxSource
 from lynx_compile.models.recording import Axis, Call, Component, Group, Recording
+from lynx_compile.models.streamed import Streamed, has_room
 from lynx_compile.models.structure import Linear, LinearGroup, find_structure
 from lynx_compile.models.weightless import Weightless
 
@@ -46,14 +48,39 @@ class DiT:
 
     @cached_property
     def module(self) -> torch.nn.Module:
-        """In float32 on a CPU, in the engine's dtype on a GPU."""
+        """In float32 on a CPU, in the engine's dtype on a GPU; block by block where it does not fit as a whole."""
+        return self.checkpoint.load(*self._place) if self._streamed is None else self._streamed.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where ``module`` runs."""
+        return torch.device(self._place[1])
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether a block of ``module`` has weights only while it is in use."""
+        return self._streamed is not None
+
+    def resident(self, block: str) -> AbstractContextManager[None]:
+        """Keep the weights of a block of ``module`` meanwhile."""
+        return nullcontext() if self._streamed is None else self._streamed.resident(block)
+
+    @property
+    def _place(self) -> tuple[torch.dtype, str]:
         on_gpu = torch.cuda.is_available()
-        return self.checkpoint.load(self.dtype if on_gpu else torch.float32, "cuda" if on_gpu else "cpu")
+        return (self.dtype, "cuda") if on_gpu else (torch.float32, "cpu")
+
+    @cached_property
+    def _streamed(self) -> Streamed | None:
+        if isinstance(self.checkpoint, OnnxSource) or has_room(self.checkpoint, *self._place):
+            return None
+        log.info("the weights do not fit into memory: they are loaded block by block")
+        return Streamed(self.checkpoint, *self._place)
 
     def module_on_cpu(self, dtype: torch.dtype) -> torch.nn.Module:
         """The module on the CPU in ``dtype``: ``module`` if it is that already, else read anew, not copied."""
         loaded: torch.nn.Module | None = self.__dict__.get("module")
-        if loaded is not None:
+        if loaded is not None and not self.is_streamed:
             parameter = next(loaded.parameters())
             if (parameter.dtype, parameter.device.type) == (dtype, "cpu"):
                 return loaded
@@ -62,6 +89,7 @@ class DiT:
     def release(self) -> None:
         """Forget ``module``, whose memory a later stage needs; it is read again where it is asked for again."""
         self.__dict__.pop("module", None)
+        self.__dict__.pop("_streamed", None)
         gc.collect()  # a module and its hooks refer to each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -93,8 +121,10 @@ def find_dit(
     arguments, axes = compiled_arguments(recording, calls)
     if isinstance(checkpoint, OnnxSource):
         arguments = dict(checkpoint.taken(arguments))
-    skeleton = checkpoint.build("meta", torch.float32)
-    structure = find_structure(skeleton, arguments, lambda: checkpoint.load(torch.float32))
+    # A pipeline that was recorded in half precision, as on a GPU, gives tensors that fit no weights in float32.
+    recorded = dtype if any(map(_is_half, flatten(arguments).tensors.values())) else torch.float32
+    skeleton = checkpoint.build("meta", recorded)
+    structure = find_structure(skeleton, arguments, lambda: checkpoint.load(recorded))
     return DiT(
         checkpoint=checkpoint,
         recorded=recording.component(component),

@@ -29,6 +29,10 @@ class OnnxSource:
         return self.onnx.path
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.onnx.path,)
+
+    @property
     def class_name(self) -> str:
         return "onnx"
 
@@ -39,6 +43,10 @@ class OnnxSource:
     def digest(self, progress: Progress = no_progress) -> str:
         """SHA-256 over the file and its external data."""
         return self.onnx.digest(progress)
+
+    def tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """``PATH.weight`` [N, K] or ``PATH.bias`` [N] of a linear."""
+        return self.onnx.tensor(name).to(dtype)
 
     def check_values(self, dtype: torch.dtype, progress: Progress = no_progress) -> None:
         """Nothing: its weights have the engine's dtype already, and ONNX Runtime runs them."""

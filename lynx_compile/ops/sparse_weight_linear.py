@@ -62,15 +62,32 @@ def pack_weight(
     weight: torch.Tensor, keep: torch.Tensor, layout: MetadataLayout
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``values`` and ``metadata`` of W [N, K], any dtype; keep: bool [N, K], exactly 2 of every 4."""
-    out_channels, channels = weight.shape
-    padding = -out_channels % STEP
-    weight = torch.nn.functional.pad(weight, (0, 0, 0, padding))
+    return pack_values(weight, keep), pack_metadata(keep, layout)
+
+
+def pack_values(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """``values`` alone."""
+    a, b, c, d = weight.unflatten(-1, (-1, GROUP)).unbind(-1)
+    first, second, third, fourth = keep.unflatten(-1, (-1, GROUP)).unbind(-1)
+    low = torch.where(first, a, torch.where(second, b, c))
+    high = torch.where(fourth, d, torch.where(third, c, b))
+    kept = torch.stack((low, high), -1).flatten(-2)
+    return torch.nn.functional.pad(kept, (0, 0, 0, -len(weight) % STEP))
+
+
+def pack_metadata(keep: torch.Tensor, layout: MetadataLayout) -> torch.Tensor:
+    """``metadata`` alone."""
+    padding, channels = -len(keep) % STEP, keep.shape[1]
     empty = keep_mask(torch.zeros(padding, channels, device=keep.device))  # the first two of every group
-    positions = torch.cat((keep, empty)).nonzero()[:, 1].reshape(len(weight), -1)  # [Np, K / 2]
-    low, high = (positions % GROUP).unflatten(-1, (-1, KEPT)).unbind(-1)  # [Np, K / 4]
+    first, second, third, fourth = (
+        torch.cat((keep, empty)).unflatten(-1, (-1, GROUP)).unbind(-1)
+    )  # [Np, K / 4]
+    low = (~first).byte() + ~(first | second)
+    high = 1 + (third | fourth).byte() + fourth
     nibbles = (low + GROUP * high).unflatten(-1, (-1, BLOCK // GROUP))
-    blocks = (nibbles * torch.tensor(NIBBLES, device=nibbles.device)).sum(-1)  # [Np, K / 16]
-    return weight.gather(1, positions), _lay_out(blocks, layout)
+    blocks = sum(part.long() * weight for part, weight in zip(nibbles.unbind(-1), NIBBLES, strict=True))
+    assert isinstance(blocks, torch.Tensor), "[Np, K / 16]"
+    return _lay_out(blocks, layout)
 
 
 def gated_order(rows: int, x: int, gate: int, channels: int) -> list[int]:

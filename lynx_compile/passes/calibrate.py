@@ -7,12 +7,14 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
 from lynx_compile import parallel
 from lynx_compile.engine.arguments import flatten, parameters, spread, unflatten
@@ -20,9 +22,10 @@ from lynx_compile.errors import StageError
 from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import save_tensors
+from lynx_compile.models.blocks import Walk, block_paths, walks
 from lynx_compile.models.capture import sample_seed
 from lynx_compile.models.dit import DiT
-from lynx_compile.models.recording import Recording
+from lynx_compile.models.recording import Call, Recording
 from lynx_compile.models.structure import is_pointwise
 from lynx_compile.ops.fp8 import round_rows
 from lynx_compile.ops.sparse_linear import keep_mask, norm_scale_of
@@ -31,6 +34,7 @@ from lynx_compile.recipe import Calibration, Recipe, Sparsity
 from lynx_compile.solve.moments import LayerStatistics, Moments, PrunedStatistics
 
 CALIBRATE = StageVersion("calibrate", 2, ("torch", "diffusers", "transformers"))
+CPU = torch.device("cpu")
 TOKENS_PER_CHANNEL = 10  # fewer calibration tokens than this leave the solves badly determined (measured)
 
 log = logging.getLogger(__name__)
@@ -76,24 +80,42 @@ class Measurement:
 
 
 def calibrate(
-    dit: DiT, plan: SparsityPlan, recording: Recording, recipe: Recipe, folder: Path, progress: Progress
+    dit: DiT,
+    plan: SparsityPlan,
+    recording: Recording,
+    recipe: Recipe,
+    folder: Path,
+    progress: Progress,
+    key: str = "",
 ) -> Statistics:
     """Measure what the plan's linears read, over the recorded calls that the engine serves.
 
-    Deterministic: calls in their order, the choice of tokens from ``calibration.seed`` and a call's place. Moments that
-    do not fit ``calibration.memory_gib`` together are gathered in several passes. Several processes have a share of the
-    calls each, and add their moments up.
+    Deterministic: calls in their order, the choice of tokens from ``calibration.seed`` and a call's place. Several
+    processes have a share of the calls each, and add their moments up.
+
+    Where the moments, or the model, do not fit into memory together, the calls go through it side by side, block after
+    block, and a block's moments are written before the next one's begin; a later run of the same ``key`` does not
+    measure it again. Calls that do not fit side by side are left out where the model does not fit; else, and where
+    there are several processes, there are several passes over all.
 
     Raises:
         StageError: an activation is not finite.
     """
-    wanted = measurements(plan)
+    wanted = measurements(plan) if recipe.sparsity.needs_moments else ()
+    if not wanted:
+        folder.mkdir(parents=True, exist_ok=True)
+        return Statistics(folder, ())
     passes = _passes(wanted, recipe.calibration.memory_gib)
+    if (len(passes) > 1 or dit.is_streamed) and not parallel.launched():
+        by_block = _by_block(dit, wanted, recording, recipe, folder, progress, key)
+        if by_block is not None:
+            _warn_if_few(by_block)
+            return Statistics(folder, tuple(one.name for one in wanted))
     calls = parallel.share(tuple(enumerate(dit.calls.calls)))
     tokens: dict[Measurement, int] = {}
     for number, part in enumerate(passes):
         choice = torch.Generator()
-        with _measured(dit.module, part, recipe, choice) as moments:
+        with _measured(dit.module, part, recipe, choice, dit.device) as moments:
             for done, (place, call) in enumerate(calls):
                 progress("calls", number * len(calls) + done, len(passes) * len(calls))
                 choice.manual_seed(sample_seed(recipe.calibration.seed, place))
@@ -110,9 +132,98 @@ def calibrate(
     return Statistics(folder, tuple(one.name for one in wanted))
 
 
+def _by_block(
+    dit: DiT,
+    wanted: tuple[Measurement, ...],
+    recording: Recording,
+    recipe: Recipe,
+    folder: Path,
+    progress: Progress,
+    key: str,
+) -> dict[Measurement, int] | None:
+    """The tokens of what is measured, one block's moments in memory at a time; None where that cannot be."""
+    blocks = block_paths(dit.module)
+    inside = {path: tuple(one for one in wanted if one.path.startswith(f"{path}.")) for path in blocks}
+    if sum(map(len, inside.values())) < len(wanted):
+        return None
+    chosen = _calls_that_fit(dit, recording, recipe)
+    if len(chosen) < len(dit.calls.calls) and not dit.is_streamed:
+        return None  # in several passes all of them are measured
+    tokens: dict[Measurement, int] = {}
+    places_of = {(call.sample, call.index): place for place, call in enumerate(dit.calls.calls)}
+    with walks(dit.module, [partial(_replay_call, dit, recording, call) for call in chosen]) as made:
+        for walk in made:
+            walk.start()
+        for number in range(len(blocks)):
+            places = {walk.at.path if walk.at else None for walk in made}
+            if len(places) > 1:
+                log.info("the calls do not run the same blocks: they are measured one after the other")
+                return None
+            if (path := places.pop()) is None:
+                break
+            known = {one: _known(_file(folder, one.name), key) for one in inside[path]}
+            measured = tuple(one for one in inside[path] if known[one] is None)
+            choice = torch.Generator()
+            with (
+                dit.resident(path),
+                _measured(dit.module, measured, recipe, choice, dit.device) as moments,
+            ):
+                block = dit.module.get_submodule(path)
+                for done, (call, walk) in enumerate(zip(chosen, made, strict=True)):
+                    choice.manual_seed(
+                        sample_seed(recipe.calibration.seed, places_of[call.sample, call.index])
+                    )
+                    progress(f"calls through {path}", number * len(made) + done, len(blocks) * len(made))
+                    _through(block, walk)
+            for one in inside[path]:
+                tokens[one] = known[one] or 0
+                if one in measured:
+                    statistics = moments[one.name].finish()
+                    tokens[one] = statistics.tokens
+                    save_tensors(_file(folder, one.name), _tensors(statistics), {"key": key})
+    return tokens
+
+
+@torch.no_grad()
+def _through(block: torch.nn.Module, walk: Walk) -> None:
+    """Take a call through the block that it has come to."""
+    assert walk.at is not None, "its caller has looked"
+    walk.go_on(block(*walk.at.args, **walk.at.kwargs))
+
+
+def _calls_that_fit(dit: DiT, recording: Recording, recipe: Recipe) -> tuple[Call, ...]:
+    """Those that ``calibration.memory_gib`` holds between two blocks, drawn at random."""
+    calls = dit.calls.calls
+    with walks(dit.module, [partial(_replay_call, dit, recording, calls[0])]) as (walk,):
+        walk.start()
+        given = tree_leaves((walk.at.args, walk.at.kwargs)) if walk.at else []
+    sizes = {leaf.data_ptr(): leaf.nbytes for leaf in given if isinstance(leaf, torch.Tensor)}
+    most = max(int(recipe.calibration.memory_gib * 2**30 / (2 * max(sum(sizes.values()), 1))), 1)
+    if most >= len(calls):
+        return calls
+    log.info("measuring on %d of %d calls, which fit calibration.memory_gib", most, len(calls))
+    choice = torch.Generator().manual_seed(recipe.calibration.seed)
+    return tuple(calls[n] for n in sorted(torch.randperm(len(calls), generator=choice)[:most].tolist()))
+
+
+def _replay_call(dit: DiT, recording: Recording, call: Call) -> Any:
+    return replay(dit, recording.arguments(call))
+
+
+def _known(path: Path, key: str) -> int | None:
+    """The tokens of what an earlier run of this key has measured."""
+    try:
+        with safe_open(path, "pt") as file:
+            if not key or (file.metadata() or {}).get("key") != key:
+                return None
+            return int(file.get_tensor("tokens"))
+    except (OSError, SafetensorError):
+        return None
+
+
 def replay(dit: DiT, arguments: Mapping[str, Any], *, gradients: bool = False) -> Any:
     """The result of a recorded call, run again where the module is: in the engine's dtypes, or all in float32."""
-    args, kwargs = given(dit, arguments, next(dit.module.parameters()).device)
+    args, kwargs = given(dit, arguments, dit.device)
     # And never inference mode: what a module caches in it can take no part in tuning.
     with torch.set_grad_enabled(gradients):
         return dit.module(*args, **kwargs)
@@ -151,10 +262,13 @@ def measurements(plan: SparsityPlan) -> tuple[Measurement, ...]:
 
 @contextmanager
 def _measured(
-    module: torch.nn.Module, wanted: tuple[Measurement, ...], recipe: Recipe, choice: torch.Generator
+    module: torch.nn.Module,
+    wanted: tuple[Measurement, ...],
+    recipe: Recipe,
+    choice: torch.Generator,
+    device: torch.device = CPU,
 ) -> Iterator[Mapping[str, Moments]]:
     """Hooks on one reader of every tensor, removed whatever happens; a linear that is called twice measures both."""
-    device = next(module.parameters()).device
     moments = {
         one.name: Moments(one.channels, device, pruned=one.pruned, rounded=one.rounded) for one in wanted
     }

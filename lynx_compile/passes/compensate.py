@@ -22,7 +22,7 @@ nearest for ``none``. The errors count it, and what rounding makes wrong in x, w
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -45,12 +45,12 @@ from lynx_compile.passes.select import SparseGroup, SparsityPlan
 from lynx_compile.recipe import NodeOperand, Sparsity
 from lynx_compile.solve.linalg import cholesky
 from lynx_compile.solve.low_rank import low_rank
-from lynx_compile.solve.masks import wanda_mask
+from lynx_compile.solve.masks import magnitude_mask, wanda_mask
 from lynx_compile.solve.moments import LayerStatistics, PrunedStatistics, dense_squares, relative_error
 from lynx_compile.solve.rounding import round_weights
 from lynx_compile.solve.weight_refit import prune
 
-COMPENSATE = StageVersion("compensate", 1, ("torch",))
+COMPENSATE = StageVersion("compensate", 2, ("torch",))
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,12 @@ def compensate(
     own = parallel.share(tuple(zip(plan.groups, paths, strict=True)))
     for done, (group, path) in enumerate(own):
         weight, bias = dense_weights(dit, group)
-        solved = solve(group, weight, bias, statistics.load(group.name), sparsity)
+        if sparsity.needs_moments:
+            solved = solve(group, weight, bias, statistics.load(group.name), sparsity)
+        else:
+            solved = largest(group, weight, bias)
         _require_range(solved, dit.dtype)
-        save_weights(path, solved)
+        save_weights(path, solved, dit.dtype)
         progress("linears compensated", done + 1, len(own))
     parallel.meet()
     return paths
@@ -115,9 +118,11 @@ def _files(folder: Path, groups: Sequence[SparseGroup]) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def save_weights(path: Path, solved: SparseLinearWeights) -> None:
-    """Write what ``load_weights`` reads."""
+def save_weights(path: Path, solved: SparseLinearWeights, dtype: torch.dtype = torch.float32) -> None:
+    """Write what ``load_weights`` reads; weights in ``dtype``, in which ``rewrite`` writes them, are half the disk."""
     tensors = {name: getattr(solved, name) for name in ("weight", "lora_down", "bias")}
+    if not solved.fp8:
+        tensors["weight"] = tensors["weight"].to(dtype)
     if solved.weight_scale is not None:
         tensors["weight_scale"] = solved.weight_scale
     facts = {
@@ -129,14 +134,35 @@ def save_weights(path: Path, solved: SparseLinearWeights) -> None:
 
 def load_weights(path: Path) -> SparseLinearWeights:
     """Read what ``compensate`` wrote."""
+    return _read(path, lambda file, name: _widened(file.get_tensor(name)))
+
+
+def described_weights(path: Path) -> SparseLinearWeights:
+    """What ``save_weights`` wrote, its tensors on the meta device: read are their shapes alone."""
+    return _read(path, lambda file, name: torch.empty(file.get_slice(name).get_shape(), device="meta"))
+
+
+def stored_weight(path: Path, name: str) -> torch.Tensor:
+    """One tensor of what ``save_weights`` wrote, in the dtype in which it is stored.
+
+    Raises:
+        StageError: the file cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _read(path: Path, get: Callable[[Any, str], torch.Tensor]) -> SparseLinearWeights:
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["lynx"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            tensors = {name: get(file, name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise StageError(
-            "compensate", f"{path} cannot be read ({error}).", "Run again with --fresh."
-        ) from None
+        raise _unreadable(path, error) from None
     return SparseLinearWeights(
         linears=tuple(facts["linears"]),
         out_channels=tuple(facts["out_channels"]),
@@ -146,6 +172,14 @@ def load_weights(path: Path) -> SparseLinearWeights:
         operand=facts["operand"],
         **tensors,
     )
+
+
+def _unreadable(path: Path, error: Exception) -> StageError:
+    return StageError("compensate", f"{path} cannot be read ({error}).", "Run again with --fresh.")
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def solve(
@@ -161,6 +195,17 @@ def solve(
         return _solve_weights(group, weight, bias, moments, sparsity)
     assert isinstance(moments, PrunedStatistics), "calibrate gathers them for every node that prunes"
     return _solve_activations(group, weight, bias, moments, sparsity)
+
+
+def largest(group: SparseGroup, weight: torch.Tensor, bias: torch.Tensor) -> SparseLinearWeights:
+    """The two largest of every four weights, nothing repaired. weight: [N, K], changed in place; bias: [N]; float32.
+
+    The errors are those that inputs would give whose channels all have one variance and are not correlated.
+    """
+    dense = torch.linalg.vector_norm(weight, dim=1).square()
+    sparse = weight.masked_fill_(~magnitude_mask(weight), 0.0)
+    lost = dense - torch.linalg.vector_norm(sparse, dim=1).square()
+    return _sparse_weights(group, sparse, bias, _errors(group, lost, dense))
 
 
 def expected_errors(
@@ -222,15 +267,22 @@ def _solve_weights(
     else:
         sparse, offset = prune(weight, moments, sparsity.ridge, group.name)
     squares = _lost_of_weights(weight, sparse, offset, moments)
+    errors = _errors(group, squares, dense_squares(weight, bias, moments))
+    return _sparse_weights(group, sparse.cpu(), (bias + offset).cpu(), errors)
+
+
+def _sparse_weights(
+    group: SparseGroup, sparse: torch.Tensor, bias: torch.Tensor, errors: tuple[float, ...]
+) -> SparseLinearWeights:
     return SparseLinearWeights(
         linears=tuple(linear.path for linear in group.linears),
         out_channels=tuple(linear.out_channels for linear in group.linears),
-        weight=sparse.cpu(),
+        weight=sparse,
         lora_down=torch.zeros(1, group.in_channels),
-        bias=(bias + offset).cpu(),
+        bias=bias,
         rank=0,
         norm_scale=False,
-        errors=_errors(group, squares, dense_squares(weight, bias, moments)),
+        errors=errors,
         operand="weight",
     )
 
@@ -348,14 +400,17 @@ def _errors(group: SparseGroup, lost: torch.Tensor, dense: torch.Tensor) -> tupl
 
 
 def dense_weights(dit: DiT, group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
-    """The group's weights stacked: [N, K] and [N], float32 on the CPU."""
-    modules: list[Any] = [dit.module.get_submodule(linear.path) for linear in group.linears]
+    """The group's weights stacked: [N, K] and [N], float32 on the CPU; nothing else of the model is read."""
+
+    def read(name: str) -> torch.Tensor:
+        return dit.checkpoint.tensor(name, torch.float32)
+
     weights = [
-        module.weight.detach().float().cpu().flatten(1) for module in modules
+        read(f"{linear.path}.weight").flatten(1) for linear in group.linears
     ]  # a convolution's is [N, K, 1, 1]
     biases = [
-        module.bias.detach().float().cpu() if module.bias is not None else torch.zeros(len(module.weight))
-        for module in modules
+        read(f"{linear.path}.bias") if linear.bias else torch.zeros(linear.out_channels)
+        for linear in group.linears
     ]
     return torch.cat(weights), torch.cat(biases)
 
@@ -367,7 +422,7 @@ def _require_range(solved: SparseLinearWeights, dtype: torch.dtype) -> None:
     parts = [(linear, solved.weight[own]) for linear, own in zip(solved.linears, rows, strict=True)]
     parts += [(linear, solved.bias[own]) for linear, own in zip(solved.linears, rows, strict=True)]
     for linear, values in (*parts, (solved.linears[0], solved.lora_down)):
-        if not torch.isfinite(values.to(dtype)).all():
+        if not torch.isfinite(torch.stack(torch.aminmax(values.float())).to(dtype)).all():
             raise StageError(
                 "compensate",
                 f"a weight of '{linear}' is {float(values.abs().max()):.4g} now, "

@@ -84,7 +84,7 @@ def end_to_end(
     states = _with_targets(dit, states_of(dit, recording, [calls[n] for n in chosen]), effort.states)
     train = [state for number, state in zip(chosen, states, strict=True) if number not in out]
     held_out = [state for number, state in zip(chosen, states, strict=True) if number in out][:MOST_HELD_OUT]
-    device = next(dit.module.parameters()).device
+    device = dit.device
     dit.module.requires_grad_(False)
     with substituted(dit.module, all_linears(files, solved, device)):
         compensated = output_error(dit.module, held_out, effort.states)
@@ -115,7 +115,7 @@ def output_error(module: torch.nn.Module, states: Sequence[State], most: int) ->
 @torch.no_grad()
 def _with_targets(dit: DiT, states: Sequence[State], most: int) -> list[State]:
     """The states with what the dense model returns."""
-    device = next(dit.module.parameters()).device
+    device = dit.device
     made: dict[int, State] = {}
     for batch in batches(states, most):
         args, kwargs = joined([(state.args, state.kwargs) for state in batch], batch[0].rows, device)
@@ -151,7 +151,7 @@ def can_recompute(module: torch.nn.Module) -> bool:
 
 def _free_bytes(dit: DiT) -> float:
     """Of the GPU; no limit on a CPU, where only small models are tuned."""
-    device = next(dit.module.parameters()).device
+    device = dit.device
     if device.type != "cuda":
         return float("inf")
     free, _ = torch.cuda.mem_get_info(device)

@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
 import onnx_ir
 import onnxscript.optimizer
 import torch
+from onnx_ir.external_data import convert_tensors_to_external
 from onnxscript import rewriter
 from onnxscript.rewriter.rules.common import _no_op
 from torch.export import Dim
@@ -24,18 +26,23 @@ from torch.export import Dim
 from lynx_compile.engine.arguments import Arguments, Structure, flatten, unflatten
 from lynx_compile.engine.manifest import Length
 from lynx_compile.errors import LynxError, StageError
+from lynx_compile.files.atomic import save_bytes
 from lynx_compile.files.onnx_check import check_onnx
 from lynx_compile.files.resume import StageVersion
+from lynx_compile.models.checkpoint import Checkpoint
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Axis
 from lynx_compile.models.structure import is_linear
 from lynx_compile.models.trace import Baked, exportable
+from lynx_compile.models.weight_files import StoredTensor
 from lynx_compile.ops.functions import LINEAR_KEY, OPSET
 
-EXPORT = StageVersion("export", 4, ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir"))
+EXPORT = StageVersion("export", 5, ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir"))
 FOLDED_BYTES = (
     4096  # constants larger than this are weights; folding those would copy them and lose their names
 )
+
+INLINE_BYTES = 256  # larger tensors are external data
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +63,7 @@ class DenseOnnx:
     lengths: tuple[Length, ...] = ()
 
 
-def export(dit: DiT, path: Path, dtype: torch.dtype | None = None) -> DenseOnnx:
+def export(dit: DiT, path: Path, dtype: torch.dtype | None = None, *, referring: bool = False) -> DenseOnnx:
     """Trace the module at its example inputs' shapes; graph inputs keep the names of ``forward``.
 
     Lengths that no mask lets pad stay open. Where the model cannot be traced so, the graph is for those of the example
@@ -64,12 +71,15 @@ def export(dit: DiT, path: Path, dtype: torch.dtype | None = None) -> DenseOnnx:
 
     Args:
         dtype: of weights and activations; the recipe's by default. float32 is for comparisons on a CPU.
+        referring: leave the weights in the checkpoint's files where they have ``dtype`` there, and let the graph refer
+            to them: nothing is copied. ONNX Runtime refuses such a file, ``rewrite`` reads it.
 
     Raises:
         StageError: torch cannot trace the module, or the result is not valid ONNX.
     """
     dtype = dtype or dit.dtype
-    dense = export_lengths(dit.module_on_cpu(dtype), dit.arguments, dit.axes, path, dtype)
+    stored = dit.checkpoint.tensors if referring and isinstance(dit.checkpoint, Checkpoint) else {}
+    dense = export_lengths(dit.module_on_cpu(dtype), dit.arguments, dit.axes, path, dtype, stored)
     for baked in dense.baked:
         log.warning("%s", baked)
     return dense
@@ -81,10 +91,11 @@ def export_lengths(
     axes: Sequence[Axis],
     path: Path,
     dtype: torch.dtype | None = None,
+    stored: Mapping[str, StoredTensor] = MappingProxyType({}),
 ) -> DenseOnnx:
     """As ``export_module``; where it cannot leave ``axes`` open, at the example's lengths, with a warning."""
     try:
-        return export_module(module, arguments, path, dtype, axes)
+        return export_module(module, arguments, path, dtype, axes, stored)
     except StageError as error:
         if not axes:
             raise
@@ -98,7 +109,7 @@ def export_lengths(
             ),
             error,
         )
-        return export_module(module, arguments, path, dtype)
+        return export_module(module, arguments, path, dtype, stored=stored)
 
 
 def export_module(
@@ -107,6 +118,7 @@ def export_module(
     path: Path,
     dtype: torch.dtype | None = None,
     axes: Sequence[Axis] = (),
+    stored: Mapping[str, StoredTensor] = MappingProxyType({}),
 ) -> DenseOnnx:
     """Trace any module at the shapes of one call of it.
 
@@ -117,6 +129,7 @@ def export_module(
         dtype: of the inputs in half precision; what they have by default. float64 becomes float32, always,
             and complex numbers pairs of real ones.
         axes: of the tensors, those whose lengths stay open.
+        stored: tensors of ``module`` that lie in files already, and are referred to there.
 
     Raises:
         InputError: an argument is neither a tensor nor a plain constant.
@@ -136,7 +149,7 @@ def export_module(
         linears = {path for path, submodule in module.named_modules() if is_linear(submodule)}
         _mark_linears(onnx_program.model, linears)
         path.parent.mkdir(parents=True, exist_ok=True)
-        onnx_program.save(path, external_data=True)
+        _save(onnx_program.model, path, _unchanged(module, stored))
     if problem := check_onnx(path):
         raise StageError("export", f"the exported ONNX is invalid ({problem}).", "Report the model.")
     data = path.with_name(f"{path.name}.data")
@@ -294,6 +307,47 @@ def _scopes(metadata: Mapping[str, str]) -> list[str]:
     """Module paths from the root down to the traced operation, as torch writes them."""
     text = metadata.get("pkg.torch.onnx.name_scopes")
     return [str(scope) for scope in ast.literal_eval(text)] if text else []
+
+
+def _unchanged(
+    module: torch.nn.Module, stored: Mapping[str, StoredTensor]
+) -> dict[str, tuple[torch.Tensor, StoredTensor]]:
+    """Those of the module's tensors that are mapped from their files as they are."""
+    own = module.state_dict(keep_vars=True)
+    return {
+        name: (own[name], place)
+        for name, place in stored.items()
+        if name in own and own[name].dtype == place.dtype and own[name].device.type == "cpu"
+    }
+
+
+def _save(
+    model: onnx_ir.Model, path: Path, unchanged: Mapping[str, tuple[torch.Tensor, StoredTensor]]
+) -> None:
+    """Write the file. Weights that are ``unchanged`` are referred to where they lie, all others go to a file beside."""
+    others = []
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None:
+            continue
+        own, place = unchanged.get(name, (None, None))
+        raw = tensor.raw
+        if own is not None and isinstance(raw, torch.Tensor) and raw.data_ptr() == own.data_ptr():
+            assert place is not None and tuple(raw.shape) == place.shape, name
+            value.const_value = onnx_ir.ExternalTensor(
+                place.file.resolve(), place.offset, place.bytes, tensor.dtype,
+                shape=onnx_ir.Shape(place.shape), name=name, base_dir=path.parent,
+            )  # fmt: skip
+        elif tensor.nbytes > INLINE_BYTES:
+            others.append((value, tensor))
+    written = (
+        convert_tensors_to_external([tensor for _, tensor in others], path.parent, f"{path.name}.data")
+        if others
+        else []
+    )
+    for (value, _), tensor in zip(others, written, strict=True):
+        value.const_value = tensor
+    save_bytes(path, onnx_ir.to_proto(model).SerializeToString())
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def where(found: Sequence[Lane]) -> str | None:
 
 
 def _run(dit: DiT, states: Sequence[State]) -> Any:
-    device = next(dit.module.parameters()).device
+    device = dit.device
     args, kwargs = joined([(state.args, state.kwargs) for state in states], states[0].rows, device)
     return dit.module(*args, **kwargs)
 

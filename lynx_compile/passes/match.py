@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 import torch
 from onnx import TensorProto
 
+from lynx_compile.files.tensors import read_external
 from lynx_compile.models.structure import Linear
 from lynx_compile.ops.functions import LINEAR_KEY
 from lynx_compile.ops.sparse_linear import GELU_ERF, GELU_TANH, SILU
@@ -81,12 +82,17 @@ def import_graph(model: onnx.ModelProto, dtype: torch.dtype, folder: Path) -> De
     ones = frozenset(
         initializer.name
         for initializer in model.graph.initializer
-        if initializer.name in norm_scales
-        and (onnx.numpy_helper.to_array(initializer, str(folder)).astype(np.float32) == 1).all()
+        if initializer.name in norm_scales and _is_one(initializer, folder)
     )
     own = TensorProto.DataType.Value(ONNX_NAMES[dtype])
     foreign = frozenset(tensor.name for tensor in model.graph.initializer if tensor.data_type != own)
     return DenseGraph(gs.import_onnx(model), linear_of, scalars, ones, dtype, foreign)
+
+
+def _is_one(initializer: onnx.TensorProto, folder: Path) -> bool:
+    if onnx.external_data_helper.uses_external_data(initializer):
+        return bool((read_external(initializer, folder) == 1).all())
+    return bool((onnx.numpy_helper.to_array(initializer).astype(np.float32) == 1).all())
 
 
 def match(

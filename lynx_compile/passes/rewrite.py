@@ -74,7 +74,7 @@ from lynx_compile.files.atomic import save_bytes
 from lynx_compile.files.onnx_check import check_onnx
 from lynx_compile.files.ownership import PRODUCER
 from lynx_compile.files.resume import StageVersion
-from lynx_compile.files.tensors import TensorSpec, refer, write_tensors
+from lynx_compile.files.tensors import TORCH_DTYPES, TensorSpec, read_external, refer, write_tensors
 from lynx_compile.ops.fp8_functions import (
     FP8_GATED_OP,
     FP8_GATED_WEIGHT_OP,
@@ -98,8 +98,8 @@ from lynx_compile.ops.functions import (
     lynx_functions,
 )
 from lynx_compile.ops.sparse_linear import GATED_RUN, GELU_ERF, GELU_TANH, keep_mask
-from lynx_compile.ops.sparse_weight_linear import STEP, MetadataLayout, pack_weight
-from lynx_compile.passes.compensate import SparseLinearWeights, load_weights
+from lynx_compile.ops.sparse_weight_linear import STEP, MetadataLayout, pack_metadata, pack_values
+from lynx_compile.passes.compensate import SparseLinearWeights, described_weights, stored_weight
 from lynx_compile.passes.export import DenseOnnx
 from lynx_compile.passes.fp8_nodes import fp8_tensors
 from lynx_compile.passes.gates import Gate, GatedRows, find_gate, note
@@ -137,6 +137,7 @@ PRODUCER_FIELDS = {
 CHANNELS_LAST = (
     ".channels_last"  # ends the name of a tensor of a convolution whose channels were brought to the end
 )
+LARGE = 1 << 20  # numbers of a dense weight from which on it is an engine input where weights are external
 ACTIVATION_MULTIPLE = 64  # kGeluMultiple of plugins/kernels/tile_config.h
 
 
@@ -235,7 +236,7 @@ def rewrite(
 
     Args:
         weights: what ``compensate`` wrote, one file per group.
-        external: make the sparse linears' weights graph inputs instead of constants.
+        external: make the rewritten linears' weights graph inputs instead of constants, and large dense ones too.
         metadata_layout: of the 2:4 weights; the target GPU's (``trt.metadata_layout``).
 
     Raises:
@@ -257,7 +258,7 @@ def rewrite(
     nodes: list[SparseNode] = []
     tensors: list[TensorSpec] = []
     for file in weights:
-        solved = load_weights(file)
+        solved = described_weights(file)
         linears = [decisions[linear].linear for linear in solved.linears]
         matches, reasons = match(imported, linears)
         refused |= reasons
@@ -285,10 +286,12 @@ def rewrite(
     fills: dict[str, TensorSpec] = {}
     nodes = _fuse_producers(nodes, imported, fills)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
-    external_inputs = tuple(tensor.name for tensor in tensors) if external else ()
     ops = {node.op for node in nodes}
     everything = [*tensors, *fills.values()]
     rewritten = gs.export_onnx(graph)
+    external_inputs: tuple[str, ...] = ()
+    if external:
+        external_inputs = (*(tensor.name for tensor in tensors), *_large_weights(rewritten.graph))
     gated = {node.name: node.gated for node in nodes if node.gated}
     for in_file in rewritten.graph.node:
         if in_file.name in gated:
@@ -411,8 +414,8 @@ def _tensors(
 
     def reader(name: str) -> Callable[[], torch.Tensor]:
         def read() -> torch.Tensor:
-            tensor: torch.Tensor = getattr(load_weights(file), name)
-            return (tensor if name == "lora_down" else tensor[rows]).to(dtype)
+            tensor = stored_weight(file, name)
+            return (tensor if name == "lora_down" else _taken(tensor, rows)).to(dtype)
 
         return read
 
@@ -431,20 +434,23 @@ def _weight_tensors(
     rows = _rows(node, solved)
     padded, channels = -(-node.out_channels // STEP) * STEP, node.in_channels
 
-    def packed(part: int) -> torch.Tensor:
-        weight = load_weights(file).weight[rows]
-        return pack_weight(weight.to(dtype), keep_mask(weight), layout)[part]
+    def values() -> torch.Tensor:
+        weight = _taken(stored_weight(file, "weight"), rows)
+        return pack_values(weight.to(dtype), keep_mask(weight))
+
+    def metadata() -> torch.Tensor:
+        return pack_metadata(keep_mask(_taken(stored_weight(file, "weight"), rows)), layout)
 
     def bias() -> torch.Tensor:
-        return load_weights(file).bias[rows].to(dtype)
+        return _taken(stored_weight(file, "bias"), rows).to(dtype)
 
     return [
-        TensorSpec(f"{node.name}.values", dtype, (padded, channels // 2), partial(packed, 0)),
+        TensorSpec(f"{node.name}.values", dtype, (padded, channels // 2), values),
         TensorSpec(
             f"{node.name}.metadata",
             torch.int32,
             (channels // STEP, padded // STEP, 2 * STEP),
-            partial(packed, 1),
+            metadata,
         ),
         TensorSpec(f"{node.name}.bias", dtype, (node.out_channels,), bias),
     ]
@@ -459,6 +465,11 @@ def _rows(node: SparseNode, solved: SparseLinearWeights) -> list[int]:
     }
     rows = [row for linear in node.linears for row in rows_of[linear]]
     return rows if node.gated is None else [rows[row] for row in node.gated.order()]
+
+
+def _taken(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """These rows; most nodes take all of them as they are."""
+    return tensor if rows == list(range(len(tensor))) else tensor[rows]
 
 
 def _attributes(node: SparseNode, metadata_layout: MetadataLayout) -> dict[str, int | str]:
@@ -613,6 +624,22 @@ def _in_dtype_of(x: gs.Variable, graph: gs.Graph, tensor: gs.Tensor) -> gs.Tenso
     return made
 
 
+def _large_weights(graph: onnx.GraphProto) -> list[str]:
+    """Weights of dense linears that a builder would hold twice and write into its engine, by name."""
+    readers: dict[str, set[str]] = defaultdict(set)
+    for node in graph.node:
+        for name in node.input:
+            readers[name].add(node.op_type)
+    return [
+        tensor.name
+        for tensor in graph.initializer
+        if uses_external_data(tensor)
+        and len(tensor.dims) == 2
+        and int(np.prod(tensor.dims)) >= LARGE
+        and readers[tensor.name] <= {"Transpose", "MatMul", "Gemm"}
+    ]
+
+
 def _save(
     model: onnx.ModelProto,
     folder: Path,
@@ -628,6 +655,12 @@ def _save(
     offsets = write_tensors(weights, [*tensors, *kept], {"producer": PRODUCER})
     for initializer in large:
         refer(initializer, weights.name, *offsets[initializer.name])
+        if initializer.name in external_inputs:
+            info = onnx.helper.make_tensor_value_info(
+                initializer.name, initializer.data_type, initializer.dims
+            )
+            model.graph.input.append(info)
+            model.graph.initializer.remove(initializer)
     for tensor in tensors:
         dtype = _onnx_dtype(tensor.dtype)
         if tensor.name in external_inputs:
@@ -649,18 +682,8 @@ def _save(
 
 def _kept(initializer: onnx.TensorProto, folder: Path) -> TensorSpec:
     """A weight that stays as it is: its bytes are copied from the dense file's external data."""
-    entries = {entry.key: entry.value for entry in initializer.external_data}
-    dtype, shape = _TORCH[initializer.data_type], tuple(initializer.dims)
-    offset, count = int(entries.get("offset", 0)), int(np.prod(shape, dtype=np.int64))
-    source = folder / entries["location"]
-
-    def read() -> torch.Tensor:
-        with source.open("rb") as file:
-            file.seek(offset)
-            data = bytearray(file.read(count * dtype.itemsize))
-        return torch.frombuffer(data, dtype=dtype).reshape(shape)
-
-    return TensorSpec(initializer.name, dtype, shape, read)
+    dtype, shape = TORCH_DTYPES[initializer.data_type], tuple(initializer.dims)
+    return TensorSpec(initializer.name, dtype, shape, partial(read_external, initializer, folder))
 
 
 def _drop_value_info(model: onnx.ModelProto, names: set[str]) -> None:
@@ -670,19 +693,8 @@ def _drop_value_info(model: onnx.ModelProto, names: set[str]) -> None:
     model.graph.value_info.extend(kept)
 
 
-_TORCH: dict[int, torch.dtype] = {
-    onnx.TensorProto.FLOAT: torch.float32,
-    onnx.TensorProto.DOUBLE: torch.float64,
-    onnx.TensorProto.FLOAT16: torch.float16,
-    onnx.TensorProto.BFLOAT16: torch.bfloat16,
-    onnx.TensorProto.INT32: torch.int32,
-    onnx.TensorProto.INT64: torch.int64,
-    onnx.TensorProto.BOOL: torch.bool,
-}
-
-
 def _onnx_dtype(dtype: torch.dtype) -> int:
-    return next(onnx_dtype for onnx_dtype, torch_dtype in _TORCH.items() if torch_dtype == dtype)
+    return next(onnx_dtype for onnx_dtype, torch_dtype in TORCH_DTYPES.items() if torch_dtype == dtype)
 
 
 def _torch_dtype(model: onnx.ModelProto) -> torch.dtype:
@@ -699,4 +711,4 @@ def _torch_dtype(model: onnx.ModelProto) -> torch.dtype:
         raise StageError(
             "rewrite", "the dense ONNX holds no linear with a constant weight.", "Report the model."
         )
-    return _TORCH[weights.most_common(1)[0][0] or 0]
+    return TORCH_DTYPES[weights.most_common(1)[0][0] or 0]

@@ -112,7 +112,7 @@ def sensitivity(
     wanted = min(max(-(-ROWS // recipe.calibration.batch), FEWEST), MOST)
     calls = probed_calls(recording, dit.calls.calls, recipe.calibration.seed, wanted)
     last = max(call.step for call in dit.calls.calls)
-    solved = Solved(nodes, weights, next(dit.module.parameters()).device, recipe.calibration.memory_gib)
+    solved = Solved(nodes, weights, dit.device, recipe.calibration.memory_gib)
     least = -(-ROWS // len(calls)) if solved.fit else 1  # reading them is what takes time
     dit.module.requires_grad_(False)
     parts: list[Rows] = []

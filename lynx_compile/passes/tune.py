@@ -82,6 +82,8 @@ class Tuned:
 
 def is_tuned(dit: DiT, plan: SparsityPlan, recipe: Recipe) -> bool:
     """Whether the recipe asks for it; left to us, where there is a GPU or the model is ``SMALL``."""
+    if not recipe.sparsity.needs_moments:
+        return False
     if recipe.compensation.tune != "auto":
         return recipe.compensation.tune != "off"
     if isinstance(dit.checkpoint, OnnxSource):  # its module cannot run without ONNX Runtime
@@ -125,7 +127,8 @@ def tune(
     )
     with lanes(dit, recording, recipe, tuner.states) as calls:
         while (block := where(calls)) is not None:
-            tuner.pass_block(block, calls)
+            with dit.resident(block):
+                tuner.pass_block(block, calls)
         compensated, blockwise = _output_errors(calls)
     log.info("held-out error at the output: %.4f compensated, %.4f block by block", compensated, blockwise)
     solved = {linear: part for path in weights for linear, part in split(load_weights(path)).items()}
@@ -175,7 +178,7 @@ def _written(
             new = joined(new, own)
             new = replace(new, errors=expected_errors(dit, group, new, statistics.load(group.name)))
         paths.append(folder / path.name)
-        save_weights(paths[-1], new)
+        save_weights(paths[-1], new, dit.dtype)
         progress("weights written", len(paths), len(files))
     return tuple(paths)
 
@@ -196,7 +199,7 @@ class _Tuner:
         self.outcomes: dict[str, Outcome] = {}
         self._dit, self._files, self._recipe, self._seconds = dit, files, recipe, seconds
         self._folder, self._key, self._progress = folder, key, progress
-        self._device = next(dit.module.parameters()).device
+        self._device = dit.device
         self._paths = [
             path for path in block_paths(dit.module) if any(inside_of(path, group) for group in files)
         ]

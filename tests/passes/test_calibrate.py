@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from lynx_compile.errors import StageError
+from lynx_compile.models.blocks import block_paths
 from lynx_compile.models.dit import DiT
+from lynx_compile.models.streamed import has_room
 from lynx_compile.models.structure import find_structure
 from lynx_compile.ops.fp8 import round_rows
 from lynx_compile.ops.sparse_linear import keep_mask
@@ -125,6 +127,49 @@ def test_several_passes_give_what_one_gives(recipe: Recipe, tmp_path: Path) -> N
     many = _calibrate(recipe, tmp_path / "many", memory_gib=0.0003)
     for group in one.groups:
         assert torch.equal(one.load(group).xx, many.load(group).xx)
+
+
+def test_block_by_block_from_disk_gives_what_one_pass_gives(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With no more than one block's weights in memory; and a block that is measured is not measured again."""
+    one = _calibrate(recipe, tmp_path / "one")
+    dit, recording = open_dit(recipe)
+    monkeypatch.setattr("lynx_compile.models.streamed.free_memory", lambda device: dit.checkpoint.bytes // 2)
+    assert has_room(dit.checkpoint, torch.float32, "cpu")  # mapped as it is
+    assert not has_room(dit.checkpoint, torch.bfloat16, "cpu")
+    monkeypatch.setattr("lynx_compile.models.dit.has_room", lambda *_: False)
+    assert dit.is_streamed
+    plan, blocks, held = select(dit.groups, recipe.sparsity), block_paths(dit.module), []
+    for path in blocks:
+        block = dit.module.get_submodule(path)
+        assert all(parameter.is_meta for parameter in block.parameters())
+
+        def note(*_: object) -> None:
+            held.append([p for p in blocks if not next(dit.module.get_submodule(p).parameters()).is_meta])
+
+        next(iter(block.children())).register_forward_hook(note)
+
+    def run(key: str) -> Statistics:
+        return calibrate(dit, plan, recording, recipe, tmp_path / "many", lambda *_: None, key)
+
+    many = run("a")
+    assert {tuple(paths) for paths in held} == {(path,) for path in blocks}
+    for group in one.groups:
+        assert torch.equal(one.load(group).xx, many.load(group).xx)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "many").iterdir()}
+    last = tmp_path / "many" / "single_transformer_blocks.0.proj_out.safetensors"
+    last.unlink()
+    run("a")
+    assert torch.equal(many.load(last.stem).xx, one.load(last.stem).xx)
+    assert {path for path, written in files.items() if path.stat().st_mtime_ns != written} == {last}
+    few = recipe.calibration.model_copy(update={"memory_gib": 1e-6})
+    recipe = recipe.model_copy(update={"calibration": few})
+    with caplog.at_level(logging.INFO):
+        assert run("b").load(last.stem).tokens == 2 * 68  # image and text tokens of a call of two samples
+    assert "measuring on 1 of 12 calls" in caplog.text
+    dit.release()
+    assert "_streamed" not in vars(dit)
 
 
 def test_tokens_per_call_limits_the_tokens(recipe: Recipe, tmp_path: Path) -> None:

@@ -7,17 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lynx_compile.errors import StageError
+from lynx_compile.files.progress import no_progress
 from lynx_compile.models.structure import Linear
 from lynx_compile.ops.fp8 import Rounded, fp8_linear, round_rows
 from lynx_compile.ops.sparse_linear import collapse_low_rank, keep_mask, norm_scale_of, sparse_linear
-from lynx_compile.passes.compensate import SparseLinearWeights, load_weights, solve
+from lynx_compile.passes.calibrate import calibrate
+from lynx_compile.passes.compensate import SparseLinearWeights, compensate, load_weights, solve
 from lynx_compile.passes.compensate import _require_range as require_range
 from lynx_compile.passes.compensate import save_weights as save
-from lynx_compile.passes.select import SparseGroup
-from lynx_compile.recipe import NodeOperand, Operand, Sparsity
+from lynx_compile.passes.select import SparseGroup, select
+from lynx_compile.recipe import NodeOperand, Operand, Sparsity, load_recipe
 from lynx_compile.solve.moments import Moments, PrunedStatistics
+from tests.conftest import open_dit
 
 K, N, TOKENS = 32, 48, 4000
 
@@ -67,6 +71,26 @@ def test_moments_are_the_covariances() -> None:
     assert torch.allclose(torch.cat((moments.x_mean, moments.s_mean)).double(), both.mean(0), atol=1e-5)
     for got, want in ((moments.xx, cov[:K, :K]), (moments.xs, cov[:K, K:]), (moments.ss, cov[K:, K:])):
         assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_magnitude_needs_no_calibration(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call is run, and no module loaded: weights come from the checkpoint, and stay in the recipe's dtype."""
+    recipe = load_recipe(tiny / "tiny.yaml").model_copy(
+        update={"sparsity": Sparsity(method="magnitude", operand="weight")}
+    )
+    dit, recording = open_dit(recipe)
+    monkeypatch.setattr(type(dit), "module", property(lambda self: pytest.fail("the module was loaded")))
+    plan = select(dit.groups, recipe.sparsity)
+    statistics = calibrate(dit, plan, recording, recipe, tmp_path / "statistics", no_progress)
+    paths = compensate(dit, plan, statistics, recipe.sparsity, tmp_path / "weights", no_progress)
+    solved = load_weights(paths[0])
+    weight = torch.cat([dit.checkpoint.tensor(f"{path}.weight") for path in solved.linears])
+    kept = torch.where(keep_mask(weight), weight, 0.0)
+    assert torch.equal(solved.weight, kept.half().float())
+    first = solved.out_channels[0]
+    lost = (weight - kept)[:first].norm() / weight[:first].norm()
+    assert solved.errors[0] == pytest.approx(float(lost), rel=1e-4)
+    assert load_file(paths[0])["weight"].dtype == torch.float16
 
 
 def test_refit_alone_is_the_least_squares_fit() -> None:

@@ -4,12 +4,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
+from onnx.external_data_helper import uses_external_data
+from safetensors.torch import save_file
 
 from lynx_compile.engine.arguments import unflatten
 from lynx_compile.errors import InputError, StageError
+from lynx_compile.files.float32 import float32_copy
+from lynx_compile.files.tensors import read_external
+from lynx_compile.models.checkpoint import open_module
 from lynx_compile.ops.functions import LINEAR_KEY
 from lynx_compile.passes.export import export_module
 from tests.models.trace.exported import error
@@ -98,3 +105,37 @@ def test_a_failure_is_told_and_never_retried_strictly(tmp_path: Path) -> None:
         export_module(Graphless(), {"x": torch.randn(3, 3)}, tmp_path / "dense.onnx")
     with pytest.raises(InputError, match="'cache' is a .*Cache"):
         export_module(Nested(), {"cache": type("SomeCache", (), {})()}, tmp_path / "dense.onnx")
+
+
+class Wide(torch.nn.Module):
+    """Weights that are large enough to be external data; ``table`` is in no file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(64, 64)
+        self.register_buffer("table", torch.arange(64.0).repeat(16, 1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x + self.table)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_weights_are_referred_to_where_they_lie(tmp_path: Path, stored: torch.dtype) -> None:
+    """In the dtype in which they are stored; in another they are copied."""
+    save_file({k: v.to(stored) for k, v in Wide().state_dict().items()}, tmp_path / "wide.safetensors")
+    checkpoint = open_module(f"{__name__}:Wide", {}, tmp_path / "wide.safetensors")
+    module = checkpoint.load(torch.bfloat16)
+    x = torch.randn(16, 64, dtype=torch.bfloat16)
+    path = tmp_path / "dense" / "dense.onnx"
+    path.parent.mkdir()
+    dense = export_module(module, {"x": x}, path, stored=checkpoint.tensors)
+    graph = onnx.load(path, load_external_data=False).graph
+    external = {t.name: t for t in graph.initializer if uses_external_data(t)}
+    assert torch.equal(read_external(external["up.weight"], path.parent), module.up.weight)
+    place = {entry.key: entry.value for entry in external["up.weight"].external_data}["location"]
+    assert (path.parent / place == checkpoint.files[0]) == (stored == torch.bfloat16)
+    copied = 0 if stored == torch.bfloat16 else 2 * 64 * 64
+    assert dense.data is not None and dense.data.stat().st_size == copied + 2 * 16 * 64  # and the table
+    session = onnxruntime.InferenceSession(float32_copy(path, tmp_path / "float32.onnx"))
+    (found,) = session.run(None, {"x": x.float().numpy()})
+    np.testing.assert_allclose(found, module.float()(x.float()).detach(), atol=1e-3)

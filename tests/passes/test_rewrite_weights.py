@@ -181,11 +181,17 @@ def test_a_wrong_layout_spoils_the_result(
 
 
 def test_external_weights_become_inputs_with_the_same_result(
-    compile_: Compile, pruned: LynxOnnx, dit: DiT
+    compile_: Compile, pruned: LynxOnnx, dit: DiT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Those of dense linears too, from a size on."""
+    monkeypatch.setattr("lynx_compile.passes.rewrite.LARGE", 128 * 64)
     lynx = compile_(Sparsity(operand="weight"), external=True)
     tensors = load_file(lynx.weights_path)
-    assert len(lynx.external_inputs) == 3 * len(lynx.nodes)
+    dense = set(lynx.external_inputs) - {
+        f"{node}.{part}" for node in lynx.nodes for part in ("values", "metadata", "bias")
+    }
+    assert "transformer_blocks.0.norm1.linear.weight" in dense and "proj_out.weight" not in dense
+    assert len(lynx.external_inputs) == 3 * len(lynx.nodes) + len(dense)
     assert {tensors[f"{name}.metadata"].dtype for name in lynx.nodes} == {torch.int32}
     feed = _feed(dit)
     bound = {name: tensors[name].numpy() for name in lynx.external_inputs}
