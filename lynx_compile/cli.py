@@ -56,8 +56,8 @@ class Runner(StrEnum):
     onnx = "onnx"
 
 
-app, bench_app, inspect_app, compare_app, study_app = (
-    typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False) for _ in range(5)
+app, bench_app, check_app, inspect_app, compare_app, study_app = (
+    typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False) for _ in range(6)
 )
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -67,7 +67,13 @@ def main() -> None:
     _speak_utf8()
     try:
         # A recipe without a command compiles, so these are no subcommands.
-        commands = {"bench": bench_app, "inspect": inspect_app, "compare": compare_app, "study": study_app}
+        commands = {
+            "bench": bench_app,
+            "inspect": inspect_app,
+            "check": check_app,
+            "compare": compare_app,
+            "study": study_app,
+        }
         name = sys.argv[1] if len(sys.argv) > 1 else ""
         if command := commands.get(name):
             command(sys.argv[2:], prog_name=f"lynx-compile {name}")
@@ -170,7 +176,7 @@ def compile_(
 ) -> None:
     """Compile a diffusion transformer into a TensorRT engine with 2:4 sparse linears.
 
-    Other commands: inspect, compare, study, bench; each has a --help. Under torchrun several GPUs share the work:
+    Other commands: check, inspect, compare, study, bench; each has a --help. Under torchrun several GPUs share it:
     torchrun --nproc-per-node 2 -m lynx_compile RECIPE.yaml -o OUT.engine.
     """
     left = "no output was changed; the same command goes on from the last whole stage."
@@ -186,6 +192,24 @@ def compile_(
         manifests = pipeline.compile(values, output, cache=cache, fresh=fresh, display=_stage)
     for manifest in manifests:
         out.print(manifest.summary())
+
+
+@check_app.command()
+def check_(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The engine; by default beside the recipe.")
+    ] = None,
+) -> None:
+    """Say what compiling a recipe will take of memory and disk, and whether this machine has it. Nothing is run."""
+    with _interruptible("nothing was written."):
+        from lynx_compile.recipe import load_recipe
+
+        values = load_recipe(recipe)
+        from lynx_compile.tools.check import check
+
+        for line in check(values, output or recipe.with_suffix(".engine")):
+            out.print(line)
 
 
 @bench_app.command()

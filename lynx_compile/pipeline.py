@@ -35,6 +35,7 @@ from lynx_compile.passes.calibrate import CALIBRATE, Statistics, calibrate, meas
 from lynx_compile.passes.compensate import COMPENSATE, compensate
 from lynx_compile.passes.describe import describe
 from lynx_compile.passes.export import EXPORT, DenseOnnx, export
+from lynx_compile.passes.forecast import forecast
 from lynx_compile.passes.keep import keep
 from lynx_compile.passes.record import CAPTURE, named_components, record
 from lynx_compile.passes.rewrite import REWRITE, LynxOnnx, rewrite
@@ -173,11 +174,13 @@ def _compile_engine(
     """One way in which one denoiser is called, from its recorded calls to its engine; None where others build it."""
     dit = find_dit(opened.of(calls.component), recording, calls, DTYPES[recipe.model.dtype])
     recorded = recording.header.key, calls.component, calls.index, recipe.model.dtype
-    made = _decide(recipe, dit, recording, recorded, outputs, stages, target.gpus)
+    made = _decide(recipe, dit, recording, recorded, outputs, stages, target)
     if made is None:
         return None
     dit.release()  # a large model and its copy in the exporter would not fit together
-    dense = stages.run(EXPORT, DenseOnnx, lambda _: _dense(dit, outputs.dense), dit.digest, *recorded)
+    dense = stages.run(
+        EXPORT, DenseOnnx, lambda _: _dense(dit, outputs.dense), dit.digest, *recorded, dit.checkpoint.files
+    )  # the file refers to the weights where they lie
     dit.release()
     external = recipe.engine.weights == "external"
     layout = target.metadata_layout
@@ -233,27 +236,30 @@ def _decide(
     recorded: tuple[str, str, int, str],
     outputs: Outputs,
     stages: Stages,
-    gpus: tuple[str, ...],
+    target: Target,
 ) -> _Decided | None:
     """From what linears could become to what they do, by error where the recipe leaves it open; None where another
     process decides."""
-    judged = recipe.budget
+    judged = recipe.budget if recipe.sparsity.needs_moments else None
     if isinstance(dit.checkpoint, OnnxSource):
         judged = None
         log.warning(
             "an ONNX model has no gradients: speed decides on its linears, and no error is held against it"
         )
-    found = candidates(dit.groups, recipe.sparsity, gpus, by_speed=judged is None)
+    found = candidates(dit.groups, recipe.sparsity, target.gpus, by_speed=judged is None)
     nodes, everything = found.nodes, found.everything()
     plan = None if found.open else found.plan({})
     if judged is not None and plan is None:
         require_speed(found, judged)
+    _foresee(recipe, dit, everything, target, outputs)
     statistics = stages.run(
         CALIBRATE,
         Statistics,
-        lambda progress: calibrate(dit, everything, recording, recipe, outputs.cache / "statistics", progress),
+        lambda progress: calibrate(
+            dit, everything, recording, recipe, outputs.cache / "statistics", progress, stages.key(CALIBRATE)
+        ),
         dit.digest, *recorded, recipe.calibration.tokens_per_call, recipe.calibration.seed,
-        recipe.sparsity.uses_norm_scale, measurements(everything), shared=True,
+        recipe.sparsity.uses_norm_scale, recipe.sparsity.needs_moments, measurements(everything), shared=True,
     )  # fmt: skip
     files = stages.run(
         COMPENSATE,
@@ -340,10 +346,19 @@ def _forms(nodes: Sequence[SparseGroup]) -> tuple[tuple[tuple[str, ...], Form], 
     return tuple((tuple(linear.path for linear in node.linears), node.form) for node in nodes)
 
 
+def _foresee(recipe: Recipe, dit: DiT, plan: SparsityPlan, target: Target, outputs: Outputs) -> None:
+    """Say what the stages will take, and refuse what this machine has not."""
+    expected = forecast(recipe, dit.checkpoint, target, outputs.folder, plan)
+    for line in expected.describe():
+        log.info("expected: %s", line)
+    files = [path for path in (*outputs.cache.rglob("*"), *outputs.files) if path.is_file()]
+    expected.require(outputs.folder, sum(path.stat().st_size for path in files))
+
+
 def _dense(dit: DiT, path: Path) -> DenseOnnx:
     """A module is traced; what is ONNX already is taken as it is."""
     source = dit.checkpoint
-    return adopt(source.onnx, path) if isinstance(source, OnnxSource) else export(dit, path)
+    return adopt(source.onnx, path) if isinstance(source, OnnxSource) else export(dit, path, referring=True)
 
 
 @contextmanager

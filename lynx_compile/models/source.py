@@ -58,6 +58,24 @@ def fetch(
     return path
 
 
+def download_bytes(source: str, revision: str | None, variant: str | None) -> int:
+    """Bytes of a hub id's files that are not in the hub's cache; 0 where the hub cannot be asked."""
+    try:
+        found = HfApi().model_info(source, revision=revision, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in found.siblings or ()}
+        parts = None
+        if INDEX in sizes:
+            parts = list(_parts(read_json(Path(hf_hub_download(source, INDEX, revision=revision)))))
+    except Exception:  # huggingface_hub raises many kinds; ``fetch`` explains them
+        return 0
+    wanted = _wanted(list(sizes), parts, variant)
+    return sum(
+        sizes[name]
+        for name in wanted
+        if not isinstance(try_to_load_from_cache(source, name, revision=revision), str)
+    )
+
+
 def pipeline_parts(folder: Path) -> dict[str, tuple[str, str]]:
     """The components of a pipeline that its ``model_index.json`` names: {component: (library, class)}.
 

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``lynx-compile check``: what compiling a recipe will take, and whether this machine has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lynx_compile.files.outputs import Outputs
+from lynx_compile.models import recording as recordings
+from lynx_compile.models.dit import find_dit
+from lynx_compile.models.dtypes import DTYPES
+from lynx_compile.models.opened import open_model
+from lynx_compile.models.source import download_bytes
+from lynx_compile.passes.forecast import forecast
+from lynx_compile.passes.select import candidates, require_fp8
+from lynx_compile.passes.target import target_of
+from lynx_compile.recipe import Model, Recipe
+
+
+def check(recipe: Recipe, output: Path) -> list[str]:
+    """Lines for the user. Nothing is downloaded; a model that is not here yet is only counted.
+
+    Raises:
+        InputError: the recipe or the model is wrong, or the GPUs do not fit.
+        DiskFullError, OutOfMemoryError: there is no room.
+    """
+    outputs = Outputs.of(output.resolve())
+    target = target_of(recipe.engine)
+    require_fp8(recipe.sparsity, target.gpus)
+    lines = [f"{target.name} {target.version}, for {', '.join(target.gpus)}"]
+    if isinstance(recipe.model, Model) and recipe.checkpoint is None:
+        missing = download_bytes(recipe.model.source, recipe.model.revision, recipe.model.variant)
+        if missing:
+            return [
+                *lines,
+                f"{missing / 1e9:.1f} GB have to be downloaded first; check again when they are here.",
+            ]
+    opened = open_model(recipe, outputs.cache / "converted")
+    recorded = recipe.calibration.recording or outputs.cache / "recording"
+    if not (Path(recorded) / "recording.json").exists():
+        lines.append(
+            "No call is recorded yet: every linear of the blocks is counted, so this is an upper bound."
+        )
+        for checkpoint in opened.checkpoints.values():
+            lines += forecast(recipe, checkpoint, target, outputs.folder).describe()
+        return lines
+    recording = recordings.load(Path(recorded))
+    by_speed = recipe.budget is None or not recipe.sparsity.needs_moments
+    for way in recording.ways():
+        dit = find_dit(opened.of(way.component), recording, way, DTYPES[recipe.model.dtype])
+        plan = candidates(dit.groups, recipe.sparsity, target.gpus, by_speed=by_speed).everything()
+        expected = forecast(recipe, dit.checkpoint, target, outputs.folder, plan)
+        lines += expected.describe()
+        expected.require(outputs.folder)
+    return lines

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is foreseen of a compilation, beside what one has left on the disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lynx_compile.errors import DiskFullError, OutOfMemoryError
+from lynx_compile.passes.forecast import forecast
+from lynx_compile.passes.select import candidates
+from lynx_compile.passes.target import target_of
+from lynx_compile.recipe import Recipe, load_recipe
+from tests.conftest import open_dit
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+@pytest.fixture
+def recipe(tiny: Path) -> Recipe:
+    return load_recipe(tiny / "tiny.yaml")
+
+
+@pytest.mark.slow
+def test_the_disk_is_what_a_compilation_leaves(recipe: Recipe, compiled_tiny: Path) -> None:
+    dit, _ = open_dit(recipe)
+    target = target_of(recipe.engine)
+    plan = candidates(dit.groups, recipe.sparsity, target.gpus, by_speed=recipe.budget is None).everything()
+    found = forecast(recipe, dit.checkpoint, target, compiled_tiny.parent, plan)
+    cache = compiled_tiny.with_suffix(".cache")
+    left = {
+        "calibrate": _size(cache / "statistics"),
+        "compensate": _size(cache / "weights"),
+        "rewrite": _size(compiled_tiny.with_suffix(".safetensors")),
+    }
+    for need in found.needs:
+        if need.stage in left:
+            assert need.disk == pytest.approx(left[need.stage], rel=0.3)
+    most = forecast(recipe, dit.checkpoint, target, compiled_tiny.parent)
+    assert most.changed > found.changed and most.disk > found.disk
+
+
+def test_what_this_machine_has_not_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    dit, _ = open_dit(recipe)
+    found = forecast(recipe, dit.checkpoint, target_of(recipe.engine), tmp_path)
+    found.require(tmp_path)
+    with pytest.raises(DiskFullError, match="of disk, and 0.0 GiB are free"):
+        replace(found, free_disk=1000).require(tmp_path)
+    replace(found, free_disk=1000).require(tmp_path, there=found.disk)  # an earlier run's
+    with pytest.raises(OutOfMemoryError, match="Stage '.*' takes about .* GiB of memory"):
+        replace(found, free_host=1000).require(tmp_path)
+    assert [need.stage for need in found.needs] == ["calibrate", "compensate", "export", "rewrite", "build"]
