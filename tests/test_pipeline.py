@@ -191,7 +191,7 @@ def test_the_budget_decides_on_what_the_recipe_leaves_open(
 ) -> None:
     """Stages up to the export; another budget only selects anew, and is measured anew."""
 
-    def refuse(*arguments: object) -> None:
+    def refuse(*arguments: object, **settings: object) -> None:
         raise StageError("export", "there is none here.", "Do without.")
 
     monkeypatch.setattr(pipeline, "export", refuse)

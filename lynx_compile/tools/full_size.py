@@ -211,7 +211,11 @@ def _build(model: FullSize, dtype: torch.dtype, device: str) -> nn.Module:
     return with_random_weights(module, device)
 
 
-def _step(model: FullSize, dtype: torch.dtype, device: str) -> dict[str, Any]:
+def step(model: FullSize, device: str, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """Arguments of one step, ``return_dict`` left out."""
-    generator = torch.Generator(device).manual_seed(1)
+    generator = torch.Generator(device).manual_seed(seed)
     return model.call(model.config, _Draw(device, model.size, dtype, generator))
+
+
+def _step(model: FullSize, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    return step(model, device, dtype=dtype)

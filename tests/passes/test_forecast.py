@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from lynx_compile import cli
 from lynx_compile.errors import DiskFullError, OutOfMemoryError
 from lynx_compile.passes.forecast import forecast
 from lynx_compile.passes.select import candidates
@@ -55,3 +57,19 @@ def test_what_this_machine_has_not_is_refused(recipe: Recipe, tmp_path: Path) ->
     with pytest.raises(OutOfMemoryError, match="Stage '.*' takes about .* GiB of memory"):
         replace(found, free_host=1000).require(tmp_path)
     assert [need.stage for need in found.needs] == ["calibrate", "compensate", "export", "rewrite", "build"]
+
+
+def test_check_says_it_before_and_after_the_calls_are_recorded(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "tiny.engine"
+    cli.check_app([str(tiny / "tiny.yaml"), "-o", str(output)], standalone_mode=False)
+    assert "No call is recorded yet" in capsys.readouterr().out
+    recipe = load_recipe(tiny / "tiny.yaml")
+    _, recording = open_dit(recipe)
+    shutil.copytree(recording.folder, output.with_suffix(".cache") / "recording")
+    cli.check_app([str(tiny / "tiny.yaml"), "-o", str(output)], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert "No call" not in shown and "of disk in all" in shown
+    assert all(f"\n{stage} " in shown for stage in ("calibrate", "compensate", "export", "rewrite", "build"))
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.cache"]  # nothing else is written
