@@ -6,7 +6,7 @@
 
 // Counts the changes of this interface. Callers compare it with lynx_abi(), and tell the size of what they
 // pass in struct_bytes: a caller of another version gets LYNX_OTHER_VERSION and nothing is launched.
-#define LYNX_ABI 4
+#define LYNX_ABI 5
 #define LYNX_OTHER_VERSION (-1)
 
 // One call of the op with sparse activations.

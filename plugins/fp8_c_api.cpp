@@ -16,10 +16,13 @@ lynx::Fp8LinearParams params_of(const LynxFp8Linear& call) {
   params.dtype = dtype_of(call.fp16);
   params.operand = lynx::Fp8Operand(call.operand);
   params.rows = call.rows, params.channels = call.channels, params.out_channels = call.out_channels;
-  params.gelu_from = call.gelu_from;
+  params.activation = lynx::Activation(call.activation);
+  params.activation_from = call.activation_from, params.gated = call.gated != 0;
   params.producer = lynx::Producer(call.producer);
+  params.producer_activation = lynx::Activation(call.producer_activation);
+  params.halves = lynx::Halves(call.halves);
   params.rms = call.rms != 0, params.epsilon = call.epsilon, params.gain_rows = call.gain_rows;
-  params.gain = call.gain, params.shift = call.shift;
+  params.gain = call.gain, params.shift = call.shift, params.gate = call.gate;
   params.x = call.x, params.weight = call.weight;
   params.metadata = static_cast<const uint32_t*>(call.metadata);
   params.weight_scale = static_cast<const float*>(call.weight_scale);

@@ -23,13 +23,17 @@ Fp8LinearParams params_of(const Fp8Attributes& attributes,
   params.dtype = dtype;
   params.operand = operand_of<kSparseWeight>(attributes);
   params.rows = in[kX].rows();
-  params.channels = int(in[kX].last() / (kProducer == Producer::kGated ? 2 : 1));
+  params.channels = int(in[kX].last() / (attributes.halves ? 2 : 1));
   params.out_channels = kSparseWeight ? attributes.out_channels : int(in[Op::kValues].at[0]);
-  params.gelu_from = attributes.activation ? attributes.activation_from : params.out_channels;
+  params.activation = Activation(attributes.activation);
+  params.activation_from = attributes.activation_from;
+  params.gated = attributes.gated != 0;
   params.producer = kProducer;
+  params.producer_activation = Activation(attributes.producer_activation);
+  params.halves = Halves(attributes.halves);
   params.rms = attributes.rms != 0;
   params.epsilon = attributes.epsilon;
-  if constexpr (kProducer == Producer::kNorm) params.gain_rows = in[Op::kGain].rows();
+  if constexpr (kProducer == Producer::kNorm) params.gain_rows = in[Op::kFirst].rows();
   return params;
 }
 
@@ -40,6 +44,10 @@ bool check_out_channels(const char* plugin, const char* what, const Fp8Attribute
   }
   if (a.activation && (a.activation_from % kGeluMultiple != 0 || a.activation_from >= out_channels)) {
     return refuse(plugin, "activation_from is " + std::to_string(a.activation_from),
+                  "Rewrite the model with this version of lynx-compile");
+  }
+  if (a.gated && (out_channels - a.activation_from) % kGatedMultiple != 0) {
+    return refuse(plugin, "gated rows are " + std::to_string(out_channels - a.activation_from),
                   "Rewrite the model with this version of lynx-compile");
   }
   return true;
@@ -60,10 +68,23 @@ bool check_channels(const char* plugin, int64_t channels) {
 template <bool kSparseWeight, Producer kProducer>
 bool Fp8Op<kSparseWeight, kProducer>::check_attributes(const Attributes& a) {
   const char* const name = Fp8Op::kName;
-  for (const int32_t flag : {a.prune, a.activation, a.rms}) {
+  for (const int32_t flag : {a.prune, a.gated, a.rms}) {
     if (flag != 0 && flag != 1) {
-      return refuse(name, "a flag is " + std::to_string(flag), "Use 0 or 1 for prune, activation and rms");
+      return refuse(name, "a flag is " + std::to_string(flag), "Use 0 or 1 for prune, gated and rms");
     }
+  }
+  const Activation most = a.gated ? Activation::kSilu : Activation::kGeluErf;
+  if (a.activation < a.gated || a.activation > int32_t(most)) {
+    return refuse(name, "activation is " + std::to_string(a.activation), kActivations);
+  }
+  const Activation most_of_x = kProducer == Producer::kGated ? Activation::kSilu : Activation::kGeluErf;
+  if (a.producer_activation < 1 || a.producer_activation > int32_t(most_of_x)) {
+    return refuse(name, "producer_activation is " + std::to_string(a.producer_activation),
+                  "Use 1 for GELU (tanh), 2 for GELU (erf), or for a gate 3 for SiLU");
+  }
+  if (a.halves < 0 || a.halves > int32_t(Halves::kGateFirst)) {
+    return refuse(name, "halves is " + std::to_string(a.halves),
+                  "Use 0 for x and gate apart, 1 for x in the first half, 2 for the gate");
   }
   if (a.activation_from < 0) {
     return refuse(name, "activation_from is " + std::to_string(a.activation_from), "Use 0 or more");
@@ -83,7 +104,7 @@ bool Fp8Op<kSparseWeight, kProducer>::check_shapes(const Attributes& attributes,
     return refuse(name, "metadata has not 3 dimensions", "Rewrite the model");
   if (in[kScale].count != 1) return refuse(name, "weight_scale is not a vector", "Rewrite the model");
   if (in[kBias].count != 1) return refuse(name, "bias is not a vector", "Rewrite the model");
-  const int64_t last = in[kX].last(), halves = kProducer == Producer::kGated ? 2 : 1;
+  const int64_t last = in[kX].last(), halves = attributes.halves ? 2 : 1;
   if (last >= 0 && last % halves != 0) {
     return refuse(name, "x has " + std::to_string(last) + " channels, which are no two halves",
                   "Rewrite the model");
@@ -109,15 +130,19 @@ bool Fp8Op<kSparseWeight, kProducer>::check_shapes(const Attributes& attributes,
     ok = ok && check_extent(name, "weight", "columns", in[kValues].at[1], part(kWord));
   }
   if constexpr (kProducer == Producer::kNorm) {
-    const int64_t rows = in[kX].rows(), gain_rows = in[kGain].rows();
-    ok = ok && check_extent(name, "gain", "channels", in[kGain].last(), channels) &&
-         check_extent(name, "shift", "channels", in[kShift].last(), channels) &&
-         check_extent(name, "shift", "rows", in[kShift].rows(), gain_rows);
+    const int64_t rows = in[kX].rows(), gain_rows = in[kFirst].rows();
+    ok = ok && check_extent(name, "gain", "channels", in[kFirst].last(), channels) &&
+         check_extent(name, "shift", "channels", in[kSecond].last(), channels) &&
+         check_extent(name, "shift", "rows", in[kSecond].rows(), gain_rows);
     if (ok && rows > 0 && gain_rows >= 0 && (gain_rows == 0 || rows % gain_rows != 0)) {
       return refuse(name,
                     "gain has " + std::to_string(gain_rows) + " rows for " + std::to_string(rows) + " tokens",
                     "Rewrite the model with this version of lynx-compile");
     }
+  }
+  if constexpr (kProducer == Producer::kGated) {
+    ok = ok && check_extent(name, "gate", "channels", in[kFirst].last(), in[kX].last()) &&
+         check_extent(name, "gate", "rows", in[kFirst].rows(), in[kX].rows());
   }
   return ok;
 }
@@ -155,7 +180,8 @@ cudaError_t Fp8Op<kSparseWeight, kProducer>::launch(const Attributes& attributes
   if constexpr (kSparseWeight) params.metadata = static_cast<const uint32_t*>(inputs[kMetadata]);
   params.weight_scale = static_cast<const float*>(inputs[kScale]);
   params.bias = inputs[kBias];
-  if constexpr (kProducer == Producer::kNorm) params.gain = inputs[kGain], params.shift = inputs[kShift];
+  if constexpr (kProducer == Producer::kNorm) params.gain = inputs[kFirst], params.shift = inputs[kSecond];
+  if constexpr (kProducer == Producer::kGated) params.gate = inputs[kFirst];
   params.y = y;
   params.workspace = workspace;
   return launch_fp8_linear(params, tile, stream);

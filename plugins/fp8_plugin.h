@@ -10,12 +10,15 @@
 namespace lynx {
 
 struct Fp8Attributes {
-  int32_t prune = 0;            // LynxFp8Linear: 1: x becomes 2:4
-  int32_t out_channels = 0;     // LynxFp8SparseWeightLinear: N; values have it padded
-  int32_t activation = 0;       // 1: GELU (tanh) on the output
-  int32_t activation_from = 0;  // first output channel that it applies to
-  int32_t rms = 0;              // kNorm: RMSNorm instead of LayerNorm
-  float epsilon = 1e-6f;        // kNorm
+  int32_t prune = 0;         // LynxFp8Linear: 1: x becomes 2:4
+  int32_t out_channels = 0;  // LynxFp8SparseWeightLinear: N; values have it padded
+  int32_t activation = 0;    // of the output: 0: none, 1: GELU (tanh), 2: GELU (erf), 3: SiLU, of gated ones
+  int32_t activation_from = 0;      // first row of the weight that it applies to
+  int32_t gated = 0;                // 1: in runs of 16 rows, to the first 8, which the other 8 multiply
+  int32_t producer_activation = 1;  // kGelu: 1 or 2 as above; kGated: any
+  int32_t halves = 0;               // kGated: as Halves numbers them
+  int32_t rms = 0;                  // kNorm: RMSNorm instead of LayerNorm
+  float epsilon = 1e-6f;            // kNorm
 };
 
 // Names, and inputs in the order of the op: behind the weight's come those of the producer.
@@ -32,7 +35,7 @@ LYNX_FP8_NAMES(false, Producer::kNone, "LynxFp8Linear", "weight", "weight_scale"
 LYNX_FP8_NAMES(false, Producer::kNorm, "LynxNormFp8Linear", "weight", "weight_scale", "bias", "gain",
                "shift");
 LYNX_FP8_NAMES(false, Producer::kGelu, "LynxGeluFp8Linear", "weight", "weight_scale", "bias");
-LYNX_FP8_NAMES(false, Producer::kGated, "LynxGatedFp8Linear", "weight", "weight_scale", "bias");
+LYNX_FP8_NAMES(false, Producer::kGated, "LynxGatedFp8Linear", "weight", "weight_scale", "bias", "gate");
 LYNX_FP8_NAMES(true, Producer::kNone, "LynxFp8SparseWeightLinear", "values", "metadata", "weight_scale",
                "bias");
 LYNX_FP8_NAMES(true, Producer::kNorm, "LynxNormFp8SparseWeightLinear", "values", "metadata", "weight_scale",
@@ -40,7 +43,7 @@ LYNX_FP8_NAMES(true, Producer::kNorm, "LynxNormFp8SparseWeightLinear", "values",
 LYNX_FP8_NAMES(true, Producer::kGelu, "LynxGeluFp8SparseWeightLinear", "values", "metadata", "weight_scale",
                "bias");
 LYNX_FP8_NAMES(true, Producer::kGated, "LynxGatedFp8SparseWeightLinear", "values", "metadata", "weight_scale",
-               "bias");
+               "bias", "gate");
 #undef LYNX_FP8_NAMES
 
 template <bool kSparseWeight, Producer kProducer>
@@ -50,22 +53,36 @@ struct Fp8Op : Fp8Names<kSparseWeight, kProducer> {
   static constexpr AttributeField kOwn =
       kSparseWeight ? AttributeField{"out_channels", kInt, offsetof(Attributes, out_channels)}
                     : AttributeField{"prune", kInt, offsetof(Attributes, prune)};
+  static constexpr bool kNorm = kProducer == Producer::kNorm;
+  static constexpr AttributeField kRms = {"rms", kInt, offsetof(Attributes, rms)};
+  static constexpr AttributeField kEpsilon = {"epsilon", nvinfer1::PluginFieldType::kFLOAT32,
+                                              offsetof(Attributes, epsilon)};
+  static constexpr AttributeField kProducerActivation = {"producer_activation", kInt,
+                                                         offsetof(Attributes, producer_activation)};
+  static constexpr AttributeField kHalves = {"halves", kInt, offsetof(Attributes, halves)};
   static constexpr AttributeField kFields[] = {
       kOwn,
       {"activation", kInt, offsetof(Attributes, activation)},
       {"activation_from", kInt, offsetof(Attributes, activation_from)},
-      {"rms", kInt, offsetof(Attributes, rms)},
-      {"epsilon", nvinfer1::PluginFieldType::kFLOAT32, offsetof(Attributes, epsilon)},
+      {"gated", kInt, offsetof(Attributes, gated)},
+      kNorm ? kRms : kProducerActivation,
+      kNorm ? kEpsilon : kHalves,
   };
-  // The last two are a norm's; TensorRT warns of fields that a node does not give.
-  static constexpr size_t kFieldCount = kProducer == Producer::kNorm ? 5 : 3;
+  // The last two are the producer's; TensorRT warns of fields that a node does not give.
+  static constexpr size_t kFieldCount = kProducer == Producer::kNone   ? 4
+                                        : kProducer == Producer::kGelu ? 5
+                                                                       : 6;
 
   static constexpr int32_t kValues = 1, kMetadata = 2;  // kValues: all of a dense weight
-  static constexpr int32_t kScale = kSparseWeight ? 3 : 2, kBias = kScale + 1, kGain = kScale + 2,
-                           kShift = kScale + 3;
+  static constexpr int32_t kScale = kSparseWeight ? 3 : 2, kBias = kScale + 1, kFirst = kScale + 2,
+                           kSecond = kScale + 3;  // of the producer
   using Inputs =
       std::array<Extents, sizeof(Fp8Names<kSparseWeight, kProducer>::kInputNames) / sizeof(const char*)>;
 
+  // Channels of y: two rows of a gated weight make one.
+  static constexpr int64_t y_channels(const Attributes& a, int64_t rows) {
+    return a.gated ? a.activation_from + (rows - a.activation_from) / 2 : rows;
+  }
   static bool check_attributes(const Attributes& attributes);
   static bool check_shapes(const Attributes& attributes, const Inputs& in);
   static bool check_device(const Attributes& attributes, DType dtype);
@@ -80,7 +97,9 @@ struct Fp8Op : Fp8Names<kSparseWeight, kProducer> {
   static const nvinfer1::IDimensionExpr* output_channels(const Attributes& attributes,
                                                          const nvinfer1::DimsExprs* inputs,
                                                          nvinfer1::IExprBuilder& builder) {
-    return kSparseWeight ? builder.constant(attributes.out_channels) : inputs[kValues].d[0];
+    if (kSparseWeight) return builder.constant(y_channels(attributes, attributes.out_channels));
+    const auto* const rows = inputs[kValues].d[0];  // of a weight: constant
+    return attributes.gated ? builder.constant(y_channels(attributes, rows->getConstantValue())) : rows;
   }
   static int tactics(const Attributes& attributes, DType dtype);
   static int most_tactics(const Attributes& attributes);

@@ -165,9 +165,9 @@ class SparseLinears(Strict):
     its input of, where it does. ``errors``: of each linear, relative, expected on the calibration inputs. ``tokens``:
     rows of the input. ``gain``: how many times as fast as dense by ``costs``; null where they do not tell.
     ``sizes``: output channels of each linear. ``activation_from``: the first of them that goes through GELU; null where
-    none does. ``metadata_layout``: of a 2:4 weight in 16 bits. ``gated``: of its rows, counted linear by linear, the
-    first that is activated, the first that is a gate, and how many there are of each: they lie in turns of 8, behind
-    all others; null where the layer holds no gate.
+    none does. ``metadata_layout``: of a 2:4 weight in 16 bits. ``gated``: of the weight's rows, counted linear by
+    linear, the first that is activated, the first that is a gate, and how many there are of each: they lie in turns of
+    8, behind all others; null where the layer holds no gate.
     """
 
     layer: str

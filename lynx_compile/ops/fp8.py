@@ -5,9 +5,10 @@
 
     y = act(s_x s_w (x_q W_qᵀ) + bias)
 
-x_q is x [tokens, K] rounded to e4m3 (4 exponent, 3 mantissa bits, largest 448, no infinity) with one scale a token;
-W_q the weight [N, K] with one scale an output channel. Either may be 2:4, that is, keep 2 of every 4 neighbouring
-channels: a weight at compile time, activations by their magnitude (``sparse_linear.keep_mask``), before rounding.
+act is as in ``sparse_weight_linear``, gated or not. x_q is x [tokens, K] rounded to e4m3 (4 exponent, 3 mantissa bits,
+largest 448, no infinity) with one scale a token; W_q the weight [N, K] with one scale a row. Either may be 2:4, that
+is, keep 2 of every 4 neighbouring channels: a weight at compile time, activations by their magnitude
+(``sparse_linear.keep_mask``), before rounding.
 
 A token's scale is s_x = max |x| / 448, so that its largest value becomes 448. A token whose values are all below 2⁻¹⁰⁰,
 zeros too, has the scale of 2⁻¹⁰⁰; of one with an infinity or a NaN the scale and all values, and so all outputs, are
@@ -58,23 +59,25 @@ def fp8_linear(
     prune: bool = False,
     activation: int = 0,
     activation_from: int = 0,
+    gated: bool = False,
 ) -> torch.Tensor:
     """The op in torch, on any device; multiplies in float64 for x in float64, else in float32.
 
     Args:
         x: [..., K]. weight: W_q [N, K]. bias: [N]. prune: keep 2 of 4 of x.
-        activation: 0 none, 1 GELU in its tanh form, for the output channels from ``activation_from`` on.
+        activation: 0 none, or one of ``ACTIVATIONS``, for the rows of W from ``activation_from`` on.
+        gated: whether the activated rows have gates: an output channel for two. Without, the activation is a GELU.
 
     Returns:
-        y [..., N] in x's dtype.
+        y [..., N] in x's dtype, where gated [..., activation_from + (N - activation_from) / 2].
     """
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     tokens = x.reshape(-1, x.shape[-1])
     rounded = round_rows(tokens, keep_mask(tokens) if prune else None)
     product = rounded.values.to(accumulate) @ weight.values.to(accumulate).T
     scaled = product * rounded.scale.to(accumulate)[:, None] * weight.scale.to(accumulate)
-    y = activate(scaled + bias.to(accumulate), activation, activation_from)
-    return y.to(x.dtype).reshape(*x.shape[:-1], len(bias))
+    y = activate(scaled + bias.to(accumulate), activation, activation_from, gated)
+    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
 def round_rows(tensor: torch.Tensor, keep: torch.Tensor | None = None) -> Rounded:

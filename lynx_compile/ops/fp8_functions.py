@@ -8,10 +8,11 @@ Inputs, for x [..., K] and N output channels, K' being K in whole steps of 128::
 
 x, bias and y have one dtype. ``weight`` and ``values`` hold e4m3 four to a word (``fp8.to_words``), as a strongly typed
 network takes them into a plugin. Attributes: ``prune`` of the first, whether x becomes 2:4; ``out_channels`` of the
-second, N; ``activation`` and ``activation_from`` of both.
+second, N; ``activation``, ``activation_from`` and ``gated`` of both.
 
-Both have variants that make their x: ``Norm`` (inputs gain and shift, attributes rms and epsilon), ``Gelu``, and
-``Gated``, whose x [..., 2 K] has two halves: SiLU of the first times the second.
+Both have variants that make their x, as ``LynxSparseLinear`` has them: ``Norm`` (inputs gain and shift, attributes rms
+and epsilon), ``Gelu`` (attribute producer_activation), and ``Gated`` (input gate, attributes producer_activation and
+halves).
 
 An e4m3 is emulated in float32, exactly: opset 18 does not have it.
 """
@@ -135,13 +136,13 @@ FP8_PRODUCT = """
     product_w = Mul (product_x, weight_scale)
     bias32 = Cast <to = 1> (bias)
     y32 = Add (product_w, bias32)
-    pair_gate = Constant <value_int = 0> ()
+    pair_gate = Constant <value_int: int = @gated> ()
 EPILOGUE
 """
 
 FP8_FUNCTION = """
 <domain: "lynx", opset_import: ["" : OPSET]>
-LynxFp8Linear <prune, activation, activation_from, plugin_namespace, plugin_version>
+LynxFp8Linear <prune, activation, activation_from, gated: int = 0, plugin_namespace, plugin_version>
     (x, weight, weight_scale, bias) => (y)
 {
     minus_one = Constant <value_ints = [-1]> ()
@@ -162,7 +163,7 @@ FP8_PRODUCT
 
 FP8_WEIGHT_FUNCTION = """
 <domain: "lynx", opset_import: ["" : OPSET]>
-LynxFp8SparseWeightLinear <out_channels, activation, activation_from, plugin_namespace, plugin_version>
+LynxFp8SparseWeightLinear <out_channels, activation, activation_from, gated: int = 0, plugin_namespace, plugin_version>
     (x, values, metadata, weight_scale, bias) => (y)
 {
     minus_one = Constant <value_ints = [-1]> ()
@@ -206,35 +207,27 @@ FP8_PRODUCT
 
 # z [..., K], as made by the producer -> y.
 CALL = """
-    y = lynx.LynxFp8Linear <prune: int = @prune, activation: int = @activation, activation_from: int = @activation_from>
+    y = lynx.LynxFp8Linear <prune: int = @prune, activation: int = @activation, activation_from: int = @activation_from,
+        gated: int = @gated>
         (z, weight, weight_scale, bias)
 """
 WEIGHT_CALL = """
     y = lynx.LynxFp8SparseWeightLinear <out_channels: int = @out_channels, activation: int = @activation,
-        activation_from: int = @activation_from>
+        activation_from: int = @activation_from, gated: int = @gated>
         (z, values, metadata, weight_scale, bias)
 """
 
 # By the prefix of its ops' names: attributes, inputs, how it makes z of x, and that in words.
 PRODUCERS = {
     "Norm": ("rms, epsilon, ", ", gain, shift", "NORMALIZE", "norm(x) * gain + shift"),
-    "Gelu": (
-        "",
-        "",
-        "    to_activate = Cast <to = 1> (x)\n    chosen = Constant <value_int = 1> ()\nACTIVATE\n"
-        "    z = CastLike (activated, x)",
-        "gelu(x), tanh form",
+    "Gelu": ("producer_activation: int = 1, ", "", "APPLY_GELU", "gelu(x)"),
+    "Gated": (
+        "producer_activation: int = 3, halves: int = 0, ",
+        ", gate",
+        "APPLY_GATE",
+        "activation(x) * gate",
     ),
-    "Gated": ("", "", "GATE_HALVES", "silu(first half of x) * second half"),
 }
-GATE_HALVES = """
-    x32 = Cast <to = 1> (x)
-    gated, gate = Split <axis = -1, num_outputs = 2> (x32)
-    sigmoid = Sigmoid (gated)
-    silu = Mul (gated, sigmoid)
-    z32 = Mul (silu, gate)
-    z = CastLike (z32, x)
-"""
 
 
 def _with_producer(prefix: str, op: str) -> tuple[str, str]:
@@ -244,7 +237,8 @@ def _with_producer(prefix: str, op: str) -> tuple[str, str]:
     own, weights = ("prune", "weight") if dense else ("out_channels", "values, metadata")
     text = f"""
 <domain: "lynx", opset_import: ["" : OPSET, "lynx" : 1]>
-{op.replace("Lynx", f"Lynx{prefix}")} <{own}, activation, activation_from, {attributes}plugin_namespace, plugin_version>
+{op.replace("Lynx", f"Lynx{prefix}")} <{own}, activation, activation_from, gated: int = 0, {attributes}plugin_namespace,
+    plugin_version>
     (x, {weights}, weight_scale, bias{more_inputs}) => (y)
 {{
 {body}
@@ -260,7 +254,6 @@ FP8_PARTS = {
     "ROUND_TOKENS": ROUND_TOKENS,
     "ROUND_TO_E4M3": ROUND_TO_E4M3,
     "DECODE_E4M3": DECODE_E4M3,
-    "GATE_HALVES": GATE_HALVES,
 }
 
 FP8_FUNCTIONS = {

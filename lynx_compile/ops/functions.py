@@ -382,21 +382,32 @@ LynxGeluSparseLinear <rank, norm_scale, activation: int = 0,
     activation_from: int = 0, producer_activation: int = 1, plugin_namespace, plugin_version>
     (x, weight, lora_down, bias) => (y)
 {
-    to_activate = Cast <to = 1> (x)
-    chosen = Constant <value_int: int = @producer_activation> ()
-ACTIVATE
-    z = CastLike (activated, x)
+APPLY_GELU
 MULTIPLY
 }
 """
 
-# What is no half is taken whole: from channel 0 on, all of them.
+# x -> z
+APPLY_GELU = """
+    to_activate = Cast <to = 1> (x)
+    chosen = Constant <value_int: int = @producer_activation> ()
+ACTIVATE
+    z = CastLike (activated, x)
+"""
+
 GATED_FUNCTION = """
 <domain: "lynx", opset_import: ["" : OPSET, "lynx" : 1]>
 LynxGatedSparseLinear <rank, norm_scale, activation: int = 0, activation_from: int = 0,
     producer_activation: int = 3, halves: int = 0, plugin_namespace, plugin_version>
     (x, weight, lora_down, bias, gate) => (y)
 {
+APPLY_GATE
+MULTIPLY
+}
+"""
+
+# x and gate -> z. What is no half is taken whole: from channel 0 on, all of them.
+APPLY_GATE = """
     last = Constant <value_ints = [-1]> ()
     one = Constant <value_ints = [1]> ()
     two = Constant <value_ints = [2]> ()
@@ -422,12 +433,12 @@ ACTIVATE
     gate32 = Cast <to = 1> (own_gate)
     z32 = Mul (activated, gate32)
     z = CastLike (z32, x)
-MULTIPLY
-}
 """
 
 # Text that stands for more text; what a part holds of others comes behind it.
 PARTS = FP8_PARTS | {
+    "APPLY_GELU": APPLY_GELU,
+    "APPLY_GATE": APPLY_GATE,
     "EPILOGUE": EPILOGUE,
     "ACTIVATE": ACTIVATE,
     "MULTIPLY": MULTIPLY,

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from lynx_compile.ops.sparse_linear import APART, GATE_FIRST, GELU_ERF, GELU_TANH, SILU, X_FIRST
+from lynx_compile.ops.sparse_linear import APART, GATE_FIRST, GELU_ERF, GELU_TANH, X_FIRST
 from lynx_compile.passes.match import STEPS, DenseGraph, activation_of
 from lynx_compile.passes.sections import cut_of
 
@@ -54,16 +54,6 @@ def find_producer(x: gs.Variable, dense: DenseGraph) -> Produced | None:
     if found is None or found.x.dtype != x.dtype:
         return None
     return found if found.halves or found.x.shape == x.shape else None
-
-
-def for_fp8(produced: Produced) -> Produced | None:
-    """For an op that knows the tanh GELU, and SiLU with its gate as first and second half of one tensor; else None."""
-    if produced.producer == "gelu" and produced.activation != GELU_TANH:
-        return None
-    if produced.producer == "gated":
-        known = (produced.activation, produced.halves) == (SILU, X_FIRST)
-        return replace(produced, gate=None) if known else None
-    return produced
 
 
 def _find_norm(z: gs.Tensor, dense: DenseGraph) -> Produced | None:

@@ -21,8 +21,8 @@ A GELU that is all that reads a linear becomes the node's ``activation``. In a m
 ``activation_from`` is the first of their output channels. It stays in the graph where that is no multiple of 64, on
 which the kernels' epilogues cannot start, and where the node has one of the other form.
 
-Where a 2:4 weight of 16 bits makes both values of a gated activation (SwiGLU, GEGLU), its rows take turns of 8, and the
-node makes half as many channels (``gates``)::
+Where a node with 2:4 weights, or one in FP8, makes both values of a gated activation (SwiGLU, GEGLU), the rows of its
+weight take turns of 8, and it makes half as many channels (``gates``)::
 
     x ── w1 ── SiLU ── Mul ── y         x ── LynxSparseWeightLinear(w1 and w3 in turns) ── y
     x ── w3 ───────────┘
@@ -40,10 +40,7 @@ node between two Transposes, which bring its channels to the end and back::
     x ── Transpose ── LynxSparseWeightLinear ── Transpose ── y
 
 A node with sparse weights in 16 bits has no pass over x to take it into; there TensorRT's own fusions do it. FP8 nodes
-all have one, which rounds x; they take a SiLU with its gate where both are halves of one tensor::
-
-    h ── Split ── SiLU(first) ── Mul(second) ── LynxFp8Linear(weight, weight_scale, bias)
-    h ── LynxGatedFp8Linear(weight, weight_scale, bias)
+all have one, which rounds x.
 
 Linears of one tensor are one node only if they have one form: a dense FP8 node and one with 2:4 weights that read the
 same x both round it, and neither can make it.
@@ -97,14 +94,14 @@ from lynx_compile.ops.functions import (
     WEIGHT_OP,
     lynx_functions,
 )
-from lynx_compile.ops.sparse_linear import GATED_RUN, GELU_ERF, GELU_TANH, keep_mask
+from lynx_compile.ops.sparse_linear import GATED_RUN, keep_mask
 from lynx_compile.ops.sparse_weight_linear import STEP, MetadataLayout, pack_metadata, pack_values
 from lynx_compile.passes.compensate import SparseLinearWeights, described_weights, stored_weight
 from lynx_compile.passes.export import DenseOnnx
 from lynx_compile.passes.fp8_nodes import fp8_tensors
 from lynx_compile.passes.gates import Gate, GatedRows, find_gate, note
 from lynx_compile.passes.match import DenseGraph, Match, import_graph, match
-from lynx_compile.passes.producers import Produced, Producer, find_producer, for_fp8
+from lynx_compile.passes.producers import Produced, Producer, find_producer
 from lynx_compile.passes.select import SparseGroup, SparsityPlan
 from lynx_compile.passes.speed_table import DENSE, Form
 from lynx_compile.recipe import NodeOperand
@@ -114,7 +111,7 @@ def _by_producer(norm: str, gelu: str, gated: str) -> dict[Producer, str]:
     return {"layer norm": norm, "rms norm": norm, "gelu": gelu, "gated": gated}
 
 
-REWRITE = StageVersion("rewrite", 4, ("torch", "numpy", "onnx", "onnx-graphsurgeon"))
+REWRITE = StageVersion("rewrite", 5, ("torch", "numpy", "onnx", "onnx-graphsurgeon"))
 OPS = {
     Form("activation"): OP,
     Form("weight"): WEIGHT_OP,
@@ -131,8 +128,8 @@ PRODUCER_OPS: dict[str, dict[Producer, str]] = {
 NORM_OPS = (NORM_OP, FP8_NORM_OP, FP8_NORM_WEIGHT_OP)
 PRODUCER_FIELDS = {
     NORM_OP: ("rms", "epsilon"),
-    GELU_OP: ("producer_activation",),
-    GATED_OP: ("producer_activation", "halves"),
+    **dict.fromkeys((GELU_OP, FP8_GELU_OP, FP8_GELU_WEIGHT_OP), ("producer_activation",)),
+    **dict.fromkeys((GATED_OP, FP8_GATED_OP, FP8_GATED_WEIGHT_OP), ("producer_activation", "halves")),
 }
 CHANNELS_LAST = (
     ".channels_last"  # ends the name of a tensor of a convolution whose channels were brought to the end
@@ -326,7 +323,8 @@ def _readers_of_one_tensor(matches: Mapping[str, Sequence[Match]]) -> list[dict[
 
 def _gate(matches: Mapping[str, Match], solved: SparseLinearWeights, dense: DenseGraph) -> Gate | None:
     """The gated activation behind the linears of a node, where its epilogue can hold one."""
-    if solved.fp8 or solved.operand != "weight" or any(found.convolution for found in matches.values()):
+    holds = solved.fp8 or solved.operand == "weight"
+    if not holds or any(found.convolution for found in matches.values()):
         return None
     gate = find_gate(matches, dense)
     if gate is None or gate.rows.channels % (GATED_RUN // 2):
@@ -343,10 +341,9 @@ def _without_gelu(matches: Mapping[str, Match]) -> dict[str, Match]:
 def _with_activation(matches: Mapping[str, Match], solved: SparseLinearWeights) -> dict[str, Match]:
     """The linears of a node in its order, those with a GELU last; without their GELUs where no epilogue can start.
 
-    An epilogue has one form of GELU: that of the first linear with one. Those in FP8 know the tanh form alone.
+    An epilogue has one form of GELU: that of the first linear with one.
     """
-    known = (GELU_TANH,) if solved.fp8 else (GELU_TANH, GELU_ERF)
-    form = next((found.activation for found in matches.values() if found.activation in known), 0)
+    form = next((found.activation for found in matches.values() if found.activation), 0)
     of_form = {
         linear: found if found.activation == form else replace(found, gelu=(), activation=0)
         for linear, found in matches.items()
@@ -479,9 +476,10 @@ def _attributes(node: SparseNode, metadata_layout: MetadataLayout) -> dict[str, 
         own = {"prune": int(node.operand == "activation")}
     elif node.operand == "weight":
         own = {"metadata_layout": metadata_layout, "out_channels": node.out_channels}
-        own["gated"] = int(node.gated is not None)
     else:
         own = {"rank": node.rank, "norm_scale": int(node.norm_scale)}
+    if node.fp8 or node.operand == "weight":
+        own["gated"] = int(node.gated is not None)
     return {
         **own,
         "activation": node.activation,
@@ -567,8 +565,6 @@ def _fuse_producer(
     in_graph: gs.Node, node: SparseNode, dense: DenseGraph, fills: dict[str, TensorSpec]
 ) -> SparseNode:
     produced = find_producer(in_graph.inputs[0], dense)
-    if produced is not None and node.fp8:
-        produced = for_fp8(produced)
     if produced is None:
         return node
     node = replace(node, producer=produced.producer)
@@ -577,7 +573,7 @@ def _fuse_producer(
     if node.op in NORM_OPS:
         in_graph.attrs |= {"rms": int(produced.producer == "rms norm"), "epsilon": produced.epsilon}
         in_graph.inputs.extend(_gain_and_shift(produced, node, dense, fills))
-    elif not node.fp8:
+    else:
         in_graph.attrs["producer_activation"] = produced.activation
     if produced.gate is not None:
         in_graph.attrs["halves"] = produced.halves

@@ -26,7 +26,7 @@ from lynx_compile.engine import trt
 from lynx_compile.errors import InputError, StageError
 from lynx_compile.files.atomic import save_text
 from lynx_compile.ops.fp8 import Rounded, round_rows
-from lynx_compile.ops.sparse_linear import Gelu, Norm, expand_low_rank, keep_mask
+from lynx_compile.ops.sparse_linear import X_FIRST, Gated, Gelu, Norm, expand_low_rank, keep_mask
 from lynx_compile.passes.select import FP8_GPUS
 from lynx_compile.tools.bench import BUFFER_BYTES, SHAPES, Shape, sparse_weight_of
 from lynx_compile.tools.timing import captured, file_name, take_long_turns, take_turns
@@ -34,7 +34,6 @@ from lynx_compile.torch_ops.bindings import LIBRARY, SparseLinear, load_library
 from lynx_compile.torch_ops.fp8_bindings import (
     OPERANDS,
     Fp8Linear,
-    HalfGated,
     Operand,
     load_fp8_library,
     tile_count,
@@ -176,24 +175,24 @@ class _Problem:
             "sparse weight": [round_rows(weight, keep_mask(weight)) for weight in self.weight],
         }
         self.rounded["sparse activation"] = self.rounded["dense"]
-        self.ops = {operand: self._ops(operand, None) for operand in OPERANDS}
-        self.fused = {operand: self._ops(operand, self._producer()) for operand in OPERANDS if shape.producer}
+        self.ops = {operand: self._ops(operand, produced=False) for operand in OPERANDS}
+        self.fused = {operand: self._ops(operand, produced=True) for operand in OPERANDS if shape.producer}
 
-    def _ops(self, operand: Operand, producer: Norm | Gelu | HalfGated | None) -> list[Fp8Linear]:
+    def _ops(self, operand: Operand, *, produced: bool) -> list[Fp8Linear]:
         keep = [keep_mask(weight) if operand == "sparse weight" else None for weight in self.weight]
         return [
             Fp8Linear(
-                self.fp8, weight, self.bias, rows=self.shape.tokens, operand=operand, keep=kept,
-                producer=producer,
+                self.fp8, weight, self.bias, rows=self.shape.tokens, operand=operand, keep=keep[i],
+                producer=self._producer(i) if produced else None,
             )
-            for weight, kept in zip(self.rounded[operand], keep, strict=True)
+            for i, weight in enumerate(self.rounded[operand])
         ]  # fmt: skip
 
-    def _producer(self) -> Norm | Gelu | HalfGated:
+    def _producer(self, i: int) -> Norm | Gelu | Gated:
         if self.shape.producer == "gelu":
             return Gelu()
         if self.shape.producer == "gated":
-            return HalfGated()
+            return Gated(self.halves[i], halves=X_FIRST)
         return Norm(self.gain, self.shift, rms=self.shape.producer == "rms norm")
 
     def _source(self, i: int) -> torch.Tensor:

@@ -307,12 +307,19 @@ def _sparse_weight(node: SparseLinears, read: _Reader, dtype: torch.dtype, epilo
     metadata = read("metadata", torch.int32, (node.in_channels // STEP, padded // STEP, 2 * STEP))
     bias = read("bias", dtype, (node.out_channels,))
     if node.gated is not None and not epilogue.gated:
-        order = torch.tensor(gated_order(node.out_channels, *node.gated)).argsort()
+        order = _order(node, epilogue)
         values, metadata = _reordered(values, metadata, layout, order)
         bias = bias[order]
     if kernels_run(dtype) and (here := metadata_layout(dtype)) != layout:
         metadata, layout = relaid(metadata, layout, here), here  # offloading moves tensors one by one
     return SparseWeightLinear(values, metadata, bias, metadata_layout=layout, epilogue=epilogue)
+
+
+def _order(node: SparseLinears, epilogue: Epilogue) -> torch.Tensor:
+    """Which row of a node's weight comes where: as its linears have them, unless the epilogue takes them in pairs."""
+    if node.gated is None or epilogue.gated:
+        return torch.arange(node.out_channels)
+    return torch.tensor(gated_order(node.out_channels, *node.gated)).argsort()
 
 
 def _reordered(
@@ -326,25 +333,26 @@ def _reordered(
 
 
 def _fp8_linear(node: SparseLinears, read: _Reader, dtype: torch.dtype, epilogue: Epilogue) -> nn.Module:
-    width = -(-node.in_channels // fp8.STEP) * fp8.STEP
+    width, order = -(-node.in_channels // fp8.STEP) * fp8.STEP, _order(node, epilogue)
     return Fp8Linear(
-        read("weight", torch.int32, (node.out_channels, width // 4)).view(E4M3),
+        read("weight", torch.int32, (node.out_channels, width // 4))[order].view(E4M3),
         None,
-        read("weight_scale", torch.float32, (node.out_channels,)),
-        read("bias", dtype, (node.out_channels,)),
+        read("weight_scale", torch.float32, (node.out_channels,))[order],
+        read("bias", dtype, (node.out_channels,))[order],
         in_features=node.in_channels, operand="sparse activation" if node.operand == "activation" else "dense",
         epilogue=epilogue,
     )  # fmt: skip
 
 
 def _fp8_weight(node: SparseLinears, read: _Reader, dtype: torch.dtype, epilogue: Epilogue) -> nn.Module:
-    width = -(-node.in_channels // fp8.STEP) * fp8.STEP
+    width, order = -(-node.in_channels // fp8.STEP) * fp8.STEP, _order(node, epilogue)
     padded = -(-node.out_channels // ROW_STEP) * ROW_STEP
+    rows = torch.cat((order, torch.arange(node.out_channels, padded)))  # metadata lie row by row
     return Fp8Linear(
-        read("values", torch.int32, (padded, width // 8)).view(E4M3),
-        read("metadata", torch.int32, (width // fp8.STEP, padded, 4)),
-        read("weight_scale", torch.float32, (node.out_channels,)),
-        read("bias", dtype, (node.out_channels,)),
+        read("values", torch.int32, (padded, width // 8))[rows].view(E4M3),
+        read("metadata", torch.int32, (width // fp8.STEP, padded, 4))[:, rows],
+        read("weight_scale", torch.float32, (node.out_channels,))[order],
+        read("bias", dtype, (node.out_channels,))[order],
         in_features=node.in_channels, operand="sparse weight", epilogue=epilogue,
     )  # fmt: skip
 

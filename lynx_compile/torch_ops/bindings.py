@@ -18,7 +18,7 @@ from lynx_compile.ops.sparse_weight_linear import STEP
 LIBRARY = Path(__file__).resolve().parents[1] / "lib" / "liblynx_plugin.so"
 ANY_TILE = -1  # the dispatcher's choice
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
-ABI = 4  # LYNX_ABI of c_api.h
+ABI = 5  # LYNX_ABI of c_api.h
 OTHER_VERSION = -1
 
 

@@ -20,9 +20,10 @@ def definition(op: nn.Module, x: torch.Tensor) -> torch.Tensor:
     assert isinstance(op, COMPILED), type(op)
     x, epilogue = x.double(), op.epilogue
     acting = {"activation": epilogue.activation, "activation_from": epilogue.first}
+    gated = epilogue.gated
     if isinstance(op, SparseWeightLinear):
         return sparse_weight_linear(
-            x, op.values, op.metadata, op.bias, metadata_layout=op.metadata_layout, gated=epilogue.gated, **acting
+            x, op.values, op.metadata, op.bias, metadata_layout=op.metadata_layout, gated=gated, **acting
         )  # fmt: skip
     if isinstance(op, SparseActivationLinear):
         return sparse_linear(
@@ -30,4 +31,4 @@ def definition(op: nn.Module, x: torch.Tensor) -> torch.Tensor:
         )
     full = op.weight if op.metadata is None else fp8.unpack(op.weight, op.metadata)
     weight = Rounded(full[: len(op.bias), : op.in_features], op.weight_scale)
-    return fp8.fp8_linear(x, weight, op.bias, prune=op.operand == "sparse activation", **acting)
+    return fp8.fp8_linear(x, weight, op.bias, prune=op.operand == "sparse activation", gated=gated, **acting)

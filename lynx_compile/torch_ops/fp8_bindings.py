@@ -11,7 +11,7 @@ import torch
 
 from lynx_compile.errors import InputError
 from lynx_compile.ops.fp8 import E4M3, ROW_STEP, STEP, Rounded, pack, pack_dense
-from lynx_compile.ops.sparse_linear import Gelu, Norm
+from lynx_compile.ops.sparse_linear import Gated, Gelu, Norm
 from lynx_compile.torch_ops.bindings import ANY_TILE, DTYPES, LIBRARY, load_library
 
 Operand = Literal["sparse weight", "dense", "sparse activation"]
@@ -20,21 +20,18 @@ Instructions = Literal["fastest", "mma", "wgmma"]
 INSTRUCTIONS: tuple[Instructions, ...] = ("fastest", "mma", "wgmma")  # likewise
 
 
-class HalfGated:
-    """Producer: silu(first half of x's channels) times the second half."""
-
-
 class _Fp8Call(ctypes.Structure):
     """``LynxFp8Linear`` of fp8_c_api.h."""
 
     _fields_ = [
         ("fp16", ctypes.c_int32), ("operand", ctypes.c_int32), ("rows", ctypes.c_int64),
         ("channels", ctypes.c_int32), ("out_channels", ctypes.c_int32),
-        ("gelu_from", ctypes.c_int32), ("tile", ctypes.c_int32),
-        ("producer", ctypes.c_int32), ("rms", ctypes.c_int32), ("epsilon", ctypes.c_float),
+        ("activation", ctypes.c_int32), ("activation_from", ctypes.c_int32), ("gated", ctypes.c_int32),
+        ("tile", ctypes.c_int32), ("producer", ctypes.c_int32), ("producer_activation", ctypes.c_int32),
+        ("halves", ctypes.c_int32), ("rms", ctypes.c_int32), ("epsilon", ctypes.c_float),
         ("gain_rows", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in
-          ("x", "gain", "shift", "weight", "metadata", "weight_scale", "bias", "y", "workspace")),
+          ("x", "gain", "shift", "gate", "weight", "metadata", "weight_scale", "bias", "y", "workspace")),
         ("set", ctypes.c_int32),
     ]  # fmt: skip
 
@@ -82,7 +79,8 @@ class Fp8Linear:
     Args:
         weight: W_q [N, K] and its scales. bias: [N], of x's dtype, bf16 or fp16.
         keep: bool [N, K], what a 2:4 weight keeps; with operand "sparse weight" alone.
-        gelu_from: first output channel that goes through GELU, a multiple of 64; none by default.
+        activation: 0 none, or one of ``ACTIVATIONS``, for the weight's rows from ``activation_from`` on, a multiple of
+            64. gated: whether two of them make an output channel; without, the activation is a GELU.
         producer: what x is made into before it is rounded.
         instructions: whose GEMM to run, where not the fastest that the GPU gets.
 
@@ -99,16 +97,19 @@ class Fp8Linear:
         rows: int,
         operand: Operand,
         keep: torch.Tensor | None = None,
-        gelu_from: int | None = None,
-        producer: Norm | Gelu | HalfGated | None = None,
+        activation: int = 0,
+        activation_from: int = 0,
+        gated: bool = False,
+        producer: Norm | Gelu | Gated | None = None,
         instructions: Instructions = "fastest",
     ) -> None:
         out_channels, channels = weight.values.shape
         self._library, self._dtype, self._device = library, bias.dtype, bias.device
         self._call = _Fp8Call(
             fp16=DTYPES[bias.dtype], operand=OPERANDS.index(operand), rows=rows, channels=channels,
-            out_channels=out_channels, gelu_from=out_channels if gelu_from is None else gelu_from, tile=ANY_TILE,
-            weight_scale=weight.scale.data_ptr(), bias=bias.data_ptr(), set=INSTRUCTIONS.index(instructions),
+            out_channels=out_channels, activation=activation, activation_from=activation_from, gated=gated,
+            tile=ANY_TILE, weight_scale=weight.scale.data_ptr(), bias=bias.data_ptr(),
+            set=INSTRUCTIONS.index(instructions),
         )  # fmt: skip
         values, metadata = (pack_dense(weight.values), None) if keep is None else pack(weight.values, keep)
         self._call.weight, self._call.metadata = (
@@ -117,22 +118,24 @@ class Fp8Linear:
         )
         self._set_producer(producer)
         self.bias = bias
-        self.write_to(torch.empty(rows, out_channels, dtype=bias.dtype, device=bias.device))
+        y_channels = activation_from + (out_channels - activation_from) // 2 if gated else out_channels
+        self.write_to(torch.empty(rows, y_channels, dtype=bias.dtype, device=bias.device))
         size = library.lynx_fp8_workspace_bytes(self._call)
         self.workspace = torch.empty(size, dtype=torch.uint8, device=bias.device)
         self._call.workspace = self.workspace.data_ptr()
         self.tensors = (values, metadata, weight.scale, bias, producer)  # the call holds their addresses
 
-    def _set_producer(self, producer: Norm | Gelu | HalfGated | None) -> None:
+    def _set_producer(self, producer: Norm | Gelu | Gated | None) -> None:
         call = self._call
         if isinstance(producer, Norm):
             call.producer, call.rms, call.epsilon = 1, producer.rms, producer.epsilon
             call.gain, call.shift = producer.gain.data_ptr(), producer.shift.data_ptr()
             call.gain_rows = len(producer.gain)
         elif isinstance(producer, Gelu):
-            call.producer = 2
-        elif isinstance(producer, HalfGated):
-            call.producer = 3
+            call.producer, call.producer_activation = 2, producer.activation
+        elif isinstance(producer, Gated):
+            call.producer, call.producer_activation, call.halves = 3, producer.activation, producer.halves
+            call.gate = producer.gate.data_ptr()
 
     def write_to(self, y: torch.Tensor) -> None:
         """``y`` [rows, N] is where the calls from here on put their result."""
@@ -140,7 +143,10 @@ class Fp8Linear:
         self._call.y = y.data_ptr()
 
     def __call__(self, x: torch.Tensor, tile: int = ANY_TILE) -> torch.Tensor:
-        """y [rows, N] for x [rows, K]; the same tensor at every call. On torch's current stream."""
+        """y [rows, N] for x [rows, K], or [rows, 2 K] with its gate; the same tensor at every call.
+
+        On torch's current stream.
+        """
         return self._run("lynx_fp8_linear", x, tile)
 
     def round(self, x: torch.Tensor) -> None:
@@ -168,7 +174,7 @@ class Fp8Linear:
         return values, metadata, parts[2].view(torch.float32)[:rows]
 
     def _run(self, function: str, x: torch.Tensor, tile: int) -> torch.Tensor:
-        width = self._call.channels * (2 if self._call.producer == 3 else 1)
+        width = self._call.channels * (2 if self._call.halves else 1)
         if tuple(x.shape) != (self._call.rows, width) or x.dtype != self._dtype or not x.is_contiguous():
             raise InputError(
                 f"x is {x.dtype} {list(x.shape)} and should be {self._dtype} {[self._call.rows, width]}.",

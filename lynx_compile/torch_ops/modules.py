@@ -132,7 +132,8 @@ class Fp8Linear(_Packed):
 
     Under ``torch.compile`` the rounding of x is torch's own, which the compiler fuses with what makes x (a norm and its
     modulation, a concatenation); elsewhere it is our pass. ``fused_rounding``: no leaves it to our pass there too.
-    A GELU behind is the kernel's in any case: a compiler would work it out twice, for the maximum and for the values.
+    An activation behind is the kernel's in any case: a compiler would work it out twice, for the maximum and for the
+    values.
     """
 
     weight: torch.Tensor
@@ -161,10 +162,10 @@ class Fp8Linear(_Packed):
         self.register_buffer("bias", bias)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        gelu_from = self.epilogue.gelu_from(len(self.bias))
+        acting = self.epilogue.activation, self.epilogue.first, self.epilogue.gated
         if not (self.fused_rounding and torch.compiler.is_compiling()):
             y: torch.Tensor = operators.fp8_linear(
-                x, self.weight, self.metadata, self.weight_scale, self.bias, self.operand, gelu_from,
+                x, self.weight, self.metadata, self.weight_scale, self.bias, self.operand, *acting,
                 "none", None, None, False, 0.0,
             )  # fmt: skip
             return y
@@ -176,6 +177,6 @@ class Fp8Linear(_Packed):
             self.metadata,
             self.weight_scale,
             self.bias,
-            gelu_from,
+            *acting,
         )
         return product

@@ -17,7 +17,7 @@ import torch
 from lynx_compile.errors import EngineError
 from lynx_compile.ops import fp8, sparse_linear, sparse_weight_linear
 from lynx_compile.ops.fp8 import Rounded
-from lynx_compile.ops.sparse_linear import GELU_TANH, SILU, Gated, Gelu, Norm, produce
+from lynx_compile.ops.sparse_linear import APART, GELU_TANH, SILU, X_FIRST, Gated, Gelu, Norm, produce
 from lynx_compile.ops.sparse_weight_linear import MetadataLayout
 from lynx_compile.torch_ops.bindings import ANY_TILE, DTYPES, LIBRARY, _Call, _WeightCall
 from lynx_compile.torch_ops.epilogue import NO_EPILOGUE, Epilogue
@@ -139,7 +139,9 @@ def fp8_linear(
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
     operand: str,
-    gelu_from: int,
+    activation: int,
+    activation_from: int,
+    gated: bool,
     producer: str,
     gain: torch.Tensor | None,
     shift: torch.Tensor | None,
@@ -147,6 +149,8 @@ def fp8_linear(
     epsilon: float,
 ) -> torch.Tensor:
     """y [M, N] in FP8 for x [M, K]: a rounding pass, which makes x first where there is a producer, and the GEMM.
+
+    Where it is gated, y is [M, activation_from + (N - activation_from) / 2].
 
     ``weight``: e4m3 [N, K'], with its metadata and [Np, K' / 2] where ``operand`` is "sparse weight". ``producer``: as
     of ``sparse_activation``; "gated" takes x [M, 2 K], SiLU of whose first half is multiplied by the second.
@@ -157,7 +161,7 @@ def fp8_linear(
     z = _produced(x, producer, gain, shift, gate, rms, epsilon)
     return fp8.fp8_linear(
         z, _unpacked(weight, metadata, weight_scale, z.shape[1]), bias,
-        prune=operand == "sparse activation", activation=int(gelu_from < len(bias)), activation_from=gelu_from,
+        prune=operand == "sparse activation", activation=activation, activation_from=activation_from, gated=gated,
     )  # fmt: skip
 
 
@@ -169,24 +173,28 @@ def _(
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
     operand: str,
-    gelu_from: int,
+    activation: int,
+    activation_from: int,
+    gated: bool,
     producer: str,
     gain: torch.Tensor | None,
     shift: torch.Tensor | None,
     rms: bool,
     epsilon: float,
 ) -> torch.Tensor:
-    x, y = _ready(x), _result(x, bias)
+    x, y = _ready(x), _result(x, bias, Epilogue(activation, activation_from, gated))
     if not len(x):
         return y
     gain, shift = (None if t is None else _ready(t) for t in (gain, shift))
     call = _Fp8Call(
         fp16=DTYPES[x.dtype], operand=_number(operand), rows=len(x),
-        channels=x.shape[1] // (2 if producer == "gated" else 1), out_channels=len(bias), gelu_from=gelu_from,
-        tile=ANY_TILE, producer=PRODUCERS.index(producer), rms=rms, epsilon=epsilon,
+        channels=x.shape[1] // (2 if producer == "gated" else 1), out_channels=len(bias),
+        activation=activation, activation_from=activation_from, gated=gated,
+        tile=ANY_TILE, producer=PRODUCERS.index(producer), producer_activation=ACTIVATION_OF.get(producer, 0),
+        halves=X_FIRST if producer == "gated" else APART, rms=rms, epsilon=epsilon,
         gain_rows=0 if gain is None else len(gain), x=x.data_ptr(), gain=_address(gain), shift=_address(shift),
-        weight=weight.data_ptr(), metadata=_address(metadata), weight_scale=weight_scale.data_ptr(),
-        bias=bias.data_ptr(), y=y.data_ptr(),
+        gate=x.data_ptr() if producer == "gated" else 0, weight=weight.data_ptr(), metadata=_address(metadata),
+        weight_scale=weight_scale.data_ptr(), bias=bias.data_ptr(), y=y.data_ptr(),
     )  # fmt: skip
     _launch("lynx_fp8_linear", "lynx_fp8_workspace_bytes", call, x)
     return y
@@ -200,7 +208,9 @@ def fp8_product(
     metadata: torch.Tensor | None,
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
-    gelu_from: int,
+    activation: int,
+    activation_from: int,
+    gated: bool,
 ) -> torch.Tensor:
     """The GEMM alone, for x e4m3 [M, K'] that torch rounded (``fp8.round_rows``), x_scale [M]; y in bias's dtype.
 
@@ -209,7 +219,7 @@ def fp8_product(
     rounded = Rounded(x, x_scale).dequantized()
     full = _unpacked(weight, metadata, weight_scale, x.shape[1]).dequantized()[: len(bias)]
     y = rounded @ full.T + bias.float()
-    return sparse_linear.activate(y, int(gelu_from < len(bias)), gelu_from).to(bias.dtype)
+    return sparse_linear.activate(y, activation, activation_from, gated).to(bias.dtype)
 
 
 @fp8_product.register_kernel("cuda")
@@ -220,14 +230,18 @@ def _(
     metadata: torch.Tensor | None,
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
-    gelu_from: int,
+    activation: int,
+    activation_from: int,
+    gated: bool,
 ) -> torch.Tensor:
-    x, x_scale, y = _ready(x), _ready(x_scale), _result(x, bias)
+    epilogue = Epilogue(activation, activation_from, gated)
+    x, x_scale, y = _ready(x), _ready(x_scale), _result(x, bias, epilogue)
     if not len(x):
         return y
     call = _Fp8Call(
         fp16=DTYPES[bias.dtype], operand=_number("dense" if metadata is None else "sparse weight"), rows=len(x),
-        channels=x.shape[1], out_channels=len(bias), gelu_from=gelu_from, tile=ANY_TILE,
+        channels=x.shape[1], out_channels=len(bias), tile=ANY_TILE,
+        activation=activation, activation_from=activation_from, gated=gated,
         weight=weight.data_ptr(), metadata=_address(metadata), weight_scale=weight_scale.data_ptr(),
         bias=bias.data_ptr(), y=y.data_ptr(),
     )  # fmt: skip
@@ -263,9 +277,13 @@ def _(
     metadata: torch.Tensor | None,
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
+    operand: str,
+    activation: int,
+    activation_from: int,
+    gated: bool,
     *_: object,
 ) -> torch.Tensor:
-    return _result(x, bias)
+    return _result(x, bias, Epilogue(activation, activation_from, gated))
 
 
 @fp8_product.register_fake
@@ -276,9 +294,11 @@ def _(
     metadata: torch.Tensor | None,
     weight_scale: torch.Tensor,
     bias: torch.Tensor,
-    *_: object,
+    activation: int,
+    activation_from: int,
+    gated: bool,
 ) -> torch.Tensor:
-    return _result(x, bias)
+    return _result(x, bias, Epilogue(activation, activation_from, gated))
 
 
 def metadata_layout(dtype: torch.dtype) -> MetadataLayout:
@@ -323,7 +343,7 @@ def _ready(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _gelu(gelu_from: int, bias: torch.Tensor) -> dict[str, int]:
-    """The epilogue of a call in 16 bits."""
+    """The epilogue of a call."""
     return {"activation": GELU_TANH, "activation_from": gelu_from} if gelu_from < len(bias) else {}
 
 

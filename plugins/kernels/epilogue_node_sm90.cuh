@@ -8,6 +8,25 @@
 
 namespace lynx {
 
+// Whether a thread's elements, `Coordinates` of them, come in fours of 8 x 8 blocks: i .. i + 3 are those of
+// (row, column), (row, column + 1), (row + 8, column) and (row + 8, column + 1), the next ones those 8
+// columns on.
+template <class Coordinates, int kCount>
+constexpr bool comes_in_blocks() {
+  using Layout = decltype(Coordinates{}.layout());
+  const auto is = [](auto element, auto before, int rows, int columns) {
+    const auto here = Layout{}(element);
+    const auto there = Layout{}(before);
+    return int(cute::get<0>(here)) - int(cute::get<0>(there)) == rows &&
+           int(cute::get<1>(here)) - int(cute::get<1>(there)) == columns;
+  };
+  return kCount % 8 == 0 && is(cute::Int<1>{}, cute::Int<0>{}, 0, 1) &&
+         is(cute::Int<2>{}, cute::Int<0>{}, 8, 0) && is(cute::Int<3>{}, cute::Int<0>{}, 8, 1) &&
+         is(cute::Int<5>{}, cute::Int<4>{}, 0, 1) && is(cute::Int<6>{}, cute::Int<4>{}, 8, 0) &&
+         is(cute::Int<4>{}, cute::Int<0>{}, 0, 8) &&
+         is(cute::Int<kCount - 4>{}, cute::Int<0>{}, 0, 2 * (kCount - 4));
+}
+
 // An epilogue node that takes its arguments as they are, and neither shared memory nor workspace.
 template <class NodeArguments>
 struct EpilogueNode : cutlass::epilogue::fusion::Sm90VisitorImpl<> {

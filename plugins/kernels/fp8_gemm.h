@@ -15,21 +15,27 @@
 
 namespace lynx {
 
-// One GEMM: y = act(s_x * s_w * (x_q W_q^T) + bias), accumulated in float32.
+// One GEMM: y = act(s_x * s_w * (x_q W_q^T) + bias), accumulated in float32. Channels are those of W.
 struct Fp8GemmCall {
-  int tokens, channels, width;  // rows of x, output channels, K' (K in whole steps of 128)
+  int tokens, channels, width;  // rows of x, rows of W, K' (K in whole steps of 128)
   const void* x;                // e4m3 [tokens, K'], or kSparseActivation: [tokens, K' / 2]
   const void* weight;           // e4m3 [channels, K'], or kSparseWeight: [channels, K' / 2]
   const uint32_t* metadata;     // of the sparse operand, Fp8Metadata
   const float* x_scale;         // [tokens]
   const float* weight_scale;    // [channels]
   const void* bias;             // T [channels]
-  int gelu_from;                // first output channel that goes through GELU, a multiple of kGeluMultiple
-  void* y;                      // T [tokens, channels]
+  Activation activation;        // of the channels; ungated, kNone or a GELU
+  int activation_from;          // from here on, a multiple of kGeluMultiple; `channels` with kNone
+  bool gated;                   // as SparseWeightParams says
+  void* y;                      // T [tokens, y_channels]
   void* workspace;              // fp8_gemm_workspace_bytes, 256-byte aligned
   size_t workspace_bytes;
   bool follows_pass;  // the kernel ahead on the stream is our rounding pass: begin before it ends
 };
+
+constexpr int y_channels(const Fp8GemmCall& call) {
+  return call.gated ? call.activation_from + (call.channels - call.activation_from) / 2 : call.channels;
+}
 
 // The instructions that the current device gets for an element type: the fastest that it runs and this
 // library was built with. cudaErrorNotSupported where there are none.

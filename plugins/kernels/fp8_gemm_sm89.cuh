@@ -52,7 +52,7 @@ struct Fp8MmaShape {
   static_assert(kB % (kThreads * kChunk) == 0 && kTile.n * kRowB % (kThreads * kChunk) == 0);
   static_assert(kTile.m <= kThreads, "a thread copies the metadata of a row at most");
   static_assert(kThreads / 32 * kStagedBytes <= kSharedBytes);
-  static_assert(kGeluMultiple % kChannels == 0, "the channels of a warp go through GELU, or none of them");
+  static_assert(kGeluMultiple % kChannels == 0, "the channels of a warp are activated, or none of them");
 };
 
 struct Fp8MmaArgs {
@@ -62,7 +62,10 @@ struct Fp8MmaArgs {
   int64_t metadata_rows;
   const float *weight_scale, *x_scale;
   const uint16_t* bias;
-  int tokens, channels, gelu_from;
+  int tokens, channels, y_channels;  // channels: of W
+  Activation activation;
+  int activation_from;
+  bool gated;
   uint16_t* y;
 };
 
@@ -294,13 +297,57 @@ struct Fp8ChannelTerms {
   }
 };
 
-// act(s_w (s_x sum) + bias) of 16 tokens, number `unit` of the warp, to shared memory [tokens, channels].
+// s_w (s_x sum) + bias of `tokens`, number `unit` of the warp, of 8 of them if D is transposed.
 template <class Element, class Shape>
+__device__ __forceinline__ void scale_sums(float (&value)[Fp8ChannelTerms<Element, Shape>::kBlocks][4],
+                                           const float (&sums)[Shape::kRowBlocks][Shape::kColumnBlocks][4],
+                                           const Fp8ChannelTerms<Element, Shape>& terms,
+                                           const float (&x_scale)[2], int unit, int half) {
+#pragma unroll
+  for (int block = 0; block < terms.kBlocks; ++block) {
+    const auto& d = Shape::kTransposed ? sums[block][2 * unit + half] : sums[unit][block];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int of_token = Shape::kTransposed ? i % 2 : i / 2,
+                of_channel = Shape::kTransposed ? i / 2 : i % 2;
+      // fault: terms of a sum
+      value[block][i] =
+          terms.scale[block][of_channel] * (x_scale[of_token] * d[i]) + terms.bias[block][of_channel];
+    }
+  }
+}
+
+// Whether a value multiplies another: of channels that come in pairs, those 8 behind the ones to activate.
+template <class Shape>
+__device__ __forceinline__ constexpr bool is_gate(int block, int i) {
+  return Shape::kTransposed ? i >= 2 : block % 2 == 1;
+}
+
+// The activation of all values, or gated, of one of each pair, times the other.
+template <class Shape, bool kGated, int kBlocks>
+__device__ __forceinline__ void activate_sums(float (&value)[kBlocks][4], Activation activation) {
+  with_activation(activation, [&](auto activate) {
+#pragma unroll
+    for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (kGated && is_gate<Shape>(block, i)) continue;
+        value[block][i] = activate(value[block][i]);
+        // fault: gate of a value
+        if (kGated)
+          value[block][i] *= Shape::kTransposed ? value[block][(i + 2) % 4] : value[(block + 1) % kBlocks][i];
+      }
+    }
+  });
+}
+
+// act(s_w (s_x sum) + bias) of 16 tokens, number `unit` of the warp, to shared memory [tokens, channels]. The
+// warp's channels are activated or not, and pairs or not.
+template <class Element, class Shape, bool kGated>
 __device__ __forceinline__ void stage_tokens(const float (&sums)[Shape::kRowBlocks][Shape::kColumnBlocks][4],
                                              const Fp8ChannelTerms<Element, Shape>& terms, char* to,
-                                             const Fp8MmaArgs& args, int unit, int token, int channel) {
+                                             const Fp8MmaArgs& args, int unit, int token, bool activated) {
   constexpr int kHalves = Shape::kTransposed ? 2 : 1;  // blocks of 8 or 16 tokens
-  const bool gelu = channel >= args.gelu_from;         // fault: GELU of a warp
   const int lane = int(threadIdx.x) % 32;
 #pragma unroll
   for (int half = 0; half < kHalves; ++half) {
@@ -312,38 +359,61 @@ __device__ __forceinline__ void stage_tokens(const float (&sums)[Shape::kRowBloc
       row[i] = Shape::kTransposed ? half * 8 + lane % 4 * 2 + i : lane / 4 + 8 * i;
       x_scale[i] = token + row[i] < args.tokens ? __ldg(args.x_scale + token + row[i]) : 0.0f;
     }
+    float value[Fp8ChannelTerms<Element, Shape>::kBlocks][4];
+    scale_sums<Element, Shape>(value, sums, terms, x_scale, unit, half);
+    if (activated) activate_sums<Shape, kGated>(value, args.activation);
 #pragma unroll
     for (int block = 0; block < terms.kBlocks; ++block) {
-      const auto& d = Shape::kTransposed ? sums[block][2 * unit + half] : sums[unit][block];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int of_token = Shape::kTransposed ? i % 2 : i / 2,
-                  of_channel = Shape::kTransposed ? i / 2 : i % 2;
-        // fault: terms of a sum
-        float value =
-            terms.scale[block][of_channel] * (x_scale[of_token] * d[i]) + terms.bias[block][of_channel];
-        if (gelu) value = gelu_tanh(value);
-        *reinterpret_cast<uint16_t*>(to + row[of_token] * Shape::kStagedRow +
-                                     terms.channel(block, of_channel) * 2) = Element::from_float(value);
+        if (kGated && is_gate<Shape>(block, i)) continue;
+        const int of_token = Shape::kTransposed ? i % 2 : i / 2;
+        const int channel = terms.channel(block, Shape::kTransposed ? i / 2 : i % 2);
+        // fault: place of a pair
+        const int at = kGated ? channel / kGatedMultiple * (kGatedMultiple / 2) + channel % 8 : channel;
+        *reinterpret_cast<uint16_t*>(to + row[of_token] * Shape::kStagedRow + at * 2) =
+            Element::from_float(value[block][i]);
       }
     }
   }
 }
 
-// From there to y, 16 bytes a lane.
-template <class Shape>
+// From there to y, 16 bytes a lane; `channel`: of y.
+template <class Shape, bool kGated>
 __device__ __forceinline__ void store_tokens(const char* from, const Fp8MmaArgs& args, int token,
                                              int channel) {
-  constexpr int kChunks = Shape::kChannels * 2 / kChunk, kPerChunk = kChunk / 2;
+  constexpr int kPerChunk = kChunk / 2, kChunks = Shape::kChannels / (kGated ? 2 : 1) / kPerChunk;
 #pragma unroll
   for (int i = 0; i < Shape::kTokens * kChunks / 32; ++i) {
     const int at = i * 32 + int(threadIdx.x) % 32, row = at / kChunks, chunk = at % kChunks;
     const int m = token + row, n = channel + chunk * kPerChunk;
     // fault: bounds of y
-    if (m < args.tokens && n < args.channels) {
-      *reinterpret_cast<uint4*>(args.y + int64_t(m) * args.channels + n) =
+    if (m < args.tokens && n < args.y_channels) {
+      *reinterpret_cast<uint4*>(args.y + int64_t(m) * args.y_channels + n) =
           *reinterpret_cast<const uint4*>(from + row * Shape::kStagedRow + chunk * kChunk);
     }
+  }
+}
+
+// A warp's part of y: channels of D from `channel` on, tokens from `token` on.
+template <class Element, class Shape, bool kGated>
+__device__ __forceinline__ void store_part(const float (&sums)[Shape::kRowBlocks][Shape::kColumnBlocks][4],
+                                           char* staged, const Fp8MmaArgs& args, int token, int channel) {
+  const Fp8ChannelTerms<Element, Shape> terms(args, channel);
+  const int from = args.activation_from;
+  const bool activated = channel >= from;  // fault: activation of a warp
+  // fault: channel of pairs
+  const int y_channel = kGated ? from + (channel - from) / 2 : channel;
+  constexpr int kUnits = Shape::kTransposed ? Shape::kPairs : Shape::kRowBlocks;
+#pragma unroll
+  for (int unit = 0; unit < kUnits; ++unit) {
+    const int first = token + unit * Shape::kTokens;
+    // fault: staged tokens
+    stage_tokens<Element, Shape, kGated>(sums, terms, staged, args, unit, first, activated);
+    sync_warp();
+    // fault: tokens behind
+    store_tokens<Shape, kGated>(staged, args, first, y_channel);
+    sync_warp();
   }
 }
 
@@ -355,17 +425,10 @@ __device__ __forceinline__ void store_tile(const float (&sums)[Shape::kRowBlocks
   const int n = place.n + warp / Shape::kWarpsM * Shape::kTile.warp_n;
   const int token = Shape::kTransposed ? n : m, channel = Shape::kTransposed ? m : n;
   char* const staged = shared + warp * Shape::kStagedBytes;
-  const Fp8ChannelTerms<Element, Shape> terms(args, channel);
-  constexpr int kUnits = Shape::kTransposed ? Shape::kPairs : Shape::kRowBlocks;
-#pragma unroll
-  for (int unit = 0; unit < kUnits; ++unit) {
-    const int first = token + unit * Shape::kTokens;
-    // fault: staged tokens
-    stage_tokens<Element, Shape>(sums, terms, staged, args, unit, first, channel);
-    sync_warp();
-    // fault: tokens behind
-    store_tokens<Shape>(staged, args, first, channel);
-    sync_warp();
+  if (args.gated && channel >= args.activation_from) {
+    store_part<Element, Shape, true>(sums, staged, args, token, channel);
+  } else {
+    store_part<Element, Shape, false>(sums, staged, args, token, channel);
   }
 }
 
@@ -394,7 +457,8 @@ Fp8MmaArgs fp8_mma_args(Fp8Operand operand, const Fp8GemmCall& call) {
   args.metadata_rows = padded_rows(d.m);
   args.weight_scale = call.weight_scale, args.x_scale = call.x_scale;
   args.bias = static_cast<const uint16_t*>(call.bias);
-  args.tokens = call.tokens, args.channels = call.channels, args.gelu_from = call.gelu_from;
+  args.tokens = call.tokens, args.channels = call.channels, args.y_channels = y_channels(call);
+  args.activation = call.activation, args.activation_from = call.activation_from, args.gated = call.gated;
   args.y = static_cast<uint16_t*>(call.y);
   return args;
 }

@@ -10,6 +10,7 @@
 #define CUTLASS_ENABLE_GDC_FOR_SM90            // begins while the rounding pass ends
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // else a tile 224 wide is made of instructions 32 wide
 
+#include <algorithm>
 #include <type_traits>
 
 #include "cute/tensor.hpp"
@@ -21,8 +22,8 @@
 #include "cutlass/util/packed_stride.hpp"
 
 #include "cutlass_element.h"
+#include "fp8_epilogue_sm90.cuh"
 #include "fp8_gemm.h"
-#include "gelu_epilogue_sm90.cuh"
 
 namespace lynx {
 
@@ -68,7 +69,7 @@ struct Fp8GemmSm90 {
   static constexpr int kAlignment = 16;  // bytes, what TMA wants
   static constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
 
-  // The epilogue, in float32 until the store: gelu(s_w (s_x accumulator) + bias).
+  // The epilogue, in float32 until the store: act(s_w (s_x accumulator) + bias).
   template <template <class> class Function, class... Children>
   using Compute = cutlass::epilogue::fusion::Sm90EVT<
       cutlass::epilogue::fusion::Sm90Compute<Function, float, float, kRound>, Children...>;
@@ -83,7 +84,7 @@ struct Fp8GemmSm90 {
   using OfToken = std::conditional_t<kTransposed, OfColumn<Value>, OfRow<Value>>;
   using Scaled = Compute<cutlass::multiplies, OfToken<float>, cutlass::epilogue::fusion::Sm90AccFetch>;
   using Affine = Compute<cutlass::homogeneous_multiply_add, OfChannel<float>, Scaled, OfChannel<Element>>;
-  using Tree = cutlass::epilogue::fusion::Sm90EVT<GeluFrom<Element, kTransposed ? 0 : 1>, Affine>;
+  using Tree = cutlass::epilogue::fusion::Sm90EVT<Fp8Finish<Element, kTransposed ? 0 : 1>, Affine>;
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, Class, TileShape, ClusterShape, cutlass::epilogue::collective::EpilogueTileAuto,
@@ -106,8 +107,13 @@ struct Fp8GemmSm90 {
       return cudaErrorInvalidValue;
     }
     Gemm gemm;
-    if (gemm.initialize(args, call.workspace, stream) != cutlass::Status::kSuccess ||
-        gemm.run(stream, nullptr, call.follows_pass) != cutlass::Status::kSuccess) {
+    cutlass::Status status = gemm.initialize(args, call.workspace, stream);
+    if (status == cutlass::Status::kSuccess) {
+      typename Gemm::Params params = gemm.params();
+      if (call.gated) leave_out_pairs(call, args.epilogue, &params);
+      status = Gemm::run(params, stream, nullptr, call.follows_pass);
+    }
+    if (status != cutlass::Status::kSuccess) {
       const cudaError_t error = cudaGetLastError();
       return error == cudaSuccess ? cudaErrorLaunchFailure : error;
     }
@@ -138,12 +144,14 @@ struct Fp8GemmSm90 {
       args.mainloop.dA =
           cutlass::make_cute_packed_stride(typename Kernel::StrideA{}, cute::make_shape(m, call.width, 1));
     }
-    args.epilogue.thread = {{{call.weight_scale, 0.0f, {}},
-                             {{call.x_scale, 0.0f, {}}, {}, {}},
-                             {static_cast<const Element*>(call.bias), Element(0), {}},
-                             {}},
-                            {call.gelu_from}};
-    args.epilogue.ptr_D = static_cast<Element*>(call.y);
+    Element* const y = static_cast<Element*>(call.y);
+    args.epilogue.thread = {
+        {{call.weight_scale, 0.0f, {}},
+         {{call.x_scale, 0.0f, {}}, {}, {}},
+         {static_cast<const Element*>(call.bias), Element(0), {}},
+         {}},
+        {call.activation, call.activation_from, call.gated, y, y_channels(call), call.tokens}};
+    args.epilogue.ptr_D = y;
     args.epilogue.dD =
         cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, cute::make_shape(m, n, 1));
     args.hw_info.device_id = device;
@@ -154,6 +162,22 @@ struct Fp8GemmSm90 {
           divides_tiles(kTile, d, call.width, args.hw_info.sm_count) ? Mode::Heuristic : Mode::DataParallel;
     }
     return args;
+  }
+
+  // Lets CUTLASS store into y what comes before the gated channels, which the epilogue itself stores: what
+  // TMA would write behind the end of D it leaves out. There is no empty D; of one without channels before,
+  // the first 8 are stored twice.
+  static void leave_out_pairs(const Fp8GemmCall& call, typename Epilogue::Arguments epilogue,
+                              typename Gemm::Params* params) {
+    const auto shape = [&](int channels) {
+      const Fp8Shape d = fp8_shape(kOperand, call.tokens, channels);
+      return cute::make_shape(int(d.m), int(d.n), 1);
+    };
+    epilogue.dD = cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, shape(y_channels(call)));
+    const auto [m, n, l] = shape(std::max(call.activation_from, kGatedMultiple / 2));
+    params->epilogue.tma_store_d =
+        Epilogue::to_underlying_arguments(cute::make_shape(m, n, call.width, l), epilogue, nullptr)
+            .tma_store_d;
   }
 };
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "fits.h"
 #include "fp8.h"
 #include "fp8_gemm.h"
 
@@ -36,21 +37,15 @@ Segments segments(const Fp8LinearParams& p) {
 
 bool sizes_fit(const Fp8LinearParams& p) {
   return p.rows > 0 && padded_rows(p.rows) <= INT32_MAX && p.channels > 0 && p.channels % kBlock == 0 &&
-         p.channels <= kMaxFp8Channels && p.out_channels > 0 && p.out_channels % 8 == 0 && p.gelu_from >= 0 &&
-         (p.gelu_from >= p.out_channels || p.gelu_from % kGeluMultiple == 0);
-}
-
-bool norm_fits(const Fp8LinearParams& p) {
-  return p.producer != Producer::kNorm ||
-         (p.gain && p.shift && p.gain_rows > 0 && p.rows % p.gain_rows == 0 && p.epsilon > 0.0f);
+         p.channels <= kMaxFp8Channels && p.out_channels > 0 && p.out_channels % 8 == 0;
 }
 
 cudaError_t check(const Fp8LinearParams& p) {
   const bool present = p.x && p.weight && p.weight_scale && p.bias && p.y && p.workspace &&
                        (p.operand != Fp8Operand::kSparseWeight || p.metadata);
-  if (!sizes_fit(p) || !norm_fits(p) || !present) return cudaErrorInvalidValue;
-  const void* const pointers[] = {p.x,    p.weight, p.metadata, p.weight_scale, p.bias,
-                                  p.gain, p.shift,  p.y,        p.workspace};
+  if (!sizes_fit(p) || !producer_fits(p) || !epilogue_fits(p) || !present) return cudaErrorInvalidValue;
+  const void* const pointers[] = {p.x,     p.weight, p.metadata, p.weight_scale, p.bias, p.gain,
+                                  p.shift, p.gate,   p.y,        p.workspace};
   for (const void* pointer : pointers) {
     if ((reinterpret_cast<uintptr_t>(pointer) & 15u) != 0) return cudaErrorMisalignedAddress;
   }
@@ -112,7 +107,10 @@ cudaError_t launch_rounded_gemm(const Fp8LinearParams& params, const RoundedOper
                       ? reinterpret_cast<const uint32_t*>(x.metadata)
                       : params.metadata;
   call.x_scale = x.scale, call.weight_scale = params.weight_scale, call.bias = params.bias;
-  call.gelu_from = params.gelu_from, call.y = params.y;
+  call.activation = params.activation, call.gated = params.gated;
+  call.activation_from =
+      params.activation == Activation::kNone ? params.out_channels : params.activation_from;
+  call.y = params.y;
   call.workspace = x.gemm, call.workspace_bytes = x.gemm_bytes;
   call.follows_pass = follows_pass;
   return launch_fp8_gemm(set, params.dtype, params.operand, call, tile, stream);

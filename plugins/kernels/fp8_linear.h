@@ -23,21 +23,29 @@ struct Fp8LinearParams {
   int64_t rows;      // M, tokens; any
   int channels;      // K, a multiple of 16, up to kMaxFp8Channels
   int out_channels;  // N, a multiple of 8
-  int gelu_from;     // output channels from here on go through GELU (tanh); a multiple of 64, N for none
 
-  Producer producer;  // what x is made into before it is rounded; rounded to T in between
-  bool rms;           // kNorm: RMSNorm instead of LayerNorm
-  float epsilon;      // kNorm
+  // Of the output; ungated, kNone or a GELU. With `gated`, which wants any but kNone, rows of W come in
+  // pairs from activation_from on, as SparseWeightParams says.
+  Activation activation;
+  int activation_from;  // a row of W, a multiple of 64
+  bool gated;
+
+  Producer producer;               // what x is made into before it is rounded; rounded to T in between
+  Activation producer_activation;  // kGelu: a GELU; kGated: any
+  Halves halves;                   // kGated
+  bool rms;                        // kNorm: RMSNorm instead of LayerNorm
+  float epsilon;                   // kNorm
   int64_t gain_rows;  // kNorm: a divisor of M; each row of gain and shift serves as many consecutive tokens
   const void* gain;   // kNorm: T [gain_rows, K]
   const void* shift;  // kNorm: T [gain_rows, K]
+  const void* gate;   // kGated: T [M, K], or [M, 2 K] where it is a half
 
-  const void* x;              // T [M, K]; kGated: T [M, 2 K], silu(first half) * second half
+  const void* x;              // T [M, K], or [M, 2 K] where x is a half
   const void* weight;         // e4m3 [N, K'], or kSparseWeight: its kept values, [Np, K' / 2]
   const uint32_t* metadata;   // kSparseWeight: [K' / 128, Np, 4]
   const float* weight_scale;  // s_w [N]
   const void* bias;           // T [N]
-  void* y;                    // T [M, N]
+  void* y;                    // T [M, N], or where gated [M, activation_from + (N - activation_from) / 2]
   void* workspace;            // fp8_workspace_bytes, 256-byte aligned
 
   std::optional<Fp8Set> set;  // whose GEMM to run; none: the fastest that the device gets

@@ -19,7 +19,10 @@ namespace {
 enum class Make { kPlain, kNorm, kGelu, kGated };
 
 struct RoundArgs {
-  const uint16_t* x;      // [rows, channels], or [rows, 2 channels] with a gate
+  const uint16_t* x;      // [rows, channels], x_stride apart
+  const uint16_t* gate;   // the same
+  int64_t x_stride;       // 2 channels where x is a half
+  Activation activation;  // of x, before its rounding
   const uint16_t* gain;   // [rows / rows_per_gain, channels]
   const uint16_t* shift;  // the same
   int64_t rows_per_gain;
@@ -151,31 +154,35 @@ __device__ __forceinline__ void apply_norm(Block (&z)[kBlocks], RoundExchange& s
 }
 
 template <class Element, int kBlocks>
-__device__ __forceinline__ void apply_gelu(Block (&z)[kBlocks]) {
+__device__ __forceinline__ void apply_gelu(Block (&z)[kBlocks], Activation activation) {
+  with_activation(activation, [&](auto activate) {
 #pragma unroll
-  for (int v = 0; v < kBlocks; ++v) {
+    for (int v = 0; v < kBlocks; ++v) {
 #pragma unroll
-    for (int i = 0; i < kBlock / 2; ++i) {
-      z[v][i] = pair_of<Element>(gelu_tanh(low_of<Element>(z[v][i])), gelu_tanh(high_of<Element>(z[v][i])));
+      for (int i = 0; i < kBlock / 2; ++i) {
+        z[v][i] = pair_of<Element>(activate(low_of<Element>(z[v][i])), activate(high_of<Element>(z[v][i])));
+      }
     }
-  }
+  });
 }
 
-// silu(x) * gate
+// activation(x) * gate
 template <class Element, int kBlocks>
 __device__ __forceinline__ void apply_gate(Block (&z)[kBlocks], const uint16_t* gate, const RoundArgs& args) {
+  with_activation(args.activation, [&](auto activate) {
 #pragma unroll
-  for (int v = 0; v < kBlocks; ++v) {
-    const int channel = (v * args.threads + int(threadIdx.x)) * kBlock;
-    if (channel >= args.channels) continue;
-    Block factor;
-    load_block(factor, gate + channel);
+    for (int v = 0; v < kBlocks; ++v) {
+      const int channel = (v * args.threads + int(threadIdx.x)) * kBlock;
+      if (channel >= args.channels) continue;
+      Block factor;
+      load_block(factor, gate + channel);
 #pragma unroll
-    for (int i = 0; i < kBlock / 2; ++i) {
-      z[v][i] = pair_of<Element>(silu(low_of<Element>(z[v][i])) * low_of<Element>(factor[i]),
-                                 silu(high_of<Element>(z[v][i])) * high_of<Element>(factor[i]));
+      for (int i = 0; i < kBlock / 2; ++i) {
+        z[v][i] = pair_of<Element>(activate(low_of<Element>(z[v][i])) * low_of<Element>(factor[i]),
+                                   activate(high_of<Element>(z[v][i])) * high_of<Element>(factor[i]));
+      }
     }
-  }
+  });
 }
 
 // The largest magnitude of the token, as the element type's bits: NaN is above infinity.
@@ -226,16 +233,15 @@ __global__ void __launch_bounds__(kMostThreads, blocks_per_sm(kBlocks)) round_ke
   auto& shared = block_shared<RoundExchange>();
   const int64_t row = blockIdx.x;
   const bool there = row < args.rows;
-  // fault: token of two halves
-  const uint16_t* const x = args.x + row * args.channels * (kMake == Make::kGated ? 2 : 1);
+  const int64_t at = row * args.x_stride;  // fault: place of a token
   Block z[kBlocks];
-  load_token(z, x, args, there);
+  load_token(z, args.x + at, args, there);
   if constexpr (kMake == Make::kNorm) {
     if (there) apply_norm<Element>(z, shared, args, row);
   }
-  if constexpr (kMake == Make::kGelu) apply_gelu<Element>(z);
+  if constexpr (kMake == Make::kGelu) apply_gelu<Element>(z, args.activation);
   if constexpr (kMake == Make::kGated) {
-    if (there) apply_gate<Element>(z, x + args.channels, args);  // fault: half of the gate
+    if (there) apply_gate<Element>(z, args.gate + at, args);  // fault: gate of a token
   }
   const Fp8Scale scale = fp8_scale(Element::to_float(uint16_t(largest_magnitude(z, shared, args))));
   if (threadIdx.x == 0) args.scale[row] = scale.scale;  // fault: scale of a token
@@ -309,6 +315,15 @@ cudaError_t launch_fp8_round(const Fp8LinearParams& params, const RoundedOperand
     args.rms = params.rms;
   }
   args.x = static_cast<const uint16_t*>(params.x);
+  args.x_stride = params.channels;
+  args.activation = params.producer_activation;
+  if (params.producer == Producer::kGated) {
+    args.gate = static_cast<const uint16_t*>(params.gate);
+    if (params.halves != Halves::kApart) args.x_stride *= 2;
+    // fault: half of the gate
+    if (params.halves == Halves::kXFirst) args.gate += params.channels;
+    if (params.halves == Halves::kGateFirst) args.x += params.channels;
+  }
   args.values = out.values;
   args.metadata = out.metadata;
   args.scale = out.scale;

@@ -37,7 +37,7 @@ struct GatedStore : EpilogueNode<GatedStoreArguments<Element>> {
     CUTLASS_DEVICE cutlass::Array<Element, kCount> visit(const cutlass::Array<Accumulator, kCount>&,
                                                          int epi_v, int epi_m, int epi_n,
                                                          const cutlass::Array<float, kCount>& d) {
-      static_assert(comes_in_pairs<kCount>(), "a thread's elements are rows 8 apart of neighbouring tokens");
+      static_assert(comes_in_blocks<Coordinates, kCount>());
       const auto here = at(cute::_, cute::_, cute::_, epi_m, epi_n)(epi_v * kCount);
       const int lane = int(threadIdx.x) % 32;
       const int block_row = row + int(cute::get<0>(here)) - lane / 4;  // the same for all of the warp
@@ -68,24 +68,6 @@ struct GatedStore : EpilogueNode<GatedStoreArguments<Element>> {
     }
 
    private:
-    // Whether elements i .. i + 3 of every fragment are those of (row, token), (row, token + 1), (row + 8,
-    // token) and (row + 8, token + 1).
-    template <int kCount>
-    static constexpr bool comes_in_pairs() {
-      using Layout = decltype(Coordinates{}.layout());
-      const auto is = [](auto element, auto before, int rows, int tokens) {
-        const auto here = Layout{}(element);
-        const auto there = Layout{}(before);
-        return int(cute::get<0>(here)) - int(cute::get<0>(there)) == rows &&
-               int(cute::get<1>(here)) - int(cute::get<1>(there)) == tokens;
-      };
-      return kCount % 4 == 0 && is(cute::Int<1>{}, cute::Int<0>{}, 0, 1) &&
-             is(cute::Int<2>{}, cute::Int<0>{}, 8, 0) && is(cute::Int<3>{}, cute::Int<0>{}, 8, 1) &&
-             is(cute::Int<5>{}, cute::Int<4>{}, 0, 1) && is(cute::Int<6>{}, cute::Int<4>{}, 8, 0) &&
-             is(cute::Int<4>{}, cute::Int<0>{}, 0, 8) &&
-             is(cute::Int<kCount - 4>{}, cute::Int<0>{}, 0, 2 * (kCount - 4));
-    }
-
     Coordinates at;  // of the thread's elements, relative to its first
     int row, token;  // of its first
     const Params& params;

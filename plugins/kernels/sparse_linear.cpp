@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "fits.h"
 #include "prune_grid.h"
 #include "sparse24.h"
 #include "sparse_gemm.h"
@@ -39,42 +40,6 @@ bool sizes_fit(const Params& p, int step) {
   return p.rows > 0 && p.rows <= kMaxRows && p.channels > 0 && p.channels <= kMaxChannels &&
          p.channels % step == 0 && p.out_channels > 0 && p.out_channels <= kMaxRows &&
          p.out_channels % 8 == 0;
-}
-
-bool is_gelu(Activation activation) {
-  return activation == Activation::kGeluTanh || activation == Activation::kGeluErf;
-}
-bool is_activation(Activation activation) { return is_gelu(activation) || activation == Activation::kSilu; }
-
-template <class Params>
-bool activation_fits(const Params& p) {
-  return p.activation_from >= 0 && p.activation_from < p.out_channels &&
-         p.activation_from % kGeluMultiple == 0;
-}
-
-bool epilogue_fits(const SparseLinearParams& p) {
-  return p.activation == Activation::kNone || (is_gelu(p.activation) && activation_fits(p));
-}
-
-bool epilogue_fits(const SparseWeightParams& p) {
-  if (!p.gated) return p.activation == Activation::kNone || (is_gelu(p.activation) && activation_fits(p));
-  return is_activation(p.activation) && activation_fits(p) &&
-         (p.out_channels - p.activation_from) % kGatedMultiple == 0;
-}
-
-bool producer_fits(const SparseLinearParams& p) {
-  switch (p.producer) {
-    case Producer::kNone:
-      return true;
-    case Producer::kGelu:
-      return is_gelu(p.producer_activation);
-    case Producer::kNorm:
-      return p.gain && p.shift && p.gain_rows > 0 && p.rows % p.gain_rows == 0 && p.epsilon > 0.0f;
-    case Producer::kGated:
-      return p.gate != nullptr && is_activation(p.producer_activation) && p.halves >= Halves::kApart &&
-             p.halves <= Halves::kGateFirst;
-  }
-  return false;
 }
 
 cudaError_t check(const SparseWeightParams& p) {
@@ -118,7 +83,7 @@ size_t weight_workspace_bytes(const SparseWeightParams& params) {
 
 cudaError_t check_arguments(const SparseLinearParams& p) {
   const bool sizes_ok = sizes_fit(p, kBlock) && p.rank >= 0 && p.rank <= kMaxRank &&
-                        p.rank % kRankMultiple == 0 && producer_fits(p) && epilogue_fits(p);
+                        p.rank % kRankMultiple == 0 && producer_fits(p) && plain_epilogue_fits(p);
   const bool present = p.x && p.weight && p.bias && p.y && p.workspace && (p.rank == 0 || p.lora_down);
   if (!sizes_ok || !present) return cudaErrorInvalidValue;
   const void* const pointers[] = {p.x,     p.weight, p.lora_down, p.bias,     p.gain,

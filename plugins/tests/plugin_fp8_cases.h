@@ -14,7 +14,8 @@ struct Fp8Case {
   DataType type = DataType::kBF16;
   int64_t batch = 2, length = 33, channels = 208, out_channels = 72;
   bool prune = false, rms = false;
-  int64_t gelu_from = -1;  // none
+  int producer_activation = 0, halves = 0;  // 0: SiLU of a gate, else the tanh GELU
+  reference::Epilogue epilogue;
 
   bool sparse_weight() const { return plugin.find("SparseWeight") != std::string::npos; }
   bool makes(const char* what) const { return plugin.rfind(std::string("Lynx") + what, 0) == 0; }
@@ -93,45 +94,44 @@ inline Fp8Weight pack(const std::vector<Fp8Row>& rows, const std::vector<std::ve
   return {words_of({padded, columns / 4}, codes), words_of({width / 128, padded, 4}, nibbles), scale};
 }
 
-// z of one row, exact, before its rounding to the element type. first: gain; second: shift.
-inline std::vector<double> fp8_producer_row(const Fp8Case& c, const Values& x, const Values& first,
-                                            const Values& second, int64_t row, double epsilon) {
+// What makes x, as the cases in 16 bits have it.
+inline SparseLinearCase producer_of(const Fp8Case& c) {
   SparseLinearCase like;
-  like.channels = c.channels, like.rms = c.rms;
+  like.type = c.type, like.batch = c.batch, like.length = c.length;
+  like.channels = c.channels, like.rms = c.rms, like.halves = c.halves;
   if (c.makes("Norm")) like.plugin = "LynxNormSparseLinear";
   if (c.makes("Gelu")) like.plugin = "LynxGeluSparseLinear", like.producer_activation = 1;
-  if (!c.makes("Gated")) return producer_row(like, x, first, second, row, row / c.length, epsilon);
-  std::vector<double> z;
-  for (int64_t k = 0; k < c.channels; ++k) {
-    const double value = x[row * 2 * c.channels + k];
-    z.push_back(reference::activate(3, value) * x[(row * 2 + 1) * c.channels + k]);
-  }
-  return z;
+  if (c.makes("Gated")) like.plugin = "LynxGatedSparseLinear", like.producer_activation = 3;
+  if (c.producer_activation) like.producer_activation = c.producer_activation;
+  return like;
 }
 
 inline std::string fp8_title(const Fp8Case& c) {
   return c.plugin + (c.type == DataType::kBF16 ? " bf16 " : " fp16 ") + std::to_string(c.batch * c.length) +
          " x " + std::to_string(c.channels) + " -> " + std::to_string(c.out_channels) +
          (c.prune ? ", 2:4 x" : "") + (c.rms ? ", RMS" : "") +
-         (c.gelu_from >= 0 ? ", GELU from " + std::to_string(c.gelu_from) : "");
+         (c.producer_activation ? ", of activation " + std::to_string(c.producer_activation) : "") +
+         (c.halves ? ", halves " + std::to_string(c.halves) : "") + epilogue_name(c.epilogue);
 }
 
 // `unpruned` is what y would be without producer and pruning, or where there is neither, without rounding.
 inline Problem fp8_linear(const Fp8Case& c) {
   std::mt19937 random(unsigned(c.channels + 3 * c.out_channels + 7 * c.length));
   std::normal_distribution<double> normal;
-  const int64_t rows = c.batch * c.length, halves = c.makes("Gated") ? 2 : 1;
+  const int64_t rows = c.batch * c.length;
+  const bool norm = c.makes("Norm"), gated = c.makes("Gated");
+  const SparseLinearCase producer = producer_of(c);
   const double deviation = 1.0 / std::sqrt(double(c.channels)), epsilon = 1e-6;
-  Values x(c.type, {c.batch, c.length, halves * c.channels}), bias(c.type, {c.out_channels});
+  Values x(c.type, {c.batch, c.length, c.channels}), bias(c.type, {c.out_channels});
   x.fill([&](int64_t i) {
     if (!c.produced()) return normal(random) * (1.0 + double(i / c.channels % 5));
     // GELU: by groups, so that it changes the order of sizes in half of them; SiLU: positive.
-    const bool negative = c.makes("Norm") ? random() % 2 : c.makes("Gelu") && i / 4 % 2;
-    return (negative ? -1.0 : 1.0) * separated(random, i % c.channels, i / (halves * c.channels));
+    const bool negative = norm ? random() % 2 : c.makes("Gelu") && i / 4 % 2;
+    return (negative ? -1.0 : 1.0) * separated(random, i % c.channels, i / c.channels);
   });
   bias.fill([&](int64_t) { return normal(random); });
-  Values first(c.type, {c.batch, c.makes("Norm") ? 1 : 0, c.channels});  // gain, then shift
-  Values second = first;
+  Values first(c.type, {c.batch, norm ? 1 : gated ? c.length : 0, c.channels});  // gain, or the gate
+  Values second(c.type, {c.batch, norm ? 1 : 0, c.channels});                    // shift
   first.fill([&](int64_t) { return 1.0 + 0.05 * normal(random); });
   second.fill([&](int64_t) { return 0.05 * normal(random); });
 
@@ -147,22 +147,29 @@ inline Problem fp8_linear(const Fp8Case& c) {
   const Fp8Weight packed = pack(weight, keep, c.sparse_weight());
 
   Problem out;
-  out.plugin = c.plugin, out.title = fp8_title(c), out.out_channels = c.out_channels;
-  out.attributes = {{"activation", double(c.gelu_from >= 0)},
-                    {"activation_from", double(std::max<int64_t>(c.gelu_from, 0))}};
+  out.plugin = c.plugin, out.title = fp8_title(c);
+  out.attributes = {{"activation", double(c.epilogue.activation)},
+                    {"activation_from", double(c.epilogue.from)},
+                    {"gated", double(c.epilogue.gated)}};
+  const int64_t behind = c.out_channels - c.epilogue.from;
+  out.out_channels = c.epilogue.gated ? c.epilogue.from + behind / 2 : c.out_channels;
   if (c.sparse_weight()) out.attributes["out_channels"] = double(c.out_channels);
   if (!c.sparse_weight()) out.attributes["prune"] = double(c.prune);
-  if (c.makes("Norm")) out.attributes["rms"] = double(c.rms), out.attributes["epsilon"] = epsilon;
-  out.inputs = {x.tensor(), packed.values};
+  if (norm) out.attributes["rms"] = double(c.rms), out.attributes["epsilon"] = epsilon;
+  if (c.produced() && !norm) out.attributes["producer_activation"] = double(producer.producer_activation);
+  if (gated) out.attributes["halves"] = double(c.halves);
+  const HostTensor both = c.halves ? halves_of(producer, x, first).tensor() : HostTensor();
+  out.inputs = {c.halves ? both : x.tensor(), packed.values};
   if (c.sparse_weight()) out.inputs.push_back(packed.metadata);
   out.inputs.push_back(packed.scale), out.inputs.push_back(bias.tensor());
-  if (c.makes("Norm")) out.inputs.push_back(first.tensor()), out.inputs.push_back(second.tensor());
+  if (norm || gated) out.inputs.push_back(c.halves ? both : first.tensor());
+  if (norm) out.inputs.push_back(second.tensor());
 
   const reference::Rounding& type = rounding(c.type);
   for (int64_t m = 0; m < rows; ++m) {
-    std::vector<double> z = fp8_producer_row(c, x, first, second, m, epsilon), raw;
+    std::vector<double> z = producer_row(producer, x, first, second, m, m / c.length, epsilon), raw;
     for (double& value : z) value = type[type.nearest(float(value))];
-    for (int64_t k = 0; k < c.channels; ++k) raw.push_back(x[m * halves * c.channels + k]);
+    for (int64_t k = 0; k < c.channels; ++k) raw.push_back(x[m * c.channels + k]);
     const Fp8Row token = round_row(z, c.prune ? kept_of(z) : std::vector<bool>(z.size(), true));
     const bool plain = !c.produced() && !c.prune;
     const std::vector<double> other = plain ? z : round_row(raw, std::vector<bool>(raw.size(), true)).values;
@@ -180,9 +187,8 @@ inline Problem fp8_linear(const Fp8Case& c) {
       const double error = (sums + (c.produced() ? 0.1 : 0.0)) * std::sqrt(square) + 1e-6;
       due.push_back({y, error}), dense_due.push_back({unpruned, 0.0});
     }
-    const reference::Epilogue epilogue = {c.gelu_from >= 0 ? 1 : 0, c.gelu_from, false};
-    out.add(reference::stored(reference::finish(due, epilogue), roundoff(c.type)),
-            reference::finish(dense_due, epilogue));
+    out.add(reference::stored(reference::finish(due, c.epilogue), roundoff(c.type)),
+            reference::finish(dense_due, c.epilogue));
   }
   return out;
 }
@@ -197,12 +203,30 @@ inline std::vector<Problem> fp8_problems_of(const std::string& plugin) {
     long_one.channels = 8256, long_one.out_channels = 200, long_one.length = 5;
     long_one.rms = c.makes("Norm");
     out.push_back(fp8_linear(long_one));
-    Fp8Case gelu_behind = c;
-    gelu_behind.out_channels = 136, gelu_behind.gelu_from = 64, gelu_behind.length = 1;
-    out.push_back(fp8_linear(gelu_behind));
+    Fp8Case other = c;  // producers in their other forms
+    other.producer_activation = c.makes("Norm") ? 0 : 2, other.halves = c.makes("Gated") ? 2 : 0;
+    if (c.makes("Gelu") || c.makes("Gated")) out.push_back(fp8_linear(other));
+    other = c, other.halves = 1;
+    if (c.makes("Gated")) out.push_back(fp8_linear(other));
+    Fp8Case behind = c;
+    behind.out_channels = 136, behind.length = 1, behind.epilogue = {1, 64, false};
+    out.push_back(fp8_linear(behind));
+    Fp8Case gated = c;
+    gated.out_channels = 224, gated.epilogue = {3, 64, true};
+    out.push_back(fp8_linear(gated));
+    if (!c.produced()) {
+      behind.epilogue.activation = 2;
+      out.push_back(fp8_linear(behind));
+      for (const int activation : {1, 2}) {
+        gated.epilogue = {activation, 0, true};
+        out.push_back(fp8_linear(gated));
+      }
+    }
     if (c.sparse_weight()) continue;
     c.prune = true;
     out.push_back(fp8_linear(c));
+    gated.prune = true;
+    out.push_back(fp8_linear(gated));
     long_one.prune = true;
     out.push_back(fp8_linear(long_one));
   }

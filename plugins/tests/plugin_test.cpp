@@ -117,6 +117,7 @@ Problem fp8_problem(const nvinfer1::IPluginCreatorV3One& creator, bool prune = f
   Fp8Case c;
   c.plugin = const_cast<nvinfer1::IPluginCreatorV3One&>(creator).getPluginName();
   c.prune = prune, c.type = type, c.length = 9;
+  c.halves = c.makes("Gated");
   return fp8_linear(c);
 }
 
@@ -454,13 +455,18 @@ void check_fp8_attributes() {
   const auto refused = [](nvinfer1::IPluginCreatorV3One& creator, const char* name, double value,
                           const std::string& message) {
     Fp8Case c;
-    c.plugin = creator.getPluginName(), c.length = 1, c.out_channels = 136, c.gelu_from = 64;
+    c.plugin = creator.getPluginName(), c.length = 1, c.out_channels = 136, c.epilogue = {1, 64, false};
     auto attributes = fp8_linear(c).attributes;
     attributes[name] = value;
     report(make(creator, attributes) == nullptr && was_said(message), message);
   };
   refused(fp8_creator, "prune", 2, "a flag is 2");
-  refused(fp8_creator, "activation", 3, "a flag is 3");
+  refused(fp8_creator, "gated", 2, "a flag is 2");
+  refused(fp8_creator, "activation", 3, "activation is 3");
+  refused(fp8_weight_creator, "gated", 1, "gated rows are 72");
+  refused(gelu_fp8_creator, "producer_activation", 3, "producer_activation is 3");
+  refused(gated_fp8_weight_creator, "producer_activation", 0, "producer_activation is 0");
+  refused(gated_fp8_creator, "halves", 3, "halves is 3");
   refused(fp8_creator, "activation_from", -64, "activation_from is -64");
   refused(fp8_weight_creator, "activation_from", 8, "activation_from is 8");
   refused(fp8_weight_creator, "activation_from", 192, "activation_from is 192");
@@ -490,6 +496,7 @@ void check_fp8_shapes() {
   refused(fp8_creator, 0, 2, 32784, "x has 32784 channels. The kernels take up to 32768");
   refused(gated_fp8_creator, 0, 2, 415, "x has 415 channels, which are no two halves");
   refused(gated_fp8_creator, 0, 2, 400, "x has 200 channels, not a multiple of 16");
+  refused(gated_fp8_creator, 4, 2, 208, "gate has 208 channels where 416 are due");
   refused(fp8_creator, 1, 1, 52, "weight has 52 columns where 64 are due");
   refused(fp8_creator, 1, 0, 76, "the rows of weight are 76, not a multiple of 8");
   refused(fp8_creator, 2, 0, 64, "weight_scale has 64 elements where 72 are due");

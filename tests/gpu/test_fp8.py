@@ -8,11 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional
 
 from lynx_compile.errors import InputError
 from lynx_compile.ops.fp8 import E4M3, Rounded, pack, round_rows
-from lynx_compile.ops.sparse_linear import Gated, Gelu, Norm, keep_mask, produce
+from lynx_compile.ops.sparse_linear import (
+    APART,
+    GATE_FIRST,
+    GELU_ERF,
+    GELU_TANH,
+    SILU,
+    X_FIRST,
+    Gated,
+    Gelu,
+    Norm,
+    activate,
+    keep_mask,
+    produce,
+)
 from lynx_compile.passes.speed_table import FP8_WORKS, CostTable
 from lynx_compile.tools import bench_fp8
 from lynx_compile.tools.bench import Shape
@@ -21,7 +33,6 @@ from lynx_compile.torch_ops.fp8_bindings import (
     INSTRUCTIONS,
     OPERANDS,
     Fp8Linear,
-    HalfGated,
     Instructions,
     Operand,
     load_fp8_library,
@@ -137,15 +148,38 @@ def test_another_weight_is_noticed(library: ctypes.CDLL, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("operand", OPERANDS)
-def test_gelu_from_a_channel_on(
-    library: ctypes.CDLL, dtype: torch.dtype, instructions: Instructions, operand: Operand
+@pytest.mark.parametrize(
+    ("activation", "activation_from", "gated"),
+    [
+        (GELU_TANH, 320, False),
+        (GELU_ERF, 0, False),
+        (SILU, 320, True),
+        (SILU, 0, True),
+        (GELU_ERF, 64, True),
+        (GELU_TANH, 448, True),
+    ],
+)
+def test_activations_from_a_channel_on(
+    library: ctypes.CDLL,
+    dtype: torch.dtype,
+    instructions: Instructions,
+    operand: Operand,
+    activation: int,
+    activation_from: int,
+    gated: bool,
 ) -> None:
-    x = torch.randn(200, 512, device="cuda").to(dtype)
-    op, weight = _op(library, operand, x, 576, gelu_from=320, instructions=instructions)
-    wanted = _exact(op, weight, x, operand)
-    wanted[:, 320:] = functional.gelu(wanted[:, 320:], approximate="tanh")
+    x = torch.randn(205, 512, device="cuda").to(dtype)
+    options = {"activation": activation, "activation_from": activation_from, "gated": gated}
+    op, weight = _op(library, operand, x, 592, instructions=instructions, **options)
+    wanted = activate(_exact(op, weight, x, operand), activation, activation_from, gated)
+    shape = (205, activation_from + (592 - activation_from) // 2 if gated else 592)
+    assert wanted.shape == shape
     for tile in range(tile_count(library, dtype, operand, instructions)):
-        assert (op(x, tile).double() - wanted).norm() < 2.0**-7 * wanted.norm()
+        guarded = torch.full((shape[0] * shape[1] + 2048,), float("nan"), device="cuda", dtype=dtype)
+        op.write_to(guarded[1024:-1024].view(shape))
+        errors = (op(x, tile).double() - wanted).norm(dim=1) / wanted.norm(dim=1)
+        assert errors.max() < 2.0**-7, tile
+        assert guarded[:1024].isnan().all() and guarded[-1024:].isnan().all()
 
 
 @pytest.mark.parametrize("operand", OPERANDS)
@@ -166,19 +200,24 @@ def test_zeros_infinities_and_nans(
 
 @pytest.mark.parametrize("operand", OPERANDS)
 @pytest.mark.parametrize("channels", [208, 3072, 12288, 24576])
-@pytest.mark.parametrize("name", ["layer norm", "rms norm", "gelu", "gated"])
+@pytest.mark.parametrize(
+    "name",
+    ["layer norm", "rms norm", "gelu", "gelu by erf", "gated", "gated by the first half", "gated apart"],
+)
 def test_producers_are_fused(
     library: ctypes.CDLL, dtype: torch.dtype, operand: Operand, channels: int, name: str
 ) -> None:
     """z differs in close calls of its rounding to x's dtype, which e4m3 lets through at one value in some hundreds."""
     torch.manual_seed(channels)
     rows = 66
-    x = torch.randn(rows, channels * (2 if name == "gated" else 1), device="cuda").to(dtype)
+    halves = {"gated": X_FIRST, "gated by the first half": GATE_FIRST}.get(name, APART)
+    x = torch.randn(rows, channels * (2 if halves else 1), device="cuda").to(dtype)
+    gate = x if halves else torch.randn(rows, channels, device="cuda").to(dtype)
     gain, shift = (torch.randn(3, channels, device="cuda").to(dtype) for _ in range(2))
     norm = Norm(gain, shift, rms=name == "rms norm")
-    fused = {"gelu": Gelu(), "gated": HalfGated()}.get(name, norm)
-    whole = {"gelu": Gelu(), "gated": Gated(x[:, channels:].double())}.get(name, norm)
-    z = produce(x[:, :channels].double(), whole).to(dtype)  # type: ignore[arg-type]
+    gated = Gated(gate, GELU_ERF if halves == GATE_FIRST else SILU, halves)
+    fused = {"gelu": Gelu(), "gelu by erf": Gelu(GELU_ERF)}.get(name, gated if "gated" in name else norm)
+    z = produce(x.double(), fused).to(dtype)  # type: ignore[arg-type]
     op, weight = _op(library, operand, x, 136, producer=fused, channels=channels)
     wanted = _exact(op, weight, z, operand)
     assert (op(x).double() - wanted).norm() < 2.0**-5 * wanted.norm()
@@ -193,7 +232,7 @@ def test_producers_are_fused(
 
 def test_wrong_arguments_are_refused(library: ctypes.CDLL, dtype: torch.dtype) -> None:
     x = torch.randn(64, 256, device="cuda").to(dtype)
-    op, _ = _op(library, "dense", x, 72, gelu_from=8)  # no multiple of 64
+    op, _ = _op(library, "dense", x, 72, activation=GELU_TANH, activation_from=8)  # no multiple of 64
     with pytest.raises(InputError, match="CUDA error 1"):
         op(x)
     with pytest.raises(InputError, match="should be"):

@@ -12,6 +12,7 @@ from diffusers.hooks import apply_group_offloading
 from torch import nn
 
 from lynx_compile.ops.fp8 import round_rows
+from lynx_compile.ops.sparse_linear import GELU_TANH
 from lynx_compile.torch_ops import operators
 from lynx_compile.torch_ops.bindings import DTYPES, LIBRARY
 from lynx_compile.torch_ops.fp8_bindings import load_fp8_library
@@ -133,6 +134,6 @@ def test_the_product_of_what_torch_rounded_is_the_whole_op() -> None:
     for operand in ("dense", "sparse weight"):
         linear, rounded = fp8_linear(operand).cuda(), round_rows(X.cuda())
         tensors = linear.weight, linear.metadata, linear.weight_scale, BIAS.cuda()
-        y = operators.fp8_product(rounded.values, rounded.scale, *tensors, FROM)
+        y = operators.fp8_product(rounded.values, rounded.scale, *tensors, GELU_TANH, FROM, False)
         assert off(y, wanted(f"fp8 {operand}", X)) < LIMIT
         assert torch.equal(y, linear(X.cuda())), "our pass rounds to the same bits"

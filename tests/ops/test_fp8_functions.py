@@ -16,7 +16,19 @@ from onnx import TensorProto
 from lynx_compile.ops.fp8 import E4M3, Rounded, fp8_linear, pack, pack_dense, round_rows, to_e4m3, to_words
 from lynx_compile.ops.fp8_functions import FP8_FUNCTIONS, FP8_OP, FP8_WEIGHT_OP
 from lynx_compile.ops.functions import DOMAIN, lynx_functions
-from lynx_compile.ops.sparse_linear import Gated, Gelu, Norm, keep_mask, produce
+from lynx_compile.ops.sparse_linear import (
+    APART,
+    GATE_FIRST,
+    GELU_ERF,
+    GELU_TANH,
+    SILU,
+    X_FIRST,
+    Gated,
+    Gelu,
+    Norm,
+    keep_mask,
+    produce,
+)
 
 Feed = dict[str, torch.Tensor]
 KINDS = {
@@ -34,8 +46,8 @@ def _model(op: str, feed: Feed, attributes: dict[str, int | float]) -> onnx.Mode
         **NO_ACTIVATION | attributes,
     )  # fmt: skip
     inputs = [oh.make_tensor_value_info(name, KINDS[v.dtype], v.shape) for name, v in feed.items()]
-    x, bias = feed["x"], feed["bias"]
-    y = oh.make_tensor_value_info("y", KINDS[x.dtype], (*x.shape[:-1], len(bias)))
+    x = feed["x"]
+    y = oh.make_tensor_value_info("y", KINDS[x.dtype], (*x.shape[:-1], None))
     graph = oh.make_graph([node], "one", inputs, [y])
     opsets = [oh.make_opsetid("", 18), oh.make_opsetid(DOMAIN, 1)]
     return oh.make_model(graph, functions=lynx_functions([op]), opset_imports=opsets, ir_version=10)
@@ -156,30 +168,39 @@ def _error(y: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_activation_and_types(dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     x, weight = torch.randn(3, 11, 208).to(dtype), torch.randn(136, 208)
-    bias, gelu = torch.randn(136).to(dtype), {"activation": 1, "activation_from": 64}
+    bias = torch.randn(136).to(dtype)
     keep = keep_mask(weight)
     bound = 1e-5 if dtype == torch.float32 else 2e-3
-    for kept in (None, keep):
+    for kept, activation, gated in ((None, 1, 0), (keep, 2, 0), (None, 3, 1), (keep, 1, 1)):
+        options = {"activation": activation, "activation_from": 72 if gated else 64, "gated": gated}
         rounded = round_rows(weight, kept)
-        wanted = fp8_linear(x, rounded, bias, **gelu)
+        wanted = fp8_linear(
+            x, rounded, bias, activation=activation, activation_from=72 if gated else 64, gated=bool(gated)
+        )
         if kept is None:
-            y = _run(FP8_OP, {"x": x, **_dense(rounded, bias)}, prune=0, **gelu)
+            y = _run(FP8_OP, {"x": x, **_dense(rounded, bias)}, prune=0, **options)
         else:
-            y = _run(FP8_WEIGHT_OP, {"x": x, **_sparse(rounded, keep, bias)}, out_channels=136, **gelu)
-        assert y.dtype == dtype and _error(y.float(), wanted.float()) < bound
-        assert _error(y.float(), fp8_linear(x, rounded, bias).float()) > 0.02
+            y = _run(FP8_WEIGHT_OP, {"x": x, **_sparse(rounded, keep, bias)}, out_channels=136, **options)
+        assert y.dtype == dtype and y.shape == wanted.shape == (3, 11, 104 if gated else 136)
+        assert _error(y.float(), wanted.float()) < bound
+        assert _error(y.float(), fp8_linear(x, rounded, bias)[..., : y.shape[-1]].float()) > 0.02
 
 
-PRODUCED = ["Norm", "rms Norm", "Gelu", "Gated"]
+PRODUCED = ["Norm", "rms Norm", "Gelu", "Gelu by erf", "Gated", "Gated by the first half", "Gated apart"]
 
 
 def _produced(name: str, x: torch.Tensor) -> tuple[torch.Tensor, Feed, dict[str, int | float]]:
     """z, and the inputs and attributes beyond those of the op without a producer."""
-    if name == "Gelu":
-        return produce(x, Gelu()), {}, {}
-    if name == "Gated":
-        first, second = x.chunk(2, -1)
-        return produce(first, Gated(second)), {}, {}
+    if name.startswith("Gelu"):
+        gelu = Gelu(GELU_ERF if "erf" in name else GELU_TANH)
+        return produce(x, gelu), {}, {"producer_activation": gelu.activation}
+    if name.startswith("Gated"):
+        halves, activation = {"Gated": (X_FIRST, SILU), "Gated apart": (APART, GELU_TANH)}.get(
+            name, (GATE_FIRST, GELU_ERF)
+        )
+        gated = Gated(torch.randn_like(x) if halves == APART else x, activation, halves)
+        attributes: dict[str, int | float] = {"producer_activation": activation, "halves": halves}
+        return produce(x, gated), {"gate": gated.gate}, attributes
     norm = Norm(1 + 0.3 * torch.randn(3, 1, 208), 0.3 * torch.randn(3, 1, 208), name == "rms Norm")
     inputs = {"gain": norm.gain, "shift": norm.shift}
     return produce(x, norm), inputs, {"rms": int(norm.rms), "epsilon": norm.epsilon}
@@ -189,7 +210,7 @@ def _produced(name: str, x: torch.Tensor) -> tuple[torch.Tensor, Feed, dict[str,
 @pytest.mark.parametrize("form", ["dense", "pruned", "sparse weight"])
 def test_producers(producer: str, form: str) -> None:
     torch.manual_seed(4)
-    x = torch.randn(3, 8, 416 if producer == "Gated" else 208)
+    x = torch.randn(3, 8, 416 if producer in ("Gated", "Gated by the first half") else 208)
     z, inputs, attributes = _produced(producer, x)
     weight, bias = torch.randn(136, 208), torch.randn(136)
     keep = keep_mask(weight) if form == "sparse weight" else None
@@ -198,14 +219,14 @@ def test_producers(producer: str, form: str) -> None:
         base, own, feed = FP8_OP, {"prune": int(form == "pruned")}, _dense(rounded, bias)
     else:
         base, own, feed = FP8_WEIGHT_OP, {"out_channels": 136}, _sparse(rounded, keep, bias)
-    op = base.replace("Lynx", f"Lynx{producer.split()[-1]}")
+    op = base.replace("Lynx", f"Lynx{producer.removeprefix('rms ').split()[0]}")
     y = _run(op, {"x": x, **feed, **inputs}, **own, **attributes)
     assert _error(y, fp8_linear(z, rounded, bias, prune=form == "pruned")) < 1e-4
 
 
 @pytest.mark.parametrize("op", list(FP8_FUNCTIONS))
 def test_the_checker_takes_the_functions(op: str) -> None:
-    x, weight = torch.randn(2, 8, 160 if "Gated" in op else 80), torch.randn(136, 80)
+    x, weight = torch.randn(2, 8, 80), torch.randn(136, 80)
     keep = keep_mask(weight)
     sparse = "SparseWeight" in op
     feed = _sparse(round_rows(weight, keep), keep, torch.randn(136)) if sparse else None
@@ -214,4 +235,6 @@ def test_the_checker_takes_the_functions(op: str) -> None:
     if "Norm" in op:
         feed |= {"gain": torch.ones(1, 80), "shift": torch.zeros(1, 80)}
         attributes |= {"rms": 0, "epsilon": 1e-6}
+    if "Gated" in op:
+        feed |= {"gate": torch.randn_like(x)}
     onnx.checker.check_model(_model(op, {"x": x, **feed}, attributes), full_check=True)

@@ -10,8 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx.helper as oh
+import onnxruntime as ort
 import pytest
 import torch
 from diffusers.models.activations import GEGLU, GELU, ApproximateGELU, SwiGLU
@@ -21,13 +23,14 @@ from torch.nn import functional
 
 from lynx_compile.models.structure import LinearGroup
 from lynx_compile.ops.functions import DOMAIN, WEIGHT_OP
-from lynx_compile.ops.sparse_linear import APART, GATE_FIRST, GELU_ERF, GELU_TANH, SILU, X_FIRST
+from lynx_compile.ops.sparse_linear import APART, GATE_FIRST, GELU_ERF, GELU_TANH, SILU, X_FIRST, keep_mask
 from lynx_compile.passes import rewrite as rewrite_module
 from lynx_compile.passes.compensate import SparseLinearWeights, save_weights
 from lynx_compile.passes.export import export
-from lynx_compile.passes.rewrite import rewrite
+from lynx_compile.passes.rewrite import SparseNode, rewrite
 from lynx_compile.passes.select import SparsityPlan, select
 from lynx_compile.recipe import Sparsity
+from tests.passes.exact import fp8_plan, fp8_weights
 from tests.passes.test_match import _error, _linear, _pair, _producers
 
 CHANNELS, HIDDEN = 64, 128
@@ -181,6 +184,39 @@ def test_both_forms_of_gelu_are_fused(name: str, fused_in: str, dtype: torch.dty
         assert [a["activation"] for a in attributes] == [activation, 0]
     if dtype == torch.float32:
         assert _error(pair, dit) < 2e-5
+
+
+def test_fp8_holds_every_form_too(tmp_path: Path) -> None:
+    """A gate in the epilogue of the FP8 node in front, the other form of GELU in that of a node or in front of it."""
+    torch.manual_seed(0)
+    for name in ("diffusers' GEGLU", "FLUX.2's"):
+        make, activation, _ = GATED[name]
+        first, second = _in_fp8(_dit(make()), tmp_path)
+        assert (first.activation, first.activation_from, second.producer) == (activation, 0, None)
+        assert first.gated is not None and (first.out_channels, first.gated.channels) == (2 * HIDDEN, HIDDEN)
+    first, second = _in_fp8(_dit(GELUS["diffusers' GELU"][0]()), tmp_path)
+    assert (first.activation, first.gated, second.producer) == (GELU_ERF, None, None)
+
+
+def _in_fp8(dit: Any, folder: Path) -> tuple[SparseNode, SparseNode]:
+    """Both nodes of a file with 2:4 weights in FP8, which makes what the dense one does but for the rounding."""
+    plan = fp8_plan(dit.groups, lambda _: "weight")
+    with torch.no_grad():
+        for group in plan.groups:
+            for linear in group.linears:
+                weight = dit.module.get_submodule(linear.path).weight
+                weight.copy_(torch.where(keep_mask(weight), weight, 0))
+    dense = export(dit, folder / "dense.onnx")
+    lynx = rewrite(dense, plan, fp8_weights(dit.module, plan, folder), folder / "fp8.onnx")
+    wanted, found = (
+        ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(
+            None, {"x": dit.inputs["x"].numpy()}
+        )[0]
+        for path in (dense.path, lynx.path)
+    )
+    assert np.linalg.norm(found - wanted) < 0.08 * np.linalg.norm(wanted)
+    first, second = lynx.sparse
+    return first, second
 
 
 def _plan_of_weights(dit: Any, folder: Path) -> tuple[SparsityPlan, list[Path]]:

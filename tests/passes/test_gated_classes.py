@@ -28,9 +28,9 @@ from lynx_compile.tools.linear_graphs import linear_graphs
 from lynx_compile.tools.support.configurations import TINY, classes, example, model
 from lynx_compile.torch_ops import apply
 from lynx_compile.torch_ops.epilogue import NO_EPILOGUE
-from lynx_compile.torch_ops.modules import SparseWeightLinear
+from lynx_compile.torch_ops.modules import Fp8Linear, SparseWeightLinear
 from lynx_compile.torch_ops.swap import undo
-from tests.passes.exact import two_of_four, two_of_four_weights
+from tests.passes.exact import fp8_plan, fp8_weights, two_of_four, two_of_four_weights
 from tests.passes.test_rewrite_calls import _error, _run
 
 # Wide enough for 2:4 weights, whose K is a multiple of 64.
@@ -51,7 +51,9 @@ def gated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     dense = export_module(module, tiny.inputs, folder / "dense.onnx")
     lynx = rewrite(dense, plan, two_of_four_weights(module, plan, folder), folder / "lynx.onnx")
     feed = {name: value.numpy() for name, value in flatten(tiny.inputs).tensors.items()}
-    return SimpleNamespace(name=name, module=module, dense=dense, lynx=lynx, feed=feed, folder=folder)
+    return SimpleNamespace(
+        name=name, module=module, groups=structure.groups, dense=dense, lynx=lynx, feed=feed, folder=folder
+    )
 
 
 def test_swiglu_costs_no_pass_of_its_own(gated: SimpleNamespace) -> None:
@@ -111,6 +113,29 @@ def test_a_torch_module_makes_its_gates_in_the_epilogue(gated: SimpleNamespace) 
         undo(module, applied.changes)
         assert all(torch.equal(y, before[name]) for name, y in flatten(module(**given)).tensors.items())
     assert [type(each) for each in module.modules()] == [type(each) for each in gated.module.modules()]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_torch_module_in_fp8_gives_what_the_graph_does(
+    gated: SimpleNamespace, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its gates in the epilogue, or where they are not known, with its rows in order."""
+    if not known:
+        monkeypatch.setattr(apply, "find_gate", lambda *_: None)
+    folder, module = gated.folder, copy.deepcopy(gated.module)
+    plan = fp8_plan(gated.groups, lambda path: "none" if "w2" in path else "weight")
+    lynx = rewrite(gated.dense, plan, fp8_weights(module, plan, folder), folder / "fp8.onnx")
+    nodes = [_sparse(node) for node in lynx.sparse]
+    assert sum(node.gated is not None for node in nodes) > 2
+    applied = apply.Applied(Path(), [], [], restorable=True)
+    with torch.no_grad(), safe_open(lynx.weights_path, "pt") as file:
+        for node in nodes:
+            apply._put(module, node, apply._Reader(file, lynx.weights_path, node), torch.float32, applied)
+        found = flatten(module(**example(gated.name).inputs)).tensors.values()
+    ops = {each for each in module.modules() if isinstance(each, Fp8Linear)}
+    assert any(op.epilogue.gated for op in ops) == known
+    for y, wanted in zip(found, _run(lynx.path, gated.feed), strict=True):
+        assert np.linalg.norm(y.numpy() - wanted) < 1e-2 * np.linalg.norm(wanted)
 
 
 def _assert_near(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:

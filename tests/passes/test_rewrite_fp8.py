@@ -20,9 +20,9 @@ from torch.nn import functional
 
 from lynx_compile.models.structure import LinearGroup, find_structure
 from lynx_compile.ops.fp8 import E4M3, Rounded, fp8_linear, round_rows, unpack
-from lynx_compile.ops.fp8_functions import FP8_OP, FP8_WEIGHT_OP
+from lynx_compile.ops.fp8_functions import FP8_GATED_OP, FP8_OP, FP8_WEIGHT_OP
 from lynx_compile.ops.functions import DOMAIN
-from lynx_compile.ops.sparse_linear import keep_mask
+from lynx_compile.ops.sparse_linear import APART, GATE_FIRST, X_FIRST, keep_mask
 from lynx_compile.passes import rewrite as rewrite_module
 from lynx_compile.passes.export import DenseOnnx, export_module
 from lynx_compile.passes.rewrite import LynxOnnx, rewrite
@@ -114,11 +114,13 @@ def test_every_form_is_rewritten_with_its_producers(block: Case, operand: NodeOp
     lynx = block.rewrite(lambda _: operand)
     base = FP8_WEIGHT_OP if operand == "weight" else FP8_OP
     ops = {name: node.op_type for name, node in _nodes(lynx).items()}
-    prefixes = {"q": "Norm", "up": "", "down": "", "gelu_down": "Gelu", "silu": "", "gated_down": "Gated"}
+    prefixes = {"q": "Norm", "up": "", "down": "", "gelu_down": "Gelu", "silu": "", "gated_down": ""}
     assert ops == {name: base.replace("Lynx", f"Lynx{prefix}") for name, prefix in prefixes.items()}
+    assert [node.linears[0].split(".")[-1] for node in lynx.sparse if node.gated] == ["silu"]
     assert {node.operand for node in lynx.sparse} == {operand} and all(node.fp8 for node in lynx.sparse)
     assert lynx.dense == ()
-    assert lynx.plugins == dict.fromkeys(ops.values(), ())
+    fields = {"": ("gated",), "Norm": (), "Gelu": ("producer_activation",)}
+    assert lynx.plugins == {base.replace("Lynx", f"Lynx{prefix}"): fields[prefix] for prefix in fields}
     onnx.checker.check_model(lynx.path, full_check=True)
     bound = 0.1 if operand == "none" else 1
     assert all(0.005 < error < bound for error in _errors(block, lynx)[:3])
@@ -140,7 +142,9 @@ def test_a_norm_that_cannot_be_taken_in_is_left(block: Case) -> None:
 
 def _attributes(node: onnx.NodeProto) -> dict[str, int]:
     own = {a.name: a.i for a in node.attribute}
-    return {name: own[name] for name in ("activation", "activation_from")} | {"prune": own.get("prune", 0)}
+    return {name: own[name] for name in ("activation", "activation_from", "gated")} | {
+        "prune": own.get("prune", 0)
+    }
 
 
 def _weight(
@@ -168,13 +172,14 @@ def test_each_node_equals_the_definition_on_the_same_input(
     values = _run(model.SerializeToString(), block.feed, wanted)
     tensors = load_file(lynx.weights_path)
     for node, x, y in zip(nodes, values[::2], values[1::2], strict=True):
-        weight = _weight(node, tensors, x.shape[-1], y.shape[-1])
-        assert weight.scale.shape == (y.shape[-1],) and weight.scale.dtype == torch.float32
-        options = _attributes(node)
+        options, bias = _attributes(node), tensors[node.input[-1]]
+        weight = _weight(node, tensors, x.shape[-1], len(bias))
+        assert len(bias) == (2 if options["gated"] else 1) * y.shape[-1]
+        assert weight.scale.shape == (len(bias),) and weight.scale.dtype == torch.float32
         assert options.pop("prune") == (operand == "activation")
-        bias = tensors[node.input[-1]]
+        gated = bool(options.pop("gated"))
         expected = fp8_linear(
-            torch.from_numpy(x), weight, bias, prune=operand == "activation", **options
+            torch.from_numpy(x), weight, bias, prune=operand == "activation", gated=gated, **options
         ).numpy()
         assert np.abs(y - expected).max() <= 1e-5 * np.abs(expected).max()
 
@@ -185,6 +190,8 @@ def test_weights_are_the_linears_own_in_their_nodes_order(block: Case, operand: 
     nodes, tensors = _nodes(lynx), load_file(lynx.weights_path)
     for node in lynx.sparse:
         learned = torch.cat([block.module.get_submodule(path).weight for path in node.linears])
+        if node.gated:  # 8 rows of SiLU, then their 8 gates
+            learned = torch.stack(learned.unflatten(0, (2, -1, 8)).unbind(), 1).flatten(0, 2)
         wanted = round_rows(learned, keep_mask(learned) if operand == "weight" else None)
         name = node.linears[0].split(".")[-1]
         norm = 2 if "Norm" in nodes[name].op_type else 0
@@ -198,7 +205,12 @@ def test_weights_are_the_linears_own_in_their_nodes_order(block: Case, operand: 
 def test_nodes_that_make_x_equal_those_that_are_given_it(
     block: Case, operand: NodeOperand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = _run(block.rewrite(lambda _: operand).path, block.feed)
+    monkeypatch.setattr(
+        rewrite_module, "find_gate", lambda matches, dense: None
+    )  # a producer with its gate too
+    lynx = block.rewrite(lambda _: operand)
+    assert {node.producer for node in lynx.sparse} == {None, "layer norm", "gelu", "gated"}
+    made = _run(lynx.path, block.feed)
     monkeypatch.setattr(rewrite_module, "find_producer", lambda x, dense: None)
     given = _run(block.rewrite(lambda _: operand).path, block.feed)
     for a, b in zip(made, given, strict=True):
@@ -233,20 +245,30 @@ class Halves(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("order", "op"), [("gate last", "LynxGatedFp8Linear"), ("gate first", FP8_OP), ("thirds", FP8_OP)]
+    ("order", "halves"), [("gate last", X_FIRST), ("gate first", GATE_FIRST), ("thirds", APART)]
 )
-def test_silu_and_gate_are_taken_in_as_halves(order: str, op: str, tmp_path: Path) -> None:
+def test_silu_and_gate_are_taken_in(order: str, halves: int, tmp_path: Path) -> None:
+    """By the node behind, where that of the linear in front does not hold them."""
     torch.manual_seed(0)
     module = Halves(order).eval().requires_grad_(False)
     inputs = {"x": torch.randn(BATCH, TOKENS, CHANNELS)}
     dense = export_module(module, inputs, tmp_path / "dense.onnx")
     feed = {"x": inputs["x"].numpy()}
     case = Case(module, find_structure(module, inputs).groups, dense, feed, tmp_path)
-    lynx = case.rewrite(lambda _: "none")
-    assert _nodes(lynx)["down"].op_type == op
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rewrite_module, "find_gate", lambda matches, dense: None)
+        lynx = case.rewrite(lambda _: "none")
+    node = _nodes(lynx)["down"]
+    assert node.op_type == FP8_GATED_OP and next(a.i for a in node.attribute if a.name == "halves") == halves
     left = {node.op_type for node in onnx.load(lynx.path, load_external_data=False).graph.node}
-    assert ("Split" in left) == (op == FP8_OP)
+    assert ("Split" in left) == (halves == APART)
     assert all(error < 0.06 for error in _errors(case, lynx))
+    held = case.rewrite(lambda _: "none")
+    nodes = [(node.gated is not None, node.producer) for node in held.sparse]
+    assert nodes == (
+        [(False, None), (False, "gated")] if order == "thirds" else [(True, None), (False, None)]
+    )
+    assert all(error < 0.06 for error in _errors(case, held))
 
 
 def test_compare_finds_the_results_of_halves_that_one_node_reads(block: Case) -> None:

@@ -42,12 +42,13 @@ def nodes_of(
 
 def feed_of(node: onnx.NodeProto, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Random values of what the node does not read from the file, by the names of its inputs, x first."""
-    halves = 2 if "Gated" in node.op_type else 1
     channels = _channels(node)
-    x = torch.randn(ROWS, halves * channels) * torch.logspace(-2, 2, ROWS)[:, None]
+    x = torch.randn(ROWS, channels) * torch.logspace(-2, 2, ROWS)[:, None]
     feed = {node.input[0]: x.half()}
     for name in node.input[1:]:
         feed[name] = tensors[name].clone() if name in tensors else _gain(channels)  # cloned: aligned
+    if "Gated" in node.op_type:
+        feed[node.input[-1]] = torch.randn(ROWS, channels).half()
     return feed
 
 
@@ -83,20 +84,25 @@ def by_kernels(
     x, first, *rest = (feed[name] for name in node.input)
     sparse = "SparseWeight" in node.op_type
     metadata = rest.pop(0) if sparse else None
-    weight_scale, bias, *norm = rest
+    weight_scale, bias, *produced = rest
     producer = next((i + 1 for i, name in enumerate(PRODUCERS) if f"Lynx{name}" in node.op_type), 0)
     operand = OPERANDS[0] if sparse else OPERANDS[1 + attributes["prune"]]
     out_channels = len(bias)
     call = _Fp8Call(
-        fp16=1, operand=OPERANDS.index(operand), rows=len(x), channels=x.shape[1] // (2 if producer == 3 else 1),
+        fp16=1, operand=OPERANDS.index(operand), rows=len(x), channels=x.shape[1],
         out_channels=out_channels, tile=-1, producer=producer, x=x.data_ptr(), weight=first.data_ptr(),
-        gelu_from=attributes["activation_from"] if attributes["activation"] else out_channels,
+        **{name: attributes[name] for name in ("activation", "activation_from", "gated")},
+        producer_activation=attributes.get("producer_activation", 0), halves=attributes.get("halves", 0),
         metadata=0 if metadata is None else metadata.data_ptr(), weight_scale=weight_scale.data_ptr(),
         bias=bias.data_ptr(),
     )  # fmt: skip
-    if norm:
+    if producer == 3:
+        call.gate = produced[0].data_ptr()
+    elif produced:
         call.rms, call.epsilon, call.gain_rows = attributes["rms"], attributes["epsilon"], 1
-        call.gain, call.shift = (tensor.data_ptr() for tensor in norm)
+        call.gain, call.shift = (tensor.data_ptr() for tensor in produced)
+    if call.gated:
+        out_channels = call.activation_from + (out_channels - call.activation_from) // 2
     y = torch.full((len(x), out_channels), torch.nan, dtype=x.dtype, device=x.device)
     workspace = torch.empty(library.lynx_fp8_workspace_bytes(call) + 256, dtype=torch.uint8, device=x.device)
     call.y, call.workspace = y.data_ptr(), -(-workspace.data_ptr() // 256) * 256

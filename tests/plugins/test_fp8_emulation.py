@@ -10,13 +10,26 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
 from lynx_compile.ops.fp8 import E4M3, Rounded, fp8_linear, pack, pack_dense, round_rows
-from lynx_compile.ops.sparse_linear import Gated, Gelu, Norm, keep_mask, produce
+from lynx_compile.ops.sparse_linear import (
+    APART,
+    GATE_FIRST,
+    GELU_ERF,
+    GELU_TANH,
+    SILU,
+    X_FIRST,
+    Gated,
+    Gelu,
+    Norm,
+    keep_mask,
+    produce,
+)
 from lynx_compile.torch_ops.bindings import DTYPES
 from lynx_compile.torch_ops.fp8_bindings import INSTRUCTIONS, OPERANDS, Operand, _Fp8Call, declare, tile_count
 
@@ -27,6 +40,8 @@ OUT_CHANNELS = 72
 INVALID_VALUE, MISALIGNED, NOT_SUPPORTED = 1, 716, 801  # CUDA's
 EMULATED = "LYNX_EMULATED_FP8"  # in the environment: a library of ``emulated``, of other kernels
 GUARD = 4096  # bytes around the workspace that nothing may touch
+Epilogue = Mapping[str, int | bool]  # arguments of fp8_linear
+GATED: dict[str, int | bool] = {"activation": SILU, "activation_from": 64, "gated": True}
 BUILT = ("MMA_BF16", "MMA_FP16", "WGMMA_BF16", "WGMMA_FP16")
 
 
@@ -90,7 +105,7 @@ class Run:
         self.pruned, self.rows, self.width = operand == "sparse activation", len(x), -(-channels // 128) * 128
         call = _Fp8Call(
             fp16=DTYPES[x.dtype], operand=OPERANDS.index(operand), rows=len(x), channels=channels,
-            out_channels=out_channels, gelu_from=out_channels, tile=-1, x=x.data_ptr(), weight=packed[0].data_ptr(),
+            out_channels=out_channels, tile=-1, x=x.data_ptr(), weight=packed[0].data_ptr(),
             metadata=packed[1].data_ptr() if keep is not None else 0,
             weight_scale=scale.data_ptr(), bias=bias.data_ptr(),
         )  # fmt: skip
@@ -100,6 +115,8 @@ class Run:
                 name.removeprefix("call_"),
                 value.data_ptr() if isinstance(value, torch.Tensor) else value,
             )
+        if call.gated:
+            out_channels = call.activation_from + (out_channels - call.activation_from) // 2
         self.y = fenced(torch.full((len(x), out_channels), torch.nan, dtype=x.dtype))
         size = library.lynx_fp8_workspace_bytes(call)
         whole = torch.full((size + 2 * GUARD + 256,), 0xA5, dtype=torch.uint8)
@@ -182,21 +199,30 @@ def test_zeros_ties_infinities_and_nans(library: ctypes.CDLL, dtype: torch.dtype
 
 @pytest.mark.parametrize("operand", OPERANDS)
 @pytest.mark.parametrize("channels", [208, 4112, 10256, 20496])
-@pytest.mark.parametrize("name", ["layer norm", "rms norm", "gelu", "gated"])
+@pytest.mark.parametrize(
+    "name",
+    ["layer norm", "rms norm", "gelu", "gelu by erf", "gated", "gated by the first half", "gated apart"],
+)
 def test_producers_are_fused(library: ctypes.CDLL, operand: Operand, channels: int, name: str) -> None:
     """z itself is known up to close calls of its rounding to bf16, in a value in hundreds."""
     torch.manual_seed(channels)
     rows = 6
-    x = torch.randn(rows, channels * (2 if name == "gated" else 1)).bfloat16()
+    halves = {"gated": X_FIRST, "gated by the first half": GATE_FIRST}.get(name, APART)
+    x = torch.randn(rows, channels * (2 if halves else 1)).bfloat16()
+    gate, activation = (
+        x if halves else torch.randn(rows, channels).bfloat16(),
+        GELU_ERF if halves == GATE_FIRST else SILU,
+    )
+    gated = {"producer": 3, "producer_activation": activation, "halves": halves, "gate": gate}
     gain, shift = (torch.randn(3, channels).bfloat16() for _ in range(2))
     norm = {"producer": 1, "epsilon": 1e-6, "gain_rows": 3, "gain": gain, "shift": shift}
     fields, producer = {
         "layer norm": (norm, Norm(gain, shift)),
         "rms norm": (norm | {"rms": 1}, Norm(gain, shift, rms=True)),
-        "gelu": ({"producer": 2}, Gelu()),
-        "gated": ({"producer": 3}, Gated(x[:, channels:].double())),
-    }[name]
-    z = produce(x[:, :channels].double(), producer).bfloat16()  # type: ignore[arg-type]
+        "gelu": ({"producer": 2, "producer_activation": GELU_TANH}, Gelu()),
+        "gelu by erf": ({"producer": 2, "producer_activation": GELU_ERF}, Gelu(GELU_ERF)),
+    }.get(name, (gated, Gated(gate.double(), activation, halves)))
+    z = produce(x.double(), producer).bfloat16()  # type: ignore[arg-type]
     for reverse in (0, 1):
         library.lynx_emulate(90, reverse)
         run = Run(library, x, channels, operand, **fields)  # type: ignore[arg-type]
@@ -211,25 +237,30 @@ def test_producers_are_fused(library: ctypes.CDLL, operand: Operand, channels: i
 
 
 def check_mma(
-    library: ctypes.CDLL, dtype: torch.dtype, operand: Operand, tile: int, shape: tuple[int, int, int, int]
+    library: ctypes.CDLL,
+    dtype: torch.dtype,
+    operand: Operand,
+    tile: int,
+    shape: tuple[int, int, int],
+    epilogue: Epilogue,
 ) -> None:
-    """shape: tokens, channels, output channels, and from which of them on GELU."""
-    rows, channels, out_channels, gelu_from = shape
+    """shape: tokens, channels, rows of the weight."""
+    rows, channels, out_channels = shape
+    fields = {key: int(value) for key, value in epilogue.items()}
     torch.manual_seed(rows)
     x = (torch.randn(rows, channels) * torch.logspace(-1, 1, rows)[:, None]).to(dtype)
     runs = []
     for reverse in (0, 1):
         library.lynx_emulate(89, reverse)
         torch.manual_seed(7)
-        run = Run(library, x, channels, operand, out_channels, tile=tile, gelu_from=gelu_from)
+        run = Run(library, x, channels, operand, out_channels, tile=tile, **fields)
         assert run.error == 0
         wanted = fp8_linear(
             x.double(),
             run.weight,
             run.bias.double(),
             prune=run.pruned,
-            activation=1,
-            activation_from=gelu_from,
+            **epilogue,  # type: ignore[arg-type]
         )
         # GELU in float32, of y with the float32 sums' error: off by more than y's rounding near its zeros.
         assert torch.allclose(run.y.double(), wanted, rtol=2.0**-8, atol=2.0**-19 * float(wanted.abs().max()))
@@ -240,13 +271,15 @@ def check_mma(
 @pytest.mark.parametrize("operand", OPERANDS)
 @pytest.mark.parametrize("tile", [0, 1, 2])
 @pytest.mark.parametrize(
-    ("dtype", "shape"),
+    ("dtype", "shape", "epilogue"),
     [
-        (torch.bfloat16, (1, 64, 8, 8)),
-        (torch.bfloat16, (150, 208, 328, 192)),
-        (torch.bfloat16, (210, 640, 72, 0)),
-        (torch.bfloat16, (17, 1168, 600, 600)),
-        (torch.float16, (150, 208, 328, 192)),
+        (torch.bfloat16, (1, 64, 8), {}),
+        (torch.bfloat16, (150, 208, 328), {"activation": GELU_TANH, "activation_from": 192}),
+        (torch.bfloat16, (210, 640, 72), {"activation": GELU_ERF}),
+        (torch.bfloat16, (17, 1168, 600), {}),
+        (torch.bfloat16, (150, 208, 336), GATED),
+        (torch.float16, (150, 208, 336), GATED | {"activation": GELU_TANH}),
+        (torch.float16, (17, 208, 272), {"activation": GELU_ERF, "gated": True}),
     ],
 )
 def test_mma_equals_the_definition(
@@ -254,12 +287,13 @@ def test_mma_equals_the_definition(
     dtype: torch.dtype,
     operand: Operand,
     tile: int,
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, int, int],
+    epilogue: Epilogue,
 ) -> None:
     """Of one tile and of many, of full and of cut ones, of as many stages as there are, fewer and more."""
     library.lynx_emulate(89, 0)
     assert tile_count(library, dtype, operand) == 3
-    check_mma(library, dtype, operand, tile, shape)
+    check_mma(library, dtype, operand, tile, shape, epilogue)
 
 
 def test_instructions_by_device(library: ctypes.CDLL) -> None:
@@ -302,7 +336,10 @@ def test_another_weight_is_noticed(library: ctypes.CDLL) -> None:
     [
         (INVALID_VALUE, {"call_channels": 200}), (INVALID_VALUE, {"call_channels": 32784}),
         (INVALID_VALUE, {"rows": 0}),
-        (INVALID_VALUE, {"out_channels": 12}), (INVALID_VALUE, {"gelu_from": 8}), (INVALID_VALUE, {"metadata": 0}),
+        (INVALID_VALUE, {"out_channels": 12}), (INVALID_VALUE, {"activation": 1, "activation_from": 8}),
+        (INVALID_VALUE, {"activation": 3}), (INVALID_VALUE, {"gated": 1}), (INVALID_VALUE, {"metadata": 0}),
+        (INVALID_VALUE, {"activation": 3, "gated": 1}),  # of 72 rows
+        (INVALID_VALUE, {"producer": 2}), (INVALID_VALUE, {"producer": 3, "producer_activation": 3}),
         (INVALID_VALUE, {"weight_scale": 0}), (INVALID_VALUE, {"producer": 1}), (INVALID_VALUE, {"tile": 4}),
     ],
 )  # fmt: skip

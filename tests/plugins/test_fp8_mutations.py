@@ -13,7 +13,7 @@ import torch
 from lynx_compile.torch_ops.fp8_bindings import OPERANDS
 
 from .native import PLUGINS
-from .test_fp8_emulation import check_mma, emulated
+from .test_fp8_emulation import GATED, check_mma, emulated
 from .test_mutations import BARRIER, Fault, spoilt_files
 
 KERNELS = PLUGINS / "kernels"
@@ -35,7 +35,10 @@ FAULTS = [
     Fault("a stage is not waited for", "end of a stage", r"<(\w+) - 1>", r"<\1>"),
     Fault("no barrier between stages", "end of a stage", BARRIER, ""),
     Fault("B of other columns", "columns of B", r"\((\w+) \+ 1\) % Sh", r"\1 % Sh"),
-    Fault("GELU from another channel on", "GELU of a warp", ">=", ">"),
+    Fault("GELU from another channel on", "activation of a warp", ">=", ">"),
+    Fault("gate of the next value", "gate of a value", r"\(i \+ 2\)", "(i + 3)"),
+    Fault("pairs left apart", "place of a pair", r"kGated \? .* : ", ""),
+    Fault("pairs not moved to the front", "channel of pairs", r" / 2 :", " :"),
     Fault("tokens of other rows", "token of a sum", r"\+ 8 \* i", "+ i"),
     Fault("scale of another channel", "terms of a sum", r"scale\[(\w+)\]\[\w+\]", r"scale[\1][0]"),
     Fault("bias of another channel", "terms of a sum", r"bias\[(\w+)\]\[\w+\]", r"bias[\1][0]"),
@@ -60,7 +63,9 @@ def _right(folder: Path, fault: Fault | None) -> bool:
     library: ctypes.CDLL = emulated(folder / "emulated.so", *options, kernels=kernels)
     for operand in OPERANDS:
         try:
-            check_mma(library, torch.bfloat16, operand, 0, (150, 720, 328, 192))
+            gelu = {"activation": 1, "activation_from": 192}
+            check_mma(library, torch.bfloat16, operand, 0, (150, 720, 328), gelu)
+            check_mma(library, torch.bfloat16, operand, 0, (150, 208, 336), GATED)
         except AssertionError:
             return False
     return True

@@ -96,13 +96,18 @@ WEIGHT_FIELDS = ["out_channels", "metadata_layout", "activation", "activation_fr
 PLAIN: dict[str, dict[str, int | float]] = {
     **{name: dict.fromkeys(FIELDS, 0) for name in (NONE, NORM, GELU, GATED)},
     WEIGHT: dict.fromkeys(WEIGHT_FIELDS, 0),
-    **{name: dict.fromkeys(("prune", "activation", "activation_from"), 0) for name in FP8},
-    **{name: dict.fromkeys(("out_channels", "activation", "activation_from"), 0) for name in FP8_WEIGHT},
+    **{name: dict.fromkeys(("prune", "activation", "activation_from", "gated"), 0) for name in FP8},
+    **{
+        name: dict.fromkeys(("out_channels", "activation", "activation_from", "gated"), 0)
+        for name in FP8_WEIGHT
+    },
 }
 for name in (NORM, FP8_NORM_OP, FP8_NORM_WEIGHT_OP):
     PLAIN[name] |= {"rms": 0, "epsilon": 1e-6}
-PLAIN[GELU] |= {"producer_activation": 1}
-PLAIN[GATED] |= {"producer_activation": 3, "halves": 0}
+for name in (GELU, FP8_GELU_OP, FP8_GELU_WEIGHT_OP):
+    PLAIN[name] |= {"producer_activation": 1}
+for name in (GATED, FP8_GATED_OP, FP8_GATED_WEIGHT_OP):
+    PLAIN[name] |= {"producer_activation": 3, "halves": 0}
 Attributes = dict[str, list[dict[str, int | float]]]  # beside the plain ones
 GOOD: Attributes = {
     NONE: [
@@ -125,9 +130,16 @@ GOOD: Attributes = {
         {"metadata_layout": 80, "out_channels": 8},
         {"metadata_layout": 80, "out_channels": 96, "activation": 3, "activation_from": 64, "gated": 1},
     ],
-    **{name: [{}, {"prune": 1, "activation": 1, "activation_from": 64}] for name in FP8},
     **{
-        name: [{"out_channels": 8}, {"out_channels": 136, "activation": 1, "activation_from": 128}]
+        name: [{}, {"prune": 1, "activation": 2, "activation_from": 64}, {"activation": 3, "gated": 1}]
+        for name in FP8
+    },
+    **{
+        name: [
+            {"out_channels": 8},
+            {"out_channels": 136, "activation": 1, "activation_from": 128},
+            {"out_channels": 96, "activation": 3, "activation_from": 64, "gated": 1},
+        ]
         for name in FP8_WEIGHT
     },
 }
@@ -160,9 +172,14 @@ BAD: Attributes = {
         {"metadata_layout": 80, "out_channels": 64, "gated": 1},
         {"metadata_layout": 80, "out_channels": 72, "activation": 3, "gated": 1},
     ],
-    **{name: [{"prune": 2}, {"activation": 2}, {"activation_from": -8}] for name in FP8},
+    **{name: [{"prune": 2}, {"activation": 3}, {"activation_from": -8}, {"gated": 1}] for name in FP8},
     **{
-        name: [{}, {"out_channels": 12}, {"out_channels": 64, "activation": 1, "activation_from": 64}]
+        name: [
+            {},
+            {"out_channels": 12},
+            {"out_channels": 64, "activation": 1, "activation_from": 64},
+            {"out_channels": 72, "activation": 3, "gated": 1},
+        ]
         for name in FP8_WEIGHT
     },
 }

@@ -65,10 +65,11 @@ def fp8_kernel(element: str, operand: str, tile: str) -> Kernel:
     name = (
         f"MainloopSm90TmaGmmaWarpSpecialized{sparse}<4, {cluster}, cutlass::gemm::KernelTmaWarpSpecialized"
         f"CooperativeFP8FastAccum>, cute::tuple<cute::C<{m}>, cute::C<{n}>, cute::C<128> >, cutlass::float_e4m3_t, "
-        f"lynx::GeluFrom<cutlass::{name}, {int(operand == 'activation')}>"
+        f"lynx::Fp8Finish<cutlass::{name}, {int(operand == 'activation')}>"
     ) + (", lynx::StreamK" if "stream-K" in tile else "")
     opcode = f"QGMMA{'.SP' if sparse else ''}.64x{n}x{64 if sparse else 32}.F32.E4M3.E4M3"
-    return Kernel("90a", name, 168, 0, 1024, Counter({opcode: 8}))
+    turned = Counter({} if operand == "activation" else {"MOVM.16.MT88": 48})
+    return Kernel("90a", name, 168, 0, 1024, Counter({opcode: 8}) + turned)
 
 
 def fp8_mma_kernel(arch: str, element: str, operand: str, tile: int) -> Kernel:

@@ -53,10 +53,10 @@ def sparse_activation() -> SparseActivationLinear:
     )
 
 
-def fp8_linear(operand: Any) -> Fp8Linear:
+def fp8_linear(operand: Any, epilogue: Epilogue = GELU) -> Fp8Linear:
     rounded = round_rows(WEIGHT, KEEP if operand == "sparse weight" else None)
     packed = pack(rounded.values, KEEP) if operand == "sparse weight" else (pack_dense(rounded.values), None)
-    return Fp8Linear(*packed, rounded.scale, BIAS, in_features=CHANNELS, operand=operand, epilogue=GELU)
+    return Fp8Linear(*packed, rounded.scale, BIAS, in_features=CHANNELS, operand=operand, epilogue=epilogue)
 
 
 def gated_weight() -> SparseWeightLinear:
@@ -70,11 +70,13 @@ MODULES = {
     "fp8 dense": lambda: fp8_linear("dense"),
     "fp8 sparse weight": lambda: fp8_linear("sparse weight"),
     "fp8 sparse activation": lambda: fp8_linear("sparse activation"),
+    "fp8 dense, gated": lambda: fp8_linear("dense", SWIGLU),
+    "fp8 sparse weight, gated": lambda: fp8_linear("sparse weight", SWIGLU),
 }
 
 
 def wanted(name: str, x: torch.Tensor) -> torch.Tensor:
-    gelu = {"activation": 1, "activation_from": FROM}
+    gelu = {"activation": GELU_TANH, "activation_from": FROM}
     if name == "sparse weight":
         y = x.double() @ (WEIGHT * KEEP).double().T + BIAS.double()
         return torch.cat((y[:, :FROM], functional.gelu(y[:, FROM:], approximate="tanh")), 1).to(x.dtype)
@@ -85,7 +87,9 @@ def wanted(name: str, x: torch.Tensor) -> torch.Tensor:
     if name == "sparse activation":
         op = sparse_activation()
         return sparse_linear(x, op.weight, op.lora_down, BIAS, rank=16, norm_scale=True, **gelu)
-    weight = round_rows(WEIGHT, KEEP if name == "fp8 sparse weight" else None)
+    weight = round_rows(WEIGHT, KEEP if "sparse weight" in name else None)
+    if "gated" in name:
+        return fp8.fp8_linear(x, weight, BIAS, activation=SILU, activation_from=FROM, gated=True)
     return fp8.fp8_linear(x, weight, BIAS, prune=name == "fp8 sparse activation", **gelu)
 
 
@@ -102,7 +106,7 @@ def test_a_module_is_its_definition_for_any_number_of_tokens(name: str) -> None:
     module = MODULES[name]()
     assert close(module(X), wanted(name, X))
     assert module(X[None, :0]).shape == (1, 0, module.out_features)
-    assert module.out_features == (OUT - (OUT - FROM) // 2 if name == "gated weight" else OUT)
+    assert module.out_features == (OUT - (OUT - FROM) // 2 if "gated" in name else OUT)
     strided = normal(TOKENS, 3, CHANNELS)
     assert close(module(strided[:, 1]), wanted(name, strided[:, 1].contiguous()))
     parts = module.parts(X, [FROM, module.out_features - FROM])
@@ -149,7 +153,9 @@ def test_producers_are_their_definitions(producer: str) -> None:
     linear = fp8_linear("sparse weight")
     x = torch.cat((X, GATE), 1) if producer == "gated" else X
     tensors = linear.weight, linear.metadata, linear.weight_scale, BIAS
-    y = operators.fp8_linear(x, *tensors, "sparse weight", FROM, producer, *norm, True, 1e-5)
+    y = operators.fp8_linear(
+        x, *tensors, "sparse weight", GELU_TANH, FROM, False, producer, *norm, True, 1e-5
+    )
     assert close(y, wanted("fp8 sparse weight", z))
 
 
@@ -157,7 +163,7 @@ def test_the_product_of_what_torch_rounded_is_the_whole_op() -> None:
     for operand in ("dense", "sparse weight"):
         linear, rounded = fp8_linear(operand), round_rows(X)
         tensors = linear.weight, linear.metadata, linear.weight_scale, BIAS
-        y = operators.fp8_product(rounded.values, rounded.scale, *tensors, FROM)
+        y = operators.fp8_product(rounded.values, rounded.scale, *tensors, GELU_TANH, FROM, False)
         assert close(y, wanted(f"fp8 {operand}", X))
 
 
@@ -176,8 +182,8 @@ def test_the_ops_are_what_they_say_to_torch() -> None:
             operators.sparse_activation,
             (X, op.weight, op.lora_down, BIAS, 16, True, FROM, *norm, None, True, 1e-5),
         ),
-        (operators.fp8_linear, (X, *tensors, "sparse weight", FROM, *norm, True, 1e-5)),
-        (operators.fp8_product, (rounded.values, rounded.scale, *tensors, FROM)),
+        (operators.fp8_linear, (X, *tensors, "sparse weight", SILU, FROM, True, *norm, True, 1e-5)),
+        (operators.fp8_product, (rounded.values, rounded.scale, *tensors, GELU_TANH, FROM, False)),
     ):
         eight = any(isinstance(each, torch.Tensor) and each.dtype == E4M3 for each in arguments)
         torch.library.opcheck(function, arguments, test_utils=others if eight else "ALL")

@@ -31,17 +31,20 @@ cudaError_t multiply(const Fp8GemmCall& call, Fp8Operand operand, const referenc
   const auto* x_metadata = operand == Fp8Operand::kSparseActivation ? call.metadata : nullptr;
   const auto* weight_metadata = operand == Fp8Operand::kSparseWeight ? call.metadata : nullptr;
   const auto* bias = static_cast<const uint16_t*>(call.bias);
+  auto* y = static_cast<uint16_t*>(call.y);
   for (int64_t token = 0; token < call.tokens; ++token) {
+    std::vector<reference::Near> row;
     const std::vector<double> x = row_of(call.x, x_metadata, token, call.tokens, call.width);
     for (int64_t channel = 0; channel < call.channels; ++channel) {
       const auto weight = row_of(call.weight, weight_metadata, channel, call.channels, call.width);
       double sum = 0.0;
       for (size_t k = 0; k < x.size(); ++k) sum += x[k] * weight[k];
       sum = sum * double(call.x_scale[token]) * double(call.weight_scale[channel]) + value[bias[channel]];
-      if (channel >= call.gelu_from) {
-        sum = reference::activate(1, sum);
-      }
-      static_cast<uint16_t*>(call.y)[token * call.channels + channel] = value.nearest(float(sum));
+      row.push_back({sum, 0.0});
+    }
+    for (const reference::Near& each :
+         reference::finish(row, {int(call.activation), call.activation_from, call.gated})) {
+      *y++ = value.nearest(float(each.value));
     }
   }
   return cudaSuccess;
