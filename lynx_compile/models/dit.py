@@ -226,7 +226,7 @@ def _result_dtypes(
 
 
 def _in_float32(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the dtype that a skeleton has: not every torch multiplies two dtypes on the meta device, and none on another."""
+    """Of the dtype that a skeleton has: not every torch multiplies two dtypes on the meta device."""
     floats: dict[str, Any] = tree_map_only(
         torch.Tensor, lambda t: t.float() if t.is_floating_point() else t, dict(arguments)
     )
