@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from lynx_compile.engine.arguments import flatten, unflatten
 from lynx_compile.models import families
@@ -125,7 +124,7 @@ def find_dit(
     # A pipeline that was recorded in half precision, as on a GPU, gives tensors that fit no weights in float32.
     recorded = dtype if any(map(_is_half, flatten(arguments).tensors.values())) else torch.float32
     skeleton = checkpoint.build("meta", recorded)
-    structure = find_structure(skeleton, _in_float32(arguments), lambda: checkpoint.load(recorded))
+    structure = find_structure(skeleton, arguments, lambda: checkpoint.load(recorded))
     return DiT(
         checkpoint=checkpoint,
         recorded=recording.component(component),
@@ -223,11 +222,3 @@ def _result_dtypes(
     except Exception:  # whatever torch says of dtypes that do not fit
         return None
     return [tensor.dtype for tensor in flatten(result, "output").tensors.values()]
-
-
-def _in_float32(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the dtype that a skeleton has: not every torch multiplies two dtypes on the meta device."""
-    floats: dict[str, Any] = tree_map_only(
-        torch.Tensor, lambda t: t.float() if t.is_floating_point() else t, dict(arguments)
-    )
-    return floats
