@@ -64,13 +64,10 @@ struct Fp8Finish : EpilogueNode<Fp8FinishArguments<Element>> {
     // A value's gate is so many elements behind it.
     static constexpr int kToGate = kMode == 0 ? 2 : 4;
 
-    // Activates as many elements as hold pairs, from `first` on. A branch for each of these runs, which the
-    // compiler must not make one of: the steps of more values at a time take registers that there are not.
+    // Activates as many elements as hold pairs, from `first` on.
     template <int kCount>
     CUTLASS_DEVICE void activate_run(cutlass::Array<float, kCount>& value, int first) const {
-      int activation = int(params.activation);
-      asm volatile("" : "+r"(activation));
-      with_activation(Activation(activation), [&](auto activate) {
+      with_activation_apart(params.activation, [&](auto activate) {
         CUTLASS_PRAGMA_UNROLL
         for (int i = first; i < first + kToGate; ++i) {
           value[i] = activate(value[i]);

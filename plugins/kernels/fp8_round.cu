@@ -155,15 +155,15 @@ __device__ __forceinline__ void apply_norm(Block (&z)[kBlocks], RoundExchange& s
 
 template <class Element, int kBlocks>
 __device__ __forceinline__ void apply_gelu(Block (&z)[kBlocks], Activation activation) {
-  with_activation(activation, [&](auto activate) {
 #pragma unroll
-    for (int v = 0; v < kBlocks; ++v) {
+  for (int v = 0; v < kBlocks; ++v) {
+    with_activation_apart(activation, [&](auto activate) {
 #pragma unroll
       for (int i = 0; i < kBlock / 2; ++i) {
         z[v][i] = pair_of<Element>(activate(low_of<Element>(z[v][i])), activate(high_of<Element>(z[v][i])));
       }
-    }
-  });
+    });
+  }
 }
 
 // activation(x) * gate
