@@ -34,7 +34,7 @@ from lynx_compile.passes.build import BUILD, BuiltEngine, build
 from lynx_compile.passes.calibrate import CALIBRATE, Statistics, calibrate, measurements
 from lynx_compile.passes.compensate import COMPENSATE, compensate
 from lynx_compile.passes.describe import describe
-from lynx_compile.passes.export import EXPORT, DenseOnnx, export
+from lynx_compile.passes.export import EXPORT, DenseOnnx, export, referred
 from lynx_compile.passes.forecast import forecast
 from lynx_compile.passes.keep import keep
 from lynx_compile.passes.record import CAPTURE, named_components, record
@@ -179,8 +179,8 @@ def _compile_engine(
         return None
     dit.release()  # a large model and its copy in the exporter would not fit together
     dense = stages.run(
-        EXPORT, DenseOnnx, lambda _: _dense(dit, outputs.dense), dit.digest, *recorded, dit.checkpoint.files
-    )  # the file refers to the weights where they lie
+        EXPORT, DenseOnnx, lambda _: _dense(dit, outputs.dense), dit.digest, *recorded, referred(dit)
+    )
     dit.release()
     external = recipe.engine.weights == "external"
     layout = target.metadata_layout

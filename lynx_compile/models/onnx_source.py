@@ -29,10 +29,6 @@ class OnnxSource:
         return self.onnx.path
 
     @property
-    def files(self) -> tuple[Path, ...]:
-        return (self.onnx.path,)
-
-    @property
     def class_name(self) -> str:
         return "onnx"
 

@@ -78,11 +78,21 @@ def export(dit: DiT, path: Path, dtype: torch.dtype | None = None, *, referring:
         StageError: torch cannot trace the module, or the result is not valid ONNX.
     """
     dtype = dtype or dit.dtype
-    stored = dit.checkpoint.tensors if referring and isinstance(dit.checkpoint, Checkpoint) else {}
+    stored = _in_dtype(dit, dtype) if referring else {}
     dense = export_lengths(dit.module_on_cpu(dtype), dit.arguments, dit.axes, path, dtype, stored)
     for baked in dense.baked:
         log.warning("%s", baked)
     return dense
+
+
+def referred(dit: DiT) -> tuple[Path, ...]:
+    """The files that an export in the model's dtype refers to: none where the weights are stored in another."""
+    return tuple(sorted({tensor.file for tensor in _in_dtype(dit, dit.dtype).values()}))
+
+
+def _in_dtype(dit: DiT, dtype: torch.dtype) -> dict[str, StoredTensor]:
+    tensors = dit.checkpoint.tensors if isinstance(dit.checkpoint, Checkpoint) else {}
+    return {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
 
 
 def export_lengths(
