@@ -163,17 +163,23 @@ class Calibration(Strict):
     ``prompts``: a text file with a prompt a line, or a safetensors file of encoded ones, with a row per prompt of
     every argument of the pipeline's call that it holds; null: 2,048 of the package's own. ``recording``: or calls
     that were recorded before, maybe on another machine: the pipeline is not run then, and needs no text encoders here.
+    ``held_out``: so many prompts are kept from it, and on those every error is reported; null: an eighth of the
+    different ones, 64 at most, and none of fewer than 16: then on other noise of the same prompts. An eighth more runs.
     ``samples``: prompts to run, in turn where there are fewer; ``batch``: prompts to a run, also the engine's.
-    ``states_per_prompt``: calls that are recorded of a run, drawn at random; null: all of them.
+    ``steps``: of each run (``num_inference_steps``); null: as many as ``call`` says.
+    ``states_per_prompt``: calls that are recorded of a run, drawn at random; null: all of them. A pipeline that can
+    be interrupted runs no further than it must.
     ``tokens_per_call``: of each sample and call at most so many tokens, drawn at random, enter the moments.
     ``memory_gib``: most memory that moments take at once; layers that do not fit are measured in further passes.
     """
 
     prompts: Annotated[str, Field(min_length=1)] | None = None
     recording: Annotated[str, Field(min_length=1)] | None = None
-    samples: Annotated[int, Field(ge=1)] = 64
+    held_out: Annotated[int, Field(ge=0)] | None = None
+    samples: Annotated[int, Field(ge=1)] = 512
+    steps: Annotated[int, Field(ge=1)] | None = None
     batch: Annotated[int, Field(ge=1, le=1024)] = 1
-    states_per_prompt: Annotated[int, Field(ge=1)] | None = None
+    states_per_prompt: Annotated[int, Field(ge=1)] | None = 4
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     tokens_per_call: Annotated[int, Field(ge=1)] = 1024
     memory_gib: Annotated[float, Field(gt=0)] = 8.0
@@ -425,8 +431,8 @@ class Engine(Strict):
 class Compare(Strict):
     """What ``lynx-compile compare`` runs, and what it holds against the engine; no limit is set by default.
 
-    ``prompts``: a file of prompts, as the calibration's, that calibration does not see; null: those that the
-    calibration's file has beyond its ``samples``, and where it has no more, the same ones with other noise.
+    ``prompts``: a file of prompts, as the calibration's, that calibration does not see; null: those that calibration
+    held out of its own, and where it held out none, the same ones with other noise.
     ``samples``: images to draw; ``seed``: of their noise, which should not be the calibration's.
     ``states``: of the dense model's trajectory, at which the layers are compared.
     ``metric``: ``module:function``, called only with ``--metric``; see ``tools.metric.call_metric``. ``min_metric`` and

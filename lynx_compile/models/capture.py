@@ -25,8 +25,9 @@ from diffusers import ModelMixin
 from lynx_compile import parallel
 from lynx_compile.errors import InputError, LynxError, StageError
 from lynx_compile.files.progress import Progress, no_progress
+from lynx_compile.models.prompts import update_digest
 from lynx_compile.models.recorder import Pipeline, Recorder, call_parameters, class_name, config, listed
-from lynx_compile.models.recording import Recording, load
+from lynx_compile.models.recording import VERSION, Header, Recording, load
 from lynx_compile.models.recording_writer import Writer
 
 Inputs = Sequence[Mapping[str, Any]]
@@ -42,6 +43,7 @@ def capture(
     seed: int = 0,
     batch: int = 1,
     states_per_prompt: int | None = None,
+    held_out: Inputs = (),
     model_digest: str = "",
     progress: Progress = no_progress,
 ) -> Recording:
@@ -61,13 +63,16 @@ def capture(
         batch: prompts to a run; the last run is filled up from the first prompts.
         states_per_prompt: record so many calls of each component and run, drawn by ``seed``; by default all. The
             first call of every graph is among them, in the first run and where the first run has not got that graph.
+        held_out: as ``inputs``; runs of their own, behind the others, from which errors are reported.
         model_digest: of the weights, so that those of another model are not taken for this one's.
 
     Raises:
         InputError: an argument is not the pipeline's, a component is not there or never called, or a call cannot
             become a graph. StageError: the pipeline fails.
     """
-    runs = runs_of(inputs, batch)
+    fitted = runs_of(inputs, batch)
+    runs = [*fitted, *(runs_of(held_out, batch) if held_out else ())]
+    apart = tuple(range(len(fitted), len(runs)))
     arguments = dict(call or {})
     _check_arguments(pipe, [*arguments, *(name for run in runs for name in run)])
     if states_per_prompt is not None and states_per_prompt < 1:
@@ -75,7 +80,7 @@ def capture(
             f"states_per_prompt is {states_per_prompt}.", "Record at least one state of a prompt."
         )
     modules = _modules(pipe, components)
-    choices = [arguments, list(components), seed, batch, states_per_prompt, model_digest]
+    choices = [arguments, list(components), seed, batch, states_per_prompt, len(fitted), model_digest]
     key = _key(pipe, modules, choices, runs)
 
     def record(number: int) -> None:
@@ -90,7 +95,7 @@ def capture(
             recorder.sample.close()
 
     with parallel.first_process_first():  # the first run tells all what is to be recorded
-        writer = Writer(folder, key, type(pipe).__name__, len(runs))
+        writer = Writer(folder, Header(VERSION, key, type(pipe).__name__, (), len(runs), apart))
         if 0 in writer.missing:
             record(0)
     for number in parallel.share(range(len(runs))):
@@ -242,28 +247,8 @@ def _key(
     versions = [torch.__version__, diffusers.__version__]
     digest = hashlib.sha256(json.dumps([class_name(pipe), versions, configs], sort_keys=True).encode())
     for value in (choices, runs):
-        _update(digest, value)
+        update_digest(digest, value)
     return digest.hexdigest()
-
-
-def _update(digest: Any, value: Any) -> None:
-    """Into the digest: tensors and images by their content, the rest as text."""
-    if isinstance(value, Mapping):
-        _update(digest, [[str(name), item] for name, item in sorted(value.items())])
-    elif isinstance(value, list | tuple):
-        digest.update(f"[{len(value)}".encode())
-        for item in value:
-            _update(digest, item)
-    elif isinstance(value, torch.Tensor):
-        array = value.detach().cpu().contiguous()
-        digest.update(f"{array.dtype} {tuple(array.shape)} ".encode())
-        digest.update(array.flatten().view(torch.uint8).numpy().data)
-    elif hasattr(value, "tobytes"):  # images
-        digest.update(
-            f"{getattr(value, 'mode', '')} {getattr(value, 'size', '')} ".encode() + value.tobytes()
-        )
-    else:
-        digest.update(f"{type(value).__name__} {value!r} ".encode())
 
 
 def sample_seed(seed: int, sample: int) -> int:

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,9 @@ from lynx_compile.errors import InputError
 
 TEXTS = (".txt", "")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FEWEST = 16  # different prompts of which some can be spared
+HELD_OUT = 8  # one of so many is kept apart
+MOST_HELD_OUT = 64
 KINDS = (
     "text (.txt, a prompt a line), .csv or .yaml with columns named as the pipeline's arguments, or .safetensors"
     " with a row a prompt"
@@ -50,6 +56,43 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [{name: _with_images(value, path.parent) for name, value in row.items()} for row in rows]
 
 
+@dataclass(frozen=True)
+class Split:
+    """Positions of the rows that calibration may run, and of those kept apart, from which errors are reported.
+
+    ``shared``: there are too few to keep any apart, so that errors are on other noise of the same prompts.
+    """
+
+    calibration: tuple[int, ...]
+    held_out: tuple[int, ...]
+
+    @property
+    def shared(self) -> bool:
+        return self.calibration == self.held_out
+
+
+def split(rows: Sequence[Mapping[str, Any]], held_out: int | None = None) -> Split:
+    """Keep prompts apart, drawn at random: the same ones of the same rows, and equal rows on one side.
+
+    Args:
+        rows: as ``read`` returns them.
+        held_out: so many different prompts; by default an eighth of them, ``MOST_HELD_OUT`` at most, and none of fewer
+            than ``FEWEST``. One always stays for calibration.
+    """
+    places: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        digest = hashlib.sha256()
+        update_digest(digest, row)
+        places.setdefault(digest.hexdigest(), []).append(number)
+    if held_out is None:
+        held_out = min(len(places) // HELD_OUT, MOST_HELD_OUT) if len(places) >= FEWEST else 0
+    order = random.Random(0).sample(list(places), min(held_out, len(places) - 1))
+    out = {number for key in order for number in places[key]}
+    everything = range(len(rows))
+    left = tuple(number for number in everything if number not in out)
+    return Split(left, tuple(sorted(out)) or left)
+
+
 def of_node(node: yaml.Node) -> list[dict[str, Any]]:
     """Prompts that stand in a recipe, from the YAML node of their list: 016 is a prompt there, and no number.
 
@@ -59,6 +102,26 @@ def of_node(node: yaml.Node) -> list[dict[str, Any]]:
     if not isinstance(node, yaml.SequenceNode):
         raise InputError(f"Line {node.start_mark.line + 1}: prompts are a list.", "Start each with '- '.")
     return [_row(item) for item in node.value]
+
+
+def update_digest(digest: Any, value: Any) -> None:
+    """Into the digest: tensors and images by their content, the rest as text."""
+    if isinstance(value, Mapping):
+        update_digest(digest, [[str(name), item] for name, item in sorted(value.items())])
+    elif isinstance(value, list | tuple):
+        digest.update(f"[{len(value)}".encode())
+        for item in value:
+            update_digest(digest, item)
+    elif isinstance(value, torch.Tensor):
+        array = value.detach().cpu().contiguous()
+        digest.update(f"{array.dtype} {tuple(array.shape)} ".encode())
+        digest.update(array.flatten().view(torch.uint8).numpy().data)
+    elif hasattr(value, "tobytes"):  # images
+        digest.update(
+            f"{getattr(value, 'mode', '')} {getattr(value, 'size', '')} ".encode() + value.tobytes()
+        )
+    else:
+        digest.update(f"{type(value).__name__} {value!r} ".encode())
 
 
 def _row(node: yaml.Node) -> dict[str, Any]:

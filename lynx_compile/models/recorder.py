@@ -45,6 +45,8 @@ class Recorder:
         self._named = named if writer.components is None else {c.name for c in writer.components}
         self._schemas = set(writer.schemas)
         self._choice = _Choice(states, f"{seed} {number}")
+        # Where the last calls are that will be kept, if runs are alike; the first run goes to its end.
+        self._last = {name: self._choice.last(name, calls) for name, calls in writer.calls.items()}
         self._calls = dict.fromkeys(modules, 0)
         self._times: dict[str, torch.Tensor] = {}
         self._branches: dict[str, list[str]] = {}  # of the current step
@@ -151,6 +153,13 @@ class Recorder:
             self.sample.drop(name, other)
         if keeps:
             self.sample.keep(Call(name, 0, index, step, branch, place, {}), arguments)
+        if self._last and all(self._calls[other] > last for other, last in self._last.items()):
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        """Let the pipeline's loop run idle from its next step on, as diffusers' own callbacks do where it can."""
+        if isinstance(getattr(type(self._pipe), "interrupt", None), property):
+            self._pipe._interrupt = True
 
     def _flattened(self, name: str, bound: Mapping[str, Any]) -> Arguments:
         try:
@@ -254,12 +263,17 @@ class _Choice:
         self._seed = seed
         self._kept: dict[str, list[tuple[float, int]]] = {}
 
+    def last(self, component: str, calls: int) -> int:
+        """The last index to keep, of so many calls."""
+        ranked = sorted(range(calls), key=lambda index: self._number(component, index))
+        return max(ranked[: self._most], default=0)
+
     def take(self, component: str, index: int, first: bool) -> tuple[bool, list[int]]:
         """Whether to keep this call, and which earlier ones to drop for it. ``first`` of a graph: always kept."""
         if self._most is None:
             return True, []
         kept = self._kept.setdefault(component, [])
-        number = -1.0 if first else random.Random(f"{self._seed} {component} {index}").random()
+        number = -1.0 if first else self._number(component, index)
         kept.append((number, index))
         kept.sort()
         over = [pair for pair in kept[self._most :] if pair[0] >= 0]
@@ -267,6 +281,9 @@ class _Choice:
             kept.remove(pair)
         dropped = [other for _, other in over]
         return index not in dropped, [other for other in dropped if other != index]
+
+    def _number(self, component: str, index: int) -> float:
+        return random.Random(f"{self._seed} {component} {index}").random()
 
 
 def call_parameters(pipe: Pipeline) -> list[str]:

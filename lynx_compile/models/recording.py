@@ -34,6 +34,7 @@ from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import strict_json
 
 VERSION = 1
+HELD_OUT = 8  # one sample of so many, where none was recorded to be
 MOST_WAYS = 4  # in which one transformer may be called: each is an engine, with weights of its own
 T = TypeVar("T")
 
@@ -173,6 +174,21 @@ class Recording:
         """The component's recorded calls, in the order they were made."""
         self.component(component)
         return tuple(c for sample in self._samples for c in sample.calls if c.component == component)
+
+    def held_out(self, calls: Sequence[Call]) -> set[int]:
+        """Positions of the calls that nothing is fitted to, and from which errors are reported.
+
+        They are those of the samples kept apart; where there are none among the calls, or no others, every eighth
+        sample's, the last one's at least; of one sample every eighth call; of one call none.
+        """
+        apart = {number for number, call in enumerate(calls) if call.sample in self.header.held_out}
+        if 0 < len(apart) < len(calls) or len(calls) == 1:
+            return apart if len(calls) > 1 else set()
+        samples = {call.sample for call in calls}
+        units = [call.sample if len(samples) > 1 else number for number, call in enumerate(calls)]
+        order = sorted(set(units))
+        out = set(order[HELD_OUT - 1 :: HELD_OUT] or order[-1:])
+        return {number for number, unit in enumerate(units) if unit in out}
 
     def signature(self, call: Call) -> Signature:
         """Structure, dtypes and shapes of a call."""

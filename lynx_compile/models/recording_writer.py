@@ -17,7 +17,6 @@ from lynx_compile.errors import InputError
 from lynx_compile.files.atomic import save_text
 from lynx_compile.files.tensors import TensorSpec, write_tensors
 from lynx_compile.models.recording import (
-    VERSION,
     Call,
     Component,
     Header,
@@ -35,15 +34,18 @@ class Writer:
     """A recording that grows by samples, and takes over those of an earlier writer of the same key.
 
     ``components``: those recorded; None until the first sample is there. ``missing``: samples that are not there.
-    ``schemas``: keys of the graphs that the first sample's calls need. Several processes may write different samples.
+    ``schemas``: keys of the graphs that the first sample's calls need. ``calls``: how many it made, by component.
+    Several processes may write different samples.
     """
 
-    def __init__(self, folder: Path, key: str, pipeline: str, samples: int) -> None:
+    def __init__(self, folder: Path, header: Header) -> None:
+        """``header``: of the whole recording, but for its components."""
         self.components: tuple[Component, ...] | None = None
-        self.missing = set(range(samples))
+        self.missing = set(range(header.samples))
         self.schemas: set[str] = set()
+        self.calls: dict[str, int] = {}
         self._folder = folder
-        self._header = Header(VERSION, key, pipeline, (), samples)
+        self._header = header
         self._blobs: set[str] = set()
         sample_path(folder, 0).parent.mkdir(parents=True, exist_ok=True)
         old = _header(folder)
@@ -51,7 +53,7 @@ class Writer:
             _clear(folder)
             return
         self.components = old.components
-        for number in range(samples):
+        for number in range(header.samples):
             if sample_path(folder, number).exists():
                 self._note(number, read(sample_path(folder, number), Sample))
 
@@ -76,6 +78,8 @@ class Writer:
         self._blobs.update(content.blobs)
         if number == 0:
             self.schemas.update(schema_key(signature) for signature in content.signatures)
+            for signature in content.signatures:
+                self.calls[signature.component] = self.calls.get(signature.component, 0) + signature.calls
         self.missing.discard(number)
 
 

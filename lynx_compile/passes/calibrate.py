@@ -88,7 +88,7 @@ def calibrate(
     progress: Progress,
     key: str = "",
 ) -> Statistics:
-    """Measure what the plan's linears read, over the recorded calls that the engine serves.
+    """Measure what the plan's linears read, over the recorded calls that the engine serves and none of those held out.
 
     Deterministic: calls in their order, the choice of tokens from ``calibration.seed`` and a call's place. Several
     processes have a share of the calls each, and add their moments up.
@@ -111,7 +111,7 @@ def calibrate(
         if by_block is not None:
             _warn_if_few(by_block)
             return Statistics(folder, tuple(one.name for one in wanted))
-    calls = parallel.share(tuple(enumerate(dit.calls.calls)))
+    calls = parallel.share(fitted_calls(dit, recording))
     tokens: dict[Measurement, int] = {}
     for number, part in enumerate(passes):
         choice = torch.Generator()
@@ -147,7 +147,7 @@ def _by_block(
     if sum(map(len, inside.values())) < len(wanted):
         return None
     chosen = _calls_that_fit(dit, recording, recipe)
-    if len(chosen) < len(dit.calls.calls) and not dit.is_streamed:
+    if len(chosen) < len(fitted_calls(dit, recording)) and not dit.is_streamed:
         return None  # in several passes all of them are measured
     tokens: dict[Measurement, int] = {}
     places_of = {(call.sample, call.index): place for place, call in enumerate(dit.calls.calls)}
@@ -193,7 +193,7 @@ def _through(block: torch.nn.Module, walk: Walk) -> None:
 
 def _calls_that_fit(dit: DiT, recording: Recording, recipe: Recipe) -> tuple[Call, ...]:
     """Those that ``calibration.memory_gib`` holds between two blocks, drawn at random."""
-    calls = dit.calls.calls
+    calls = tuple(call for _, call in fitted_calls(dit, recording))
     with walks(dit.module, [partial(_replay_call, dit, recording, calls[0])]) as (walk,):
         walk.start()
         given = tree_leaves((walk.at.args, walk.at.kwargs)) if walk.at else []
@@ -219,6 +219,12 @@ def _known(path: Path, key: str) -> int | None:
             return int(file.get_tensor("tokens"))
     except (OSError, SafetensorError):
         return None
+
+
+def fitted_calls(dit: DiT, recording: Recording) -> tuple[tuple[int, Call], ...]:
+    """The recorded calls with their places, but for those held out; a single call is all that there is."""
+    apart, everything = recording.held_out(dit.calls.calls), tuple(enumerate(dit.calls.calls))
+    return tuple(pair for pair in everything if pair[0] not in apart) or everything
 
 
 def replay(dit: DiT, arguments: Mapping[str, Any], *, gradients: bool = False) -> Any:

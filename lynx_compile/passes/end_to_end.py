@@ -24,7 +24,7 @@ from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
 from lynx_compile.passes.block_weights import Files, all_linears, substituted
 from lynx_compile.passes.select import SparsityPlan
-from lynx_compile.passes.states import calls_within, drawn_calls, held_out_of, states_of
+from lynx_compile.passes.states import calls_within, drawn_calls, states_of
 from lynx_compile.recipe import Recipe
 from lynx_compile.solve.stacking import State, batches, joined, outputs_of, parted
 from lynx_compile.solve.tune import Effort, Outcome, Rows, Shelf, fit
@@ -78,10 +78,10 @@ def end_to_end(
     A run that was stopped goes on with what it left in the file ``shelf`` for the same ``key``.
     """
     calls = dit.calls.calls
-    out = held_out_of(recording, calls)
+    out = recording.held_out(calls)
     chosen = drawn_calls(calls, out, recipe.calibration.seed)
     chosen = chosen[: calls_within(recording, [calls[n] for n in chosen], recipe.calibration.memory_gib)]
-    states = _with_targets(dit, states_of(dit, recording, [calls[n] for n in chosen]), effort.states)
+    states = with_targets(dit, states_of(dit, recording, [calls[n] for n in chosen]), effort.states)
     train = [state for number, state in zip(chosen, states, strict=True) if number not in out]
     held_out = [state for number, state in zip(chosen, states, strict=True) if number in out][:MOST_HELD_OUT]
     device = dit.device
@@ -113,7 +113,7 @@ def output_error(module: torch.nn.Module, states: Sequence[State], most: int) ->
 
 
 @torch.no_grad()
-def _with_targets(dit: DiT, states: Sequence[State], most: int) -> list[State]:
+def with_targets(dit: DiT, states: Sequence[State], most: int) -> list[State]:
     """The states with what the dense model returns."""
     device = dit.device
     made: dict[int, State] = {}

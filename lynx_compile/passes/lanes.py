@@ -17,7 +17,7 @@ from lynx_compile.errors import StageError
 from lynx_compile.models.blocks import BlockCall, Walk, walks
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
-from lynx_compile.passes.states import drawn_calls, held_out_of, states_of
+from lynx_compile.passes.states import drawn_calls, states_of
 from lynx_compile.recipe import Recipe
 from lynx_compile.solve.stacking import State, batches, joined, outputs_of, parted
 
@@ -60,7 +60,7 @@ class Lane:
 def lanes(dit: DiT, recording: Recording, recipe: Recipe, together: int = 1) -> Iterator[list[Lane]]:
     """Lanes for all calls that there is memory for, of at most ``together`` each, come to their first block."""
     calls = dit.calls.calls
-    held_out = held_out_of(recording, calls)
+    held_out = recording.held_out(calls)
     size, sizes = _at_first_block(dit, recording)
     chosen = drawn_calls(calls, held_out, recipe.calibration.seed)
     most = max(int(recipe.calibration.memory_gib * 2**30 / (COPIES * size)), 2)

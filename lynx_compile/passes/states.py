@@ -17,25 +17,9 @@ from lynx_compile.models.recording import Call, Recording
 from lynx_compile.passes.calibrate import given
 from lynx_compile.solve.stacking import State, joined, outputs_of, parted
 
-HELD_OUT = 8  # one sample of so many, where a recording does not say
 SAME = 0.02  # relative difference, in 16 bits, of what was computed as one from what was computed alone
 
 log = logging.getLogger(__name__)
-
-
-def held_out_of(recording: Recording, calls: Sequence[Call]) -> set[int]:
-    """Positions of the calls that nothing is fitted to.
-
-    They are those of the samples that the recording holds out; of a recording that holds none out, every eighth
-    sample's, the last one's at least; of one sample every eighth call.
-    """
-    if recording.header.held_out:
-        return {number for number, call in enumerate(calls) if call.sample in recording.header.held_out}
-    samples = sorted({call.sample for call in calls})
-    units = [call.sample if len(samples) > 1 else number for number, call in enumerate(calls)]
-    order = sorted(set(units))
-    out = set(order[HELD_OUT - 1 :: HELD_OUT] or order[-1:])
-    return {number for number, unit in enumerate(units) if unit in out}
 
 
 def drawn_calls(calls: Sequence[Call], held_out: set[int], seed: int) -> list[int]:

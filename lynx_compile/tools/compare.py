@@ -191,6 +191,7 @@ def _through_onnx(job: Job) -> Measured:
             not_measured["held-out calls"] = "the recipe has a recording, and no pipeline to make others"
         else:
             recording = record_held_out(sampler, job.component, folder / "held-out", progress)
+            not_measured |= _shared(sampler)
         states = read_states(recording, job.component, manifest)
         reference = _dense_outputs(_runner(dense, "dense"), states, progress)
     with job.display("output") as progress:
@@ -225,8 +226,17 @@ def _through_torch(job: Job) -> Measured:
         linears = _by_linear(job.manifest, compare_torch.linear_squares(module, engine, chosen, progress))
     with job.display("images") as progress:
         images, metric, reasons = _images(sampler, compare_torch.applied(module, engine), job, progress)
-    reasons["engines"] = "torch ran the models"
+    reasons |= _shared(sampler) | {"engines": "torch ran the models"}
     return Measured(len(states), linears, on_output, images, metric, (), reasons)
+
+
+def _shared(sampler: Sampler) -> dict[str, str]:
+    """What is not measured where no prompt was held out."""
+    if sampler.held_out:
+        return {}
+    return {
+        "other prompts": "the recipe has too few to hold some out; errors are on other noise of the same ones"
+    }
 
 
 @contextmanager

@@ -69,12 +69,12 @@ def open_sampler(recipe: Recipe, converted: Path, dtype: torch.dtype | None = No
     if recipe.calibration.prompts is None:
         return None
     rows = prompts.read(Path(recipe.compare.prompts or recipe.calibration.prompts))
-    first = (
-        0 if recipe.compare.prompts or len(rows) <= recipe.calibration.samples else recipe.calibration.samples
-    )
-    numbers = list(islice(cycle(range(first, len(rows))), recipe.compare.samples))
+    everything = tuple(range(len(rows)))
+    split = prompts.split(rows, recipe.calibration.held_out)
+    apart = everything if recipe.compare.prompts else split.held_out
+    numbers = list(islice(cycle(apart), recipe.compare.samples))
     pipe = open_pipeline(recipe, open_model(recipe, converted), rows, dtype)
-    is_held_out = first > 0 or recipe.compare.prompts is not None
+    is_held_out = recipe.compare.prompts is not None or not split.shared
     return Sampler(pipe, [rows[number] for number in numbers], np.array(numbers), is_held_out, recipe)
 
 

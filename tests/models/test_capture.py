@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -247,13 +248,42 @@ def test_few_states_of_every_prompt(tmp_path: Path) -> None:
     counts = [sum(c.sample == i for c in found.calls("transformer")) for i in range(8)]
     assert counts == [2] * 8
     (group,) = found.groups("transformer")
-    assert group.calls_made == 8 * 6
+    last = [max(c.index for c in found.calls("transformer") if c.sample == i) for i in range(1, 8)]
+    made = [2 * (index // 2 + 1) for index in last]  # two calls to a step
+    assert group.calls_made == 6 + sum(made) < 8 * 6, (
+        "all runs but the first end with the step of the last call kept"
+    )
     assert len({c.index for c in found.calls("transformer")}) == 6  # another draw for every prompt
     whole = record(prepared, tmp_path / "all")
     every = {(c.sample, c.index): c.blobs for c in whole.calls("transformer")}
     assert all(every[c.sample, c.index] == c.blobs for c in found.calls("transformer"))
     other = record(prepared, tmp_path / "other", states_per_prompt=2, seed=1)
     assert [c.index for c in other.calls("transformer")] != [c.index for c in found.calls("transformer")]
+
+
+def test_runs_that_are_held_out_stand_apart(tmp_path: Path) -> None:
+    prepared = pipelines.prepare("Flux")
+    found = record(prepared, tmp_path, held_out=prepared.inputs[:1])
+    assert found.header.samples == 3 and found.header.held_out == (2,)
+    calls = found.calls("transformer")
+    assert [calls[n].sample for n in sorted(found.held_out(calls))] == [2] * 6
+    first, last = (next(c for c in calls if c.sample == i) for i in (0, 2))
+    assert first.blobs["encoder_hidden_states"] == last.blobs["encoder_hidden_states"], "the same prompt"
+    assert first.blobs["hidden_states"] != last.blobs["hidden_states"], "and other noise"
+    with watched(prepared.pipe.transformer) as seen:
+        record(prepared, tmp_path, held_out=prepared.inputs[1:])
+    assert seen, "another recording"
+
+
+def test_without_runs_kept_apart_every_eighth_is(tmp_path: Path) -> None:
+    prepared = pipelines.prepare("Flux")
+    found = record(prepared, tmp_path, states_per_prompt=3)
+    calls = found.calls("transformer")
+    assert found.held_out(calls) == {3, 4, 5}, "the last sample's"
+    assert found.held_out(calls[:3]) == {2}
+    assert found.held_out(calls[:1]) == set()
+    many = [replace(calls[0], sample=number) for number in range(20)]
+    assert found.held_out(many) == {7, 15}
 
 
 def test_few_states_show_every_graph(tmp_path: Path) -> None:

@@ -93,3 +93,23 @@ def test_embeddings_in_float8_are_refused(tmp_path: Path) -> None:
     save_file({"prompt_embeds": torch.zeros(2, 4, 8).to(torch.float8_e4m3fn)}, tmp_path / "p.safetensors")
     with pytest.raises(InputError, match="'prompt_embeds' is float8_e4m3fn, .* Write it in the dtype"):
         prompts.read(tmp_path / "p.safetensors")
+
+
+def test_prompts_are_held_out_by_their_content() -> None:
+    rows = [{"prompt": f"prompt {number % 80}"} for number in range(160)]  # each of them twice
+    split = prompts.split(rows)
+    assert not split.shared and len(split.held_out) == 2 * 10
+    texts = [{rows[number]["prompt"] for number in side} for side in (split.calibration, split.held_out)]
+    assert not texts[0] & texts[1] and len(texts[1]) == 10
+    assert sorted(split.calibration + split.held_out) == list(range(160))
+    assert prompts.split(rows) == split and prompts.split(rows, 10) == split
+    assert len(prompts.split([{"prompt": str(n)} for n in range(5000)]).held_out) == prompts.MOST_HELD_OUT
+
+
+def test_few_prompts_are_shared_unless_it_is_asked_for() -> None:
+    rows = [{"prompt_embeds": torch.full((1, 2, 3), float(n))} for n in range(10)]
+    split = prompts.split(rows)
+    assert split.shared and split.held_out == split.calibration == tuple(range(10))
+    assert len(prompts.split(rows, 3).held_out) == 3
+    assert len(prompts.split(rows, 100).calibration) == 1, "one stays"
+    assert prompts.split(rows[:1], 1).shared

@@ -17,13 +17,14 @@ import onnxruntime as ort
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lynx_compile import cli
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError
 from lynx_compile.files.float32 import float32_copy
 from lynx_compile.files.progress import no_progress
+from lynx_compile.models import prompts
 from lynx_compile.ops.sparse_linear import sparse_linear
 from lynx_compile.ops.sparse_weight_linear import sparse_weight_linear
 from lynx_compile.recipe import Compare, load_recipe
@@ -130,12 +131,26 @@ def test_output_errors_are_those_of_the_very_files(engine: Path, tiny: Path) -> 
     assert found.output[0].error == pytest.approx(relative(lynx, dense), rel=0.1)
 
 
+def test_prompts_that_calibration_did_not_see(tiny: Path, tmp_path: Path) -> None:
+    many = {"prompt_embeds": torch.randn(20, 4, 32), "pooled_prompt_embeds": torch.randn(20, 16)}
+    save_file(many, tmp_path / "many.safetensors")
+    recipe = load_recipe(tiny / "tiny.yaml")
+    calibration = recipe.calibration.model_copy(update={"prompts": str(tmp_path / "many.safetensors")})
+    sampler = open_sampler(recipe.model_copy(update={"calibration": calibration}), tmp_path)
+    assert sampler is not None and sampler.held_out
+    split = prompts.split(prompts.read(tmp_path / "many.safetensors"))
+    assert len(split.held_out) == 2 and sampler.numbers.tolist() == [*split.held_out] * 4
+    for place, row in zip(sampler.numbers, sampler.rows, strict=True):
+        assert torch.equal(row["prompt_embeds"][0], many["prompt_embeds"][place])
+
+
 def test_it_writes_what_it_found(engine: Path) -> None:
     limit(engine, samples=3)
     found = compare.compare(engine)
     assert Comparison.read(engine.with_suffix(".compare.json")) == found
     assert found.images is not None and len(found.images.psnr) == 3
     assert found.not_measured == {
+        "other prompts": "the recipe has too few to hold some out; errors are on other noise of the same ones",
         "metric": "the recipe names none",
         "LPIPS": "the Python package lpips is not installed",
         "engines": "there is no GPU here",

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What further levers are worth for 2:4 weights: the ridge, a low-rank branch beside them, masks chosen anew in tuning.
+
+``python -m calib.levers RECIPE [--folder build/levers] [--minutes 2]``. Every block linear gets 2:4 weights; errors are
+|y - y_dense| / |y_dense| of the model's output on calls of prompts that calibration did not see. Tuning is end to end,
+from the solved weights, of equal length for every lever. Nothing here is what the compiler does: it is why.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from lynx_compile.models import prompts
+from lynx_compile.models.dit import DiT, find_dit
+from lynx_compile.models.dtypes import DTYPES
+from lynx_compile.models.opened import open_model
+from lynx_compile.models.recording import Recording
+from lynx_compile.ops.sparse_linear import keep_mask
+from lynx_compile.passes.block_weights import Files, all_linears, split, substituted
+from lynx_compile.passes.calibrate import Statistics, calibrate
+from lynx_compile.passes.compensate import compensate, dense_weights, load_weights
+from lynx_compile.passes.end_to_end import END_RATE, output_error, with_targets
+from lynx_compile.passes.record import record
+from lynx_compile.passes.select import SparsityPlan, select
+from lynx_compile.passes.states import calls_within, drawn_calls, states_of
+from lynx_compile.recipe import Recipe, Sparsity, load_recipe
+from lynx_compile.solve.low_rank import low_rank
+from lynx_compile.solve.stacking import State
+from lynx_compile.solve.tune import Effort, Rows, TunedLinear, fit
+
+RIDGES = (1e-4, 1e-3, 1e-2)
+RANKS = (64, 32, 16)  # K over the rank
+CHOOSE_EVERY = 25  # steps
+HYSTERESIS = 1.1  # times as large a pruned weight must have become as the kept one that it replaces
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A calibrated model whose block linears have solved 2:4 weights. ``train`` and ``held_out``: with targets."""
+
+    recipe: Recipe
+    folder: Path
+    dit: DiT
+    plan: SparsityPlan
+    statistics: Statistics
+    files: Files
+    solved: Mapping[str, Rows]
+    train: Sequence[State]
+    held_out: Sequence[State]
+    states: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.dit.module.parameters()).device
+
+    def error(self, linears: Mapping[str, TunedLinear]) -> float:
+        with substituted(self.dit.module, linears):
+            return output_error(self.dit.module, self.held_out, self.states)
+
+    def linears(self, rows: Mapping[str, Rows] | None = None) -> dict[str, TunedLinear]:
+        return all_linears(self.files, rows or self.solved, self.device)
+
+
+def main(
+    recipe: Path,
+    folder: Annotated[Path, typer.Option(help="What is made on the way is kept there.")] = Path(
+        "build/levers"
+    ),
+    minutes: Annotated[float, typer.Option(help="Of each tuning; 0: none.")] = 2.0,
+    steps: int = 2000,
+) -> None:
+    """Print a line for every lever."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    prepared = prepare(recipe, folder)
+    for ridge in RIDGES:
+        print(
+            f"ridge {ridge:g}: solved {prepared.error(prepared.linears(_with_ridge(prepared, ridge))):.4f}",
+            flush=True,
+        )
+    tunings: dict[str, Callable[[], dict[str, TunedLinear]]] = {
+        "as it is": prepared.linears,
+        **{f"low rank K/{part}": lambda part=part: low_ranks(prepared, part) for part in RANKS},  # type: ignore[misc]
+        "masks chosen anew": lambda: reselecting(prepared),
+    }
+    for name, make in tunings.items():
+        linears = make()
+        solved = prepared.error(linears)
+        tuned = tune(prepared, linears, minutes, steps) if minutes else float("nan")
+        print(f"{name}: solved {solved:.4f}, tuned {tuned:.4f}", flush=True)
+
+
+def prepare(path: Path, folder: Path) -> Prepared:
+    """Record, calibrate and solve, as the compiler does."""
+    recipe = load_recipe(path)
+    sparsity = Sparsity(operand="weight", include=recipe.sparsity.include, exclude=recipe.sparsity.exclude)
+    recipe = recipe.model_copy(update={"sparsity": sparsity})
+    opened = open_model(recipe, folder / "converted")
+    rows = prompts.read(Path(recipe.calibration.prompts or ""))
+    recording = record(recipe, opened, rows, folder / "recording", _quiet)
+    calls = recording.ways()[0]
+    dit = find_dit(opened.checkpoints[calls.component], recording, calls, DTYPES[recipe.model.dtype])
+    plan = select(dit.groups, sparsity)
+    statistics = calibrate(dit, plan, recording, recipe, folder / "statistics", _quiet)
+    paths = compensate(dit, plan, statistics, sparsity, folder / "weights", _quiet)
+    files = dict(zip(plan.groups, paths, strict=True))
+    states = max(2, (16384 if torch.cuda.is_available() else 2048) // max(g.tokens for g in plan.groups))
+    train, held_out = _states(dit, recording, recipe, states)
+    dit.module.requires_grad_(False)
+    return Prepared(recipe, folder, dit, plan, statistics, files, _rows_of(paths), train, held_out, states)
+
+
+def _states(dit: DiT, recording: Recording, recipe: Recipe, together: int) -> tuple[list[State], list[State]]:
+    calls = dit.calls.calls
+    out = recording.held_out(calls)
+    order = drawn_calls(calls, out, recipe.calibration.seed)
+    order = order[: calls_within(recording, [calls[n] for n in order], recipe.calibration.memory_gib)]
+    states = with_targets(dit, states_of(dit, recording, [calls[n] for n in order]), together)
+    pairs = list(zip(order, states, strict=True))
+    return [s for n, s in pairs if n not in out], [s for n, s in pairs if n in out]
+
+
+def _rows_of(paths: Sequence[Path]) -> dict[str, Rows]:
+    return {linear: rows for path in paths for linear, rows in split(load_weights(path)).items()}
+
+
+def _with_ridge(prepared: Prepared, ridge: float) -> dict[str, Rows]:
+    sparsity = prepared.recipe.sparsity.model_copy(update={"ridge": ridge})
+    folder = prepared.folder / f"ridge-{ridge:g}"
+    return _rows_of(compensate(prepared.dit, prepared.plan, prepared.statistics, sparsity, folder, _quiet))
+
+
+def low_ranks(prepared: Prepared, part: int) -> dict[str, TunedLinear]:
+    """A branch x A^T B^T beside the solved weights, of rank K / ``part``: the best for what they leave."""
+    rows = dict(prepared.solved)
+    for group in prepared.plan.groups:
+        weight, _ = dense_weights(prepared.dit, group)
+        solved = torch.cat([prepared.solved[linear.path].weight for linear in group.linears])
+        moments = prepared.statistics.load(group.name)
+        down, up = low_rank((weight - solved).T, moments.xx, group.in_channels // part, 1e-3, group.name)
+        offset = -(up @ (down @ moments.x_mean))
+        sizes = [linear.out_channels for linear in group.linears]
+        parts = zip(group.linears, up.split(sizes), offset.split(sizes), strict=True)
+        for linear, own, moved in parts:
+            old = rows[linear.path]
+            rows[linear.path] = replace(old, lora_down=down, lora_up=own, bias=old.bias + moved)
+    return prepared.linears(rows)
+
+
+class Reselecting(TunedLinear):
+    """2:4 weights whose mask follows what gradients make of all of them: pruned ones move too, unseen."""
+
+    def _kept(self) -> torch.Tensor:
+        assert self.keep is not None, "its weights are 2:4"
+        return self.weight + (self.weight * self.keep - self.weight).detach()
+
+    @torch.no_grad()
+    def choose(self) -> int:
+        """Take the 2 largest of every 4, where kept ones count ``HYSTERESIS`` times; how many weights were swapped."""
+        assert self.keep is not None, "its weights are 2:4"
+        keep = keep_mask(self.weight * torch.where(self.keep, HYSTERESIS, 1.0))
+        swapped = int((keep & ~self.keep).sum())
+        self.keep.copy_(keep)
+        return swapped
+
+
+def reselecting(prepared: Prepared) -> dict[str, TunedLinear]:
+    """Pruned weights begin at zero, and have to earn their place."""
+    return {path: Reselecting(rows).to(prepared.device) for path, rows in prepared.solved.items()}
+
+
+def tune(prepared: Prepared, linears: Mapping[str, TunedLinear], minutes: float, steps: int) -> float:
+    """The held-out error after tuning end to end."""
+    effort = Effort(steps, 60 * minutes, prepared.states, 0, END_RATE)
+
+    def after_step(what: str, done: int, total: int) -> None:
+        choosing = [linear for linear in linears.values() if isinstance(linear, Reselecting)]
+        if (
+            choosing and done % CHOOSE_EVERY == 1 and done < 0.7 * total
+        ):  # right after a look, and then they settle
+            logging.info("step %d: %d weights swapped", done, sum(linear.choose() for linear in choosing))
+
+    with substituted(prepared.dit.module, linears):
+        outcome = fit(
+            prepared.dit.module, linears.values(), prepared.train, prepared.held_out, effort, after_step
+        )
+        logging.info("%s", outcome)
+        return output_error(prepared.dit.module, prepared.held_out, prepared.states)
+
+
+def _quiet(*_: Any) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    typer.run(main)
