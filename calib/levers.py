@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What further levers are worth for 2:4 weights: the ridge, a low-rank branch beside them, masks chosen anew in tuning.
+"""What further levers are worth for 2:4 weights: ridge, low rank beside them, masks chosen anew, weights of steps.
 
 ``python -m calib.levers RECIPE [--folder build/levers] [--minutes 2]``. Every block linear gets 2:4 weights; errors are
 |y - y_dense| / |y_dense| of the model's output on calls of prompts that calibration did not see. Tuning is end to end,
-from the solved weights, of equal length for every lever. Nothing here is what the compiler does: it is why.
+from the solved weights, of equal length for every lever. PSNR is of the pipeline's images, mean over prompts. Nothing
+here is what the compiler does: it is why.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 
@@ -34,10 +36,20 @@ from lynx_compile.recipe import Recipe, Sparsity, load_recipe
 from lynx_compile.solve.low_rank import low_rank
 from lynx_compile.solve.stacking import State
 from lynx_compile.solve.tune import Effort, Rows, TunedLinear, fit
+from lynx_compile.tools.held_out import draw, open_sampler
+from lynx_compile.tools.images import psnr
 
 RIDGES = (1e-4, 1e-3, 1e-2)
 RANKS = (64, 32, 16)  # K over the rank
 CHOOSE_EVERY = 25  # steps
+SHOWN = (0.7, 1.0, 1.3, 1.6, 2.0, 1.9, 2.2, 1.9, 1.5, 1.1, 0.8, 0.8, 0.6, 0.5, 0.5, 0.4, 0.3, 0.2, 0.2, 0.6)
+CURVES: dict[str, Callable[[float], float]] = {  # by the share of the steps that are done
+    "alike": lambda at: 1.0,
+    "ten to one": lambda at: 10.0 ** (1 - at),
+    "by what the image shows": lambda at: SHOWN[
+        round(at * (len(SHOWN) - 1))
+    ],  # calib.step_weights on digits-flux
+}
 HYSTERESIS = 1.1  # times as large a pruned weight must have become as the kept one that it replaces
 
 
@@ -89,11 +101,24 @@ def main(
         **{f"low rank K/{part}": lambda part=part: low_ranks(prepared, part) for part in RANKS},  # type: ignore[misc]
         "masks chosen anew": lambda: reselecting(prepared),
     }
+    plain = [state.weight for state in prepared.train]
     for name, make in tunings.items():
         linears = make()
         solved = prepared.error(linears)
         tuned = tune(prepared, linears, minutes, steps) if minutes else float("nan")
-        print(f"{name}: solved {solved:.4f}, tuned {tuned:.4f}", flush=True)
+        print(
+            f"{name}: solved {solved:.4f}, tuned {tuned:.4f}, {psnr_of(prepared, linears):.2f} dB", flush=True
+        )
+    for name, curve in CURVES.items() if minutes else ():
+        first, last = max(plain), min(plain)  # of the first step and the last
+        share = [(first - weight) / max(first - last, 1e-9) for weight in plain]
+        weighed = replace(
+            prepared,
+            train=[replace(s, weight=curve(at)) for s, at in zip(prepared.train, share, strict=True)],
+        )
+        linears = prepared.linears()
+        tuned = tune(weighed, linears, minutes, steps)
+        print(f"steps weighed {name}: tuned {tuned:.4f}, {psnr_of(prepared, linears):.2f} dB", flush=True)
 
 
 def prepare(path: Path, folder: Path) -> Prepared:
@@ -173,6 +198,19 @@ class Reselecting(TunedLinear):
 def reselecting(prepared: Prepared) -> dict[str, TunedLinear]:
     """Pruned weights begin at zero, and have to earn their place."""
     return {path: Reselecting(rows).to(prepared.device) for path, rows in prepared.solved.items()}
+
+
+def psnr_of(prepared: Prepared, linears: Mapping[str, TunedLinear]) -> float:
+    """Mean PSNR in dB of the pipeline's images against the dense model's, on prompts that calibration did not see."""
+    sampler = open_sampler(prepared.recipe, prepared.folder / "converted")
+    assert sampler is not None, "the recipe has a pipeline"
+    module = getattr(sampler.pipe, prepared.dit.component).to(next(iter(linears.values())).weight.device)
+    dense = draw(sampler, _quiet)
+    with substituted(module, linears):
+        found = draw(sampler, _quiet)
+    if dense is None or found is None:
+        return float("nan")
+    return float(np.mean([psnr(*pair) for pair in zip(dense, found, strict=True)]))
 
 
 def tune(prepared: Prepared, linears: Mapping[str, TunedLinear], minutes: float, steps: int) -> float:

@@ -34,7 +34,6 @@ BYTES_A_WEIGHT = (
     24  # float32: itself, its gradient, Adam's two moments, the best so far; and what is cast of it
 )
 KEPT = 6  # values kept for the backward pass, to each that a compressed linear reads or returns
-MOST_HELD_OUT = 512  # states
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ def end_to_end(
     chosen = chosen[: calls_within(recording, [calls[n] for n in chosen], recipe.calibration.memory_gib)]
     states = with_targets(dit, states_of(dit, recording, [calls[n] for n in chosen]), effort.states)
     train = [state for number, state in zip(chosen, states, strict=True) if number not in out]
-    held_out = [state for number, state in zip(chosen, states, strict=True) if number in out][:MOST_HELD_OUT]
+    held_out = [state for number, state in zip(chosen, states, strict=True) if number in out]
     device = dit.device
     dit.module.requires_grad_(False)
     with substituted(dit.module, all_linears(files, solved, device)):

@@ -27,6 +27,7 @@ from lynx_compile.solve.stacking import State, batches, joined, outputs_of
 
 RATE = 0.005  # of a tensor's rms that Adam moves its elements in a step, at first; it falls to 0 along a half cosine
 LOOK_EVERY = 25  # steps between two looks at the held-out error
+LEAST_HELD_OUT = 8  # states that a look is at; else so many that it takes a tenth of the time
 SLOWER = 3  # times, after a look that finds it no lower
 MOST_WORSE = 5  # such looks in a row end it
 SAVE_EVERY = 120  # seconds, at least, between what a stopped run could go on with
@@ -217,7 +218,8 @@ class _Fit:
         shelf: Shelf,
     ) -> None:
         self._start, self._saved = time.monotonic(), time.monotonic()
-        self._module, self._held_out, self._effort, self._shelf = module, held_out, effort, shelf
+        self._module, self._effort, self._shelf = module, effort, shelf
+        self._held_out = held_out[: max(LOOK_EVERY * effort.states // 3, LEAST_HELD_OUT)]
         self._parameters = _parameters(linears)
         self._sizes = [_size(parameter, linears) for parameter in self._parameters]
         self._adam = self._fresh_adam()
@@ -227,7 +229,7 @@ class _Fit:
         if (saved := shelf.load()) is not None:
             self._take_up(saved)
         else:
-            self.best = self.before = block_error(module, held_out, effort.states)
+            self.best = self.before = block_error(module, self._held_out, effort.states)
 
     def take_step(self) -> None:
         for group, size in zip(self._adam.param_groups, self._sizes, strict=True):
