@@ -166,7 +166,6 @@ class Calibration(Strict):
     ``held_out``: so many prompts are kept from it, and on those every error is reported; null: an eighth of the
     different ones, 64 at most, and none of fewer than 16: then on other noise of the same prompts. An eighth more runs.
     ``samples``: prompts to run, in turn where there are fewer; ``batch``: prompts to a run, also the engine's.
-    ``steps``: of each run (``num_inference_steps``); null: as many as ``call`` says.
     ``states_per_prompt``: calls that are recorded of a run, drawn at random; null: all of them. A pipeline that can
     be interrupted runs no further than it must.
     ``tokens_per_call``: of each sample and call at most so many tokens, drawn at random, enter the moments.
@@ -177,7 +176,6 @@ class Calibration(Strict):
     recording: Annotated[str, Field(min_length=1)] | None = None
     held_out: Annotated[int, Field(ge=0)] | None = None
     samples: Annotated[int, Field(ge=1)] = 512
-    steps: Annotated[int, Field(ge=1)] | None = None
     batch: Annotated[int, Field(ge=1, le=1024)] = 1
     states_per_prompt: Annotated[int, Field(ge=1)] | None = 4
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -179,11 +179,11 @@ class Recording:
         """Positions of the calls that nothing is fitted to, and from which errors are reported.
 
         They are those of the samples kept apart; where there are none among the calls, or no others, every eighth
-        sample's, the last one's at least; of one sample every eighth call; of one call none.
+        sample's, the last one's at least; of one sample every eighth call, the last one at least.
         """
         apart = {number for number, call in enumerate(calls) if call.sample in self.header.held_out}
-        if 0 < len(apart) < len(calls) or len(calls) == 1:
-            return apart if len(calls) > 1 else set()
+        if 0 < len(apart) < len(calls):
+            return apart
         samples = {call.sample for call in calls}
         units = [call.sample if len(samples) > 1 else number for number, call in enumerate(calls)]
         order = sorted(set(units))

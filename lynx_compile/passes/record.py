@@ -51,7 +51,7 @@ def record(recipe: Recipe, opened: Opened, rows: Rows, folder: Path, progress: P
         held_out=[
             rows[number] for number in islice(cycle(split.held_out), -(-calibration.samples // HELD_OUT))
         ],
-        call=recipe.call | _steps(recipe),
+        call=recipe.call,
         components=named_components(recipe),
         seed=calibration.seed,
         batch=calibration.batch,
@@ -59,12 +59,6 @@ def record(recipe: Recipe, opened: Opened, rows: Rows, folder: Path, progress: P
         model_digest=" ".join([str(CAPTURE.number), *(c.digest() for c in opened.checkpoints.values())]),
         progress=progress,
     )
-
-
-def _steps(recipe: Recipe) -> dict[str, int]:
-    """The number of steps that calibration runs, where that is not the engine's own."""
-    steps = recipe.calibration.steps
-    return {} if steps is None else {"num_inference_steps": steps}
 
 
 def _warn_of_few(split: prompts.Split, samples: int) -> None:

@@ -26,7 +26,7 @@ from lynx_compile.passes.block_weights import node_linears, substituted
 from lynx_compile.passes.budget import Selection
 from lynx_compile.passes.calibrate import replay
 from lynx_compile.passes.select import SparseGroup
-from lynx_compile.passes.states import held_out_of, weight_of
+from lynx_compile.passes.states import weight_of
 from lynx_compile.solve.tune import TunedLinear
 
 SELECT = StageVersion("select", 1, ("torch", "diffusers", "transformers"))
@@ -177,7 +177,7 @@ class HeldOut:
 
     def __init__(self, dit: DiT, recording: Recording, progress: Progress, most: int = CALLS) -> None:
         calls = dit.calls.calls
-        found = sorted(held_out_of(recording, calls))
+        found = sorted(recording.held_out(calls))
         self.calls: list[Call] = [calls[number] for number in found[:: -(-len(found) // most)]]
         like = next(p for p in dit.module.parameters() if p.is_floating_point())
         self.device, self.dtype = like.device, like.dtype

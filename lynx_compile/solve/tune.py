@@ -192,7 +192,7 @@ def fit(
     the best, which is where they began if nothing was better.
     """
     linears = tuple(linears)
-    if not _parameters(linears):
+    if not train or not _parameters(linears):
         error = block_error(module, held_out, effort.states)
         return Outcome(error, error, 0, 0.0)
     with differentiable_attention():

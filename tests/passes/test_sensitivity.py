@@ -24,7 +24,7 @@ from lynx_compile.passes.compensate import compensate
 from lynx_compile.passes.describe import _budget
 from lynx_compile.passes.select import SparseGroup, SparsityPlan, candidates, select
 from lynx_compile.passes.sensitivity import Sensitivities, probed_calls, sensitivity
-from lynx_compile.passes.states import held_out_of, weight_of
+from lynx_compile.passes.states import weight_of
 from lynx_compile.passes.verify import HeldOut, Verified, linears_of, verify, within_psnr
 from lynx_compile.recipe import Budget, Recipe, Sparsity, load_recipe
 from lynx_compile.solve.tune import TunedLinear
@@ -187,7 +187,7 @@ def test_calls_are_spread_over_steps_and_none_is_held_out(made: Probed) -> None:
     calls = made.dit.calls.calls
     chosen = probed_calls(made.recording, calls, 0, most=4)
     assert sorted(call.step for call in chosen) == [0, 1, 2, 3]
-    out = [calls[number] for number in held_out_of(made.recording, calls)]
+    out = [calls[number] for number in made.recording.held_out(calls)]
     assert not any(call in out for call in probed_calls(made.recording, calls, 0, 128))
     assert probed_calls(made.recording, calls[:1], 0, 128) == [calls[0]], "better than none"
 
