@@ -117,7 +117,7 @@ def _one_at_a_time(made: Probed) -> torch.Tensor:
 def test_a_plan_adds_what_was_predicted(made: Probed) -> None:
     selection = made.selection
     held_out = HeldOut(made.dit, made.recording, no_progress)
-    assert {call.sample for call in held_out.calls} == {2} and len(held_out.calls) == 4
+    assert {call.sample for call in held_out.calls} == {3} and len(held_out.calls) == 4
     for taken in (len(selection.steps) // 2, len(selection.steps)):
         linears = linears_of(selection, taken, made.weights, CPU)
         squares = held_out.squares(linears)
