@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Draws digits with the engine of engines/digits-flux.yaml: denoises a seed file's noise and writes a picture of it.
+// Draws digits with the engine of engines/digits-flux.yaml: denoises a seed file's noise and writes a picture
+// of it.
 //
 //   python -m calib.digits_flux.seed seed.safetensors
 //   digits engines/digits-flux.engine seed.safetensors digits.png [LIBRARY]
