@@ -121,10 +121,6 @@ def find_dit(
     arguments, axes = compiled_arguments(recording, calls)
     if isinstance(checkpoint, OnnxSource):
         arguments = dict(checkpoint.taken(arguments))
-    # A pipeline that was recorded in half precision, as on a GPU, gives tensors that fit no weights in float32.
-    recorded = dtype if any(map(_is_half, flatten(arguments).tensors.values())) else torch.float32
-    skeleton = checkpoint.build("meta", recorded)
-    structure = find_structure(skeleton, arguments, lambda: checkpoint.load(recorded))
     return DiT(
         checkpoint=checkpoint,
         recorded=recording.component(component),
@@ -136,8 +132,31 @@ def find_dit(
         if isinstance(checkpoint, OnnxSource)
         else in_engine_dtypes(checkpoint, arguments, dtype),
         axes=axes,
-        groups=structure.groups,
+        groups=_groups(checkpoint, arguments, dtype),
     )
+
+
+def find_groups(
+    checkpoint: Checkpoint | OnnxSource, recording: Recording, calls: Group, dtype: torch.dtype
+) -> tuple[LinearGroup, ...]:
+    """``DiT.groups`` alone: the weights' files are not read, nor digested, which takes minutes of a large model.
+
+    Raises:
+        InputError: the module cannot be run without weights.
+    """
+    arguments, _ = compiled_arguments(recording, calls)
+    if isinstance(checkpoint, OnnxSource):
+        arguments = dict(checkpoint.taken(arguments))
+    return _groups(checkpoint, arguments, dtype)
+
+
+def _groups(
+    checkpoint: Checkpoint | OnnxSource, arguments: Mapping[str, Any], dtype: torch.dtype
+) -> tuple[LinearGroup, ...]:
+    # A pipeline that was recorded in half precision, as on a GPU, gives tensors that fit no weights in float32.
+    recorded = dtype if any(map(_is_half, flatten(arguments).tensors.values())) else torch.float32
+    skeleton = checkpoint.build("meta", recorded)
+    return find_structure(skeleton, arguments, lambda: checkpoint.load(recorded)).groups
 
 
 def compiled_arguments(recording: Recording, calls: Group) -> tuple[dict[str, Any], tuple[Axis, ...]]:

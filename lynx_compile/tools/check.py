@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lynx_compile.files.outputs import Outputs
 from lynx_compile.models import recording as recordings
-from lynx_compile.models.dit import find_dit
+from lynx_compile.models.dit import find_groups
 from lynx_compile.models.dtypes import DTYPES
 from lynx_compile.models.opened import open_model
 from lynx_compile.models.source import download_bytes
@@ -47,9 +47,10 @@ def check(recipe: Recipe, output: Path) -> list[str]:
     recording = recordings.load(Path(recorded))
     by_speed = recipe.budget is None or not recipe.sparsity.needs_moments
     for way in recording.ways():
-        dit = find_dit(opened.of(way.component), recording, way, DTYPES[recipe.model.dtype])
-        plan = candidates(dit.groups, recipe.sparsity, target.gpus, by_speed=by_speed).everything()
-        expected = forecast(recipe, dit.checkpoint, target, outputs.folder, plan)
+        checkpoint = opened.of(way.component)
+        groups = find_groups(checkpoint, recording, way, DTYPES[recipe.model.dtype])
+        plan = candidates(groups, recipe.sparsity, target.gpus, by_speed=by_speed).everything()
+        expected = forecast(recipe, checkpoint, target, outputs.folder, plan)
         lines += expected.describe()
         expected.require(outputs.folder)
     return lines
