@@ -468,6 +468,7 @@ FOLDERS = {
     "capture": "recording/samples",
     "calibrate": "statistics",
     "compensate": "weights",
+    "export": "dense",
     "rewrite": "lynx",
     "build": "engine",
 }
@@ -494,9 +495,6 @@ def fill(monkeypatch: pytest.MonkeyPatch, stage: str, cache: Path) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    if stage == "export":  # torch's own writer
-        monkeypatch.setattr(torch.onnx.ONNXProgram, "save", full)
-        return
     flush, folder = atomic._flush, cache / FOLDERS[stage]
     monkeypatch.setattr(atomic, "_flush", lambda path: full() if path.parent == folder else flush(path))
 
