@@ -599,6 +599,7 @@ def study_(
 
         values = load_recipe(recipe)
         _configure_logging(verbose=False)
+        from lynx_compile.tools import summary as summary_file
         from lynx_compile.tools.study import methods as known
         from lynx_compile.tools.study import results, run, show
 
@@ -613,7 +614,7 @@ def study_(
         )
         if summary is not None:
             compiled = {} if budget is None else results.of_budget(name, budget)
-            results.write_summary(results.summary(found) | compiled, summary)
+            summary_file.add(results.summary(found) | compiled, summary)
     Console(highlight=False, width=max(out.width, 150)).print(show.table(found))
     out.print(f"wrote {escape(str(folder / 'study.json'))}, study.md, study.png and, of images, sheet.png")
 

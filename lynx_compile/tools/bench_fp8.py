@@ -29,6 +29,7 @@ from lynx_compile.ops.fp8 import Rounded, round_rows
 from lynx_compile.ops.sparse_linear import X_FIRST, Gated, Gelu, Norm, expand_low_rank, keep_mask
 from lynx_compile.passes.select import FP8_GPUS
 from lynx_compile.tools.bench import BUFFER_BYTES, SHAPES, Shape, sparse_weight_of
+from lynx_compile.tools.summary import add
 from lynx_compile.tools.timing import captured, file_name, take_long_turns, take_turns
 from lynx_compile.torch_ops.bindings import LIBRARY, SparseLinear, load_library
 from lynx_compile.torch_ops.fp8_bindings import (
@@ -381,11 +382,8 @@ def save(bench: Fp8Bench, folder: Path) -> tuple[Path, Path]:
     path = folder / f"{file_name(bench.device)}-fp8.json"
     save_text(path, json.dumps(asdict(bench) | {"summary": bench.summary}, indent=1) + "\n")
     summary = folder / "summary.json"
-    old = json.loads(summary.read_text()) if summary.exists() else {}
     rounded = {name: round(value, 3) for name, value in bench.summary.items()}
-    save_text(
-        summary, json.dumps(old | rounded | {"device": bench.device, "date": bench.date}, indent=1) + "\n"
-    )
+    add({**rounded, "device": bench.device, "date": bench.date}, summary)
     return path, summary
 
 

@@ -66,7 +66,7 @@ from lynx_compile.tools.held_out import (
     replaced,
     rows_of_images,
 )
-from lynx_compile.tools.images import has_lpips, lpips, psnr
+from lynx_compile.tools.images import as_picture, has_lpips, lpips, psnr, side_by_side
 from lynx_compile.tools.linear_graphs import Part, linear_graphs
 from lynx_compile.tools.metric import call_metric
 from lynx_compile.torch_ops.operators import kernels_run
@@ -395,24 +395,13 @@ def _images(
 
 def _write_sheet(dense: np.ndarray, lynx: np.ndarray, path: Path) -> None:
     """A row of the dense model's images, one of the Lynx model's, one of their differences, made stronger."""
-    from PIL import Image, PngImagePlugin
+    from PIL import PngImagePlugin
 
     columns = min(len(dense), SHEET_COLUMNS)
     difference = np.clip(DIFFERENCE_GAIN * np.abs(lynx - dense), 0, 1)
-    rows = []
-    for images in (dense, lynx, difference):
-        tiles = [np.pad(image, ((0, 0), (1, 1), (1, 1)), constant_values=0.5) for image in images[:columns]]
-        rows.append(np.concatenate(tiles, axis=2))
+    rows = [side_by_side(images[:columns]) for images in (dense, lynx, difference)]
     grid = np.concatenate(rows, axis=1)  # [colours, height, width]
-    grid = grid[0] if len(grid) == 1 else grid[:3].transpose(1, 2, 0)
-    picture = Image.fromarray((grid * 255).round().astype(np.uint8))
-    side = max(dense.shape[2:])
-    if side > SHEET_PIXELS:
-        shrunk = (picture.width * SHEET_PIXELS // side, picture.height * SHEET_PIXELS // side)
-        picture = picture.resize(shrunk, Image.Resampling.LANCZOS)
-    else:
-        factor = max(SHEET_PIXELS // 2 // side, 1)
-        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    picture = as_picture(grid, max(dense.shape[2:]), SHEET_PIXELS // 2, SHEET_PIXELS)
     facts = PngImagePlugin.PngInfo()
     facts.add_text("Software", PRODUCER)
     with atomic_path(path) as temporary:

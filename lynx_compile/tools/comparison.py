@@ -3,16 +3,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
-from lynx_compile.errors import InputError
-from lynx_compile.files.atomic import save_text
-from lynx_compile.files.strict import Strict
+from lynx_compile.files.strict import Kept, Strict
 from lynx_compile.recipe import Compare
 from lynx_compile.solve.moments import relative_error
 
@@ -78,7 +73,7 @@ class Squares:
         return relative_error(self.lost, self.dense)
 
 
-class Comparison(Strict):
+class Comparison(Kept):
     """Everything that was compared, and why the rest was not.
 
     ``linears``: worst first. ``metric``: the recipe's own numbers. ``not_measured``: {what: reason}.
@@ -100,27 +95,10 @@ class Comparison(Strict):
     not_measured: dict[str, str]
     missed: tuple[str, ...]
 
-    def write(self, path: Path) -> None:
-        """Write it as JSON, atomically."""
-        save_text(path, self.model_dump_json(indent=1) + "\n")
-
     @classmethod
     def read(cls, path: Path) -> Comparison | None:
-        """What was written; None when there is none, or it is of another version.
-
-        Raises:
-            InputError: it cannot be read.
-        """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values["format_version"] != FORMAT_VERSION:
-                return None
-            return cls.model_validate_json(json.dumps(values))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError, KeyError, ValidationError, RecursionError) as error:
-            reason = str(error).split("\n")[0]
-            raise InputError(f"{path} is damaged ({reason}).", "Delete it, or run compare again.") from None
+        """As ``Kept.read_kept``."""
+        return cls.read_kept(path, FORMAT_VERSION, "Delete it, or run compare again.")
 
 
 def missed(

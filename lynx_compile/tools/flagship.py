@@ -39,6 +39,7 @@ from lynx_compile.models.checkpoint import open_checkpoint
 from lynx_compile.models.recording import Recording
 from lynx_compile.models.weightless import Weightless
 from lynx_compile.tools.full_size import FullSize, find, step
+from lynx_compile.tools.summary import add
 
 SHARD_BYTES = 5 << 30
 STEPS, WARM_UP = 10, 2  # that are timed, and before
@@ -321,8 +322,7 @@ def main() -> None:
         }
         if gpu:
             found |= {f"{key}.peak_gpu_gib": round(gpu, 1)}
-        old = json.loads(arguments.summary.read_text()) if arguments.summary.exists() else {}
-        save_text(arguments.summary, json.dumps(old | found, indent=1) + "\n")
+        add(found, arguments.summary)
 
 
 if __name__ == "__main__":

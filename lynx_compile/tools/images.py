@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How alike two images of the same noise are: PSNR, SSIM, and LPIPS where its package is installed.
+"""How alike two images of the same noise are: PSNR, SSIM, and LPIPS where its package is installed; and sheets of them.
 
 All take images [colours, height, width] float32 in [0, 1], the dense model's first.
 """
@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional
 
 BEST_PSNR = 200.0  # of two equal images, whose PSNR is infinite
@@ -68,3 +69,23 @@ def lpips(dense: np.ndarray, other: np.ndarray) -> float | None:
     ((found,),) = compared[0].values()
     value: float | None = found["image"].lpips
     return value
+
+
+def side_by_side(images: np.ndarray) -> np.ndarray:
+    """Images [n, colours, height, width] as one [colours, height + 2, n (width + 2)], with a line around each."""
+    tiles = [np.pad(image, ((0, 0), (1, 1), (1, 1)), constant_values=0.5) for image in images]
+    return np.concatenate(tiles, axis=2)
+
+
+def as_picture(grid: np.ndarray, side: int, smallest: int, largest: int) -> Image.Image:
+    """What ``side_by_side`` made, with images of ``side`` pixels brought between ``smallest`` and ``largest``.
+
+    Small ones become a whole number of times as large, without blur.
+    """
+    grid = grid[0] if len(grid) == 1 else grid[:3].transpose(1, 2, 0)
+    picture = Image.fromarray((grid * 255).round().astype(np.uint8))
+    if side > largest:
+        shrunk = (picture.width * largest // side, picture.height * largest // side)
+        return picture.resize(shrunk, Image.Resampling.LANCZOS)
+    factor = max(smallest // side, 1)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)

@@ -11,6 +11,7 @@ from typing import Any
 
 from lynx_compile.files.atomic import save_text
 from lynx_compile.tools.model_forms import FORMS_AND_PLAN
+from lynx_compile.tools.summary import add
 from lynx_compile.tools.timing import file_name
 
 FULL_SIZE = "1024x1024 pixels, 512 text tokens, batch 1, random weights"  # of results that do not say it
@@ -78,14 +79,14 @@ def save(result: ModelResult, folder: Path) -> list[Path]:
     models[result.model]["forms"] = {**earlier, **models[result.model]["forms"]}
     save_text(path, json.dumps(models, indent=1) + "\n")
     summary = folder / "summary.json"
-    old = json.loads(summary.read_text()) if summary.exists() else {}
+    found: dict[str, float | str] = {}
     for form, each in models[result.model]["forms"].items():
         if form == "bf16_dense":
-            old[f"step.{result.model}.dense_ms"] = round(each["ms"], 2)
+            found[f"step.{result.model}.dense_ms"] = round(each["ms"], 2)
         else:
-            old[f"step.{result.model}.{form}"] = round(each["ratio"], 3)
-            old[f"step.{result.model}.{form}.steady"] = round(each["steady_ratio"], 3)
-    save_text(summary, json.dumps(old | {"device": result.device, "date": result.date}, indent=1) + "\n")
+            found[f"step.{result.model}.{form}"] = round(each["ratio"], 3)
+            found[f"step.{result.model}.{form}.steady"] = round(each["steady_ratio"], 3)
+    add(found | {"device": result.device, "date": result.date}, summary)
     table, picture = path.with_suffix(".md"), path.with_suffix(".png")
     save_text(table, markdown(models))
     _draw(models, picture)

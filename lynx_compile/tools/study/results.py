@@ -3,21 +3,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError
-from lynx_compile.files.atomic import save_text
 from lynx_compile.files.outputs import Outputs
-from lynx_compile.files.strict import Strict
+from lynx_compile.files.strict import Kept, Strict
 from lynx_compile.tools.comparison import Comparison
 from lynx_compile.tools.study.methods import METHODS
 
@@ -79,7 +75,7 @@ class Row(Strict):
         return [] if None in values else values
 
 
-class Study(Strict):
+class Study(Kept):
     """All rows, in the order of ``METHODS``, and what they have in common.
 
     ``name``: of the model. ``device``: what ran it; ``dtype``: what the module computed in. ``linears``: so many are
@@ -117,27 +113,10 @@ class Study(Strict):
         ordered = tuple(rows[name] for name in METHODS if name in rows)
         return self.model_copy(update={"rows": ordered})
 
-    def write(self, path: Path) -> None:
-        """Write it as JSON, atomically."""
-        save_text(path, self.model_dump_json(indent=1) + "\n")
-
     @classmethod
     def read(cls, path: Path) -> Study | None:
-        """What was written; None where there is none, or it is of another version.
-
-        Raises:
-            InputError: it cannot be read.
-        """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values["format_version"] != FORMAT_VERSION:
-                return None
-            return cls.model_validate_json(json.dumps(values))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError, KeyError, ValidationError, RecursionError) as error:
-            reason = str(error).split("\n")[0]
-            raise InputError(f"{path} is damaged ({reason}).", "Delete it, or give another folder.") from None
+        """As ``Kept.read_kept``."""
+        return cls.read_kept(path, FORMAT_VERSION, "Delete it, or give another folder.")
 
 
 def summary(study: Study) -> dict[str, float | str]:
@@ -178,21 +157,6 @@ def of_budget(name: str, engine: Path) -> dict[str, float | str]:
     return {
         f"quality.{name}.budget.{what}": _rounded(value) for what, value in found.items() if value is not None
     }
-
-
-def write_summary(values: Mapping[str, float | str], path: Path) -> None:
-    """Put ``values`` over what ``path`` says of the same keys.
-
-    Raises:
-        InputError: what is there is no JSON mapping.
-    """
-    try:
-        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if not isinstance(old, dict):
-            raise ValueError("it is no mapping")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}).", "Give another --summary.") from None
-    save_text(path, json.dumps({**old, **values}, indent=1) + "\n")
 
 
 def _rounded(value: float) -> float:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
 from lynx_compile.files.atomic import atomic_path
+from lynx_compile.tools.images import as_picture, side_by_side
 from lynx_compile.tools.study.methods import METHODS
 from lynx_compile.tools.study.results import Row, Study, cells, heads, metric_names
 
@@ -33,17 +34,7 @@ def table(study: Study) -> Table:
 
 def save_strip(images: np.ndarray, path: Path) -> None:
     """The first images [n, colours, height, width] in [0, 1] of a method, side by side."""
-    tiles = [np.pad(image, ((0, 0), (1, 1), (1, 1)), constant_values=0.5) for image in images[:COLUMNS]]
-    grid = np.concatenate(tiles, axis=2)
-    grid = grid[0] if len(grid) == 1 else grid[:3].transpose(1, 2, 0)
-    picture = Image.fromarray((grid * 255).round().astype(np.uint8))
-    side = max(images.shape[2:])
-    if side > LARGEST:
-        shrunk = (picture.width * LARGEST // side, picture.height * LARGEST // side)
-        picture = picture.resize(shrunk, Image.Resampling.LANCZOS)
-    elif (factor := SMALLEST // side) > 1:
-        size = (picture.width * factor, picture.height * factor)
-        picture = picture.resize(size, Image.Resampling.NEAREST)
+    picture = as_picture(side_by_side(images[:COLUMNS]), max(images.shape[2:]), SMALLEST, LARGEST)
     _save(picture, path)
 
 
