@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a model by flow matching for so many minutes or steps, on a GPU where there is one: the reference models' loop.
 
-Needs torch alone, so that a GPU machine without the rest of this project can run it.
+Needs torch and diffusers alone, so that a GPU machine without the rest of this project can run it.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, ModelMixin
 from torch import nn
 
 SYNC_EVERY = 20  # steps between two looks at the clock, for which the CPU waits for the GPU
@@ -128,3 +130,17 @@ def start_at_zero(model: nn.Module, names: Callable[[str], bool]) -> None:
         if isinstance(module, nn.Linear) and names(path):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+
+
+def save_pipeline(transformer: ModelMixin, pipeline: str, absent: Sequence[str], folder: Path) -> None:
+    """Write transformer (fp16), scheduler and index in diffusers' layout; the components ``absent`` are null."""
+    copy.deepcopy(transformer).half().save_pretrained(folder / "transformer")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": pipeline,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "transformer": ["diffusers", type(transformer).__name__],
+        **{component: [None, None] for component in absent},
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -13,25 +13,21 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 import typer
 
-from lynx_compile.models import prompts
-from lynx_compile.models.dit import DiT, find_dit
-from lynx_compile.models.dtypes import DTYPES
-from lynx_compile.models.opened import open_model
-from lynx_compile.models.recording import Recording
+from calib.recorded import recorded
+from lynx_compile.files.progress import no_progress
+from lynx_compile.models.dit import DiT
 from lynx_compile.ops.sparse_linear import keep_mask
 from lynx_compile.passes.block_weights import Files, all_linears, split, substituted
 from lynx_compile.passes.calibrate import Statistics, calibrate
 from lynx_compile.passes.compensate import compensate, dense_weights, load_weights
-from lynx_compile.passes.end_to_end import END_RATE, output_error, with_targets
-from lynx_compile.passes.record import record
+from lynx_compile.passes.end_to_end import END_RATE, drawn_states, output_error
 from lynx_compile.passes.select import SparsityPlan, select
-from lynx_compile.passes.states import calls_within, drawn_calls, states_of
 from lynx_compile.recipe import Recipe, Sparsity, load_recipe
 from lynx_compile.solve.low_rank import low_rank
 from lynx_compile.solve.stacking import State
@@ -126,29 +122,15 @@ def prepare(path: Path, folder: Path) -> Prepared:
     recipe = load_recipe(path)
     sparsity = Sparsity(operand="weight", include=recipe.sparsity.include, exclude=recipe.sparsity.exclude)
     recipe = recipe.model_copy(update={"sparsity": sparsity})
-    opened = open_model(recipe, folder / "converted")
-    rows = prompts.read(Path(recipe.calibration.prompts or ""))
-    recording = record(recipe, opened, rows, folder / "recording", _quiet)
-    calls = recording.ways()[0]
-    dit = find_dit(opened.checkpoints[calls.component], recording, calls, DTYPES[recipe.model.dtype])
+    recording, dit = recorded(recipe, folder)
     plan = select(dit.groups, sparsity)
-    statistics = calibrate(dit, plan, recording, recipe, folder / "statistics", _quiet)
-    paths = compensate(dit, plan, statistics, sparsity, folder / "weights", _quiet)
+    statistics = calibrate(dit, plan, recording, recipe, folder / "statistics", no_progress)
+    paths = compensate(dit, plan, statistics, sparsity, folder / "weights", no_progress)
     files = dict(zip(plan.groups, paths, strict=True))
     states = max(2, (16384 if torch.cuda.is_available() else 2048) // max(g.tokens for g in plan.groups))
-    train, held_out = _states(dit, recording, recipe, states)
+    train, held_out = drawn_states(dit, recording, recipe, states)
     dit.module.requires_grad_(False)
     return Prepared(recipe, folder, dit, plan, statistics, files, _rows_of(paths), train, held_out, states)
-
-
-def _states(dit: DiT, recording: Recording, recipe: Recipe, together: int) -> tuple[list[State], list[State]]:
-    calls = dit.calls.calls
-    out = recording.held_out(calls)
-    order = drawn_calls(calls, out, recipe.calibration.seed)
-    order = order[: calls_within(recording, [calls[n] for n in order], recipe.calibration.memory_gib)]
-    states = with_targets(dit, states_of(dit, recording, [calls[n] for n in order]), together)
-    pairs = list(zip(order, states, strict=True))
-    return [s for n, s in pairs if n not in out], [s for n, s in pairs if n in out]
 
 
 def _rows_of(paths: Sequence[Path]) -> dict[str, Rows]:
@@ -158,7 +140,9 @@ def _rows_of(paths: Sequence[Path]) -> dict[str, Rows]:
 def _with_ridge(prepared: Prepared, ridge: float) -> dict[str, Rows]:
     sparsity = prepared.recipe.sparsity.model_copy(update={"ridge": ridge})
     folder = prepared.folder / f"ridge-{ridge:g}"
-    return _rows_of(compensate(prepared.dit, prepared.plan, prepared.statistics, sparsity, folder, _quiet))
+    return _rows_of(
+        compensate(prepared.dit, prepared.plan, prepared.statistics, sparsity, folder, no_progress)
+    )
 
 
 def low_ranks(prepared: Prepared, part: int) -> dict[str, TunedLinear]:
@@ -205,9 +189,9 @@ def psnr_of(prepared: Prepared, linears: Mapping[str, TunedLinear]) -> float:
     sampler = open_sampler(prepared.recipe, prepared.folder / "converted")
     assert sampler is not None, "the recipe has a pipeline"
     module = getattr(sampler.pipe, prepared.dit.component).to(next(iter(linears.values())).weight.device)
-    dense = draw(sampler, _quiet)
+    dense = draw(sampler, no_progress)
     with substituted(module, linears):
-        found = draw(sampler, _quiet)
+        found = draw(sampler, no_progress)
     if dense is None or found is None:
         return float("nan")
     return float(np.mean([psnr(*pair) for pair in zip(dense, found, strict=True)]))
@@ -230,10 +214,6 @@ def tune(prepared: Prepared, linears: Mapping[str, TunedLinear], minutes: float,
         )
         logging.info("%s", outcome)
         return output_error(prepared.dit.module, prepared.held_out, prepared.states)
-
-
-def _quiet(*_: Any) -> None:
-    pass
 
 
 if __name__ == "__main__":

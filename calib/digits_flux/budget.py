@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
 from calib.digits_flux import digits
-from lynx_compile.models import prompts
-from lynx_compile.models.dit import DiT, find_dit
-from lynx_compile.models.dtypes import DTYPES
-from lynx_compile.models.opened import open_model
+from calib.recorded import recorded
+from lynx_compile.files.progress import no_progress
+from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
 from lynx_compile.passes.block_weights import node_linears
 from lynx_compile.passes.budget import Selection, choose
-from lynx_compile.passes.record import record
 from lynx_compile.passes.verify import HeldOut, Weights, linears_of
-from lynx_compile.recipe import Budget, Recipe, Sparsity, load_recipe
+from lynx_compile.recipe import Budget, Sparsity, load_recipe
 from lynx_compile.tools.budgeted import budgeted
 from lynx_compile.tools.drawn import Drawn
 
@@ -54,9 +52,9 @@ def main(
         "compare": given.compare.model_copy(update={"samples": images}),
     }
     changed = given.model_copy(update=changes)
-    recording, dit = _recorded(changed, folder)
+    recording, dit = recorded(changed, folder)
     key = f"{recording.header.key} {changed.model_dump_json()}"
-    made = budgeted(dit, recording, changed, ("sm90",), folder, key, _quiet)
+    made = budgeted(dit, recording, changed, ("sm90",), folder, key, no_progress)
     print("steps | predicted | solved | tuned")
     for at in (made.verified.whole, *made.verified.steps):
         print(
@@ -73,7 +71,7 @@ def main(
 
 def print_linears(dit: DiT, recording: Recording, chosen: Selection, solved: Weights, calls: int) -> None:
     """Error at the output of one linear's form alone: by probes, and with that one changed in the model."""
-    held_out = HeldOut(dit, recording, _quiet, calls)
+    held_out = HeldOut(dit, recording, no_progress, calls)
     rows, nodes = chosen.sensitivities.load(), chosen.candidates.nodes
     probed, exact = [], []
     print("linear | form | by probes | one at a time")
@@ -94,7 +92,7 @@ def print_linears(dit: DiT, recording: Recording, chosen: Selection, solved: Wei
 
 def print_plans(dit: DiT, recording: Recording, chosen: Selection, solved: Weights, drawn: Drawn) -> None:
     """Plans along the knapsack's order: error at the output predicted and measured, and what images keep of it."""
-    held_out = HeldOut(dit, recording, _quiet)
+    held_out = HeldOut(dit, recording, no_progress)
     print("steps | speed | predicted | measured, solved | PSNR, dB")
     count = len(chosen.steps)
     for taken in sorted({max(count * part // 8, 1) for part in range(1, 9)}):
@@ -104,19 +102,6 @@ def print_plans(dit: DiT, recording: Recording, chosen: Selection, solved: Weigh
             f"{taken} | {chosen.speed(taken):.2f}x | {chosen.error(taken):.4f} | {error:.4f} | {drawn(linears):.1f}",
             flush=True,
         )
-
-
-def _recorded(recipe: Recipe, folder: Path) -> tuple[Recording, DiT]:
-    opened = open_model(recipe, folder / "converted")
-    rows = prompts.read(Path(recipe.calibration.prompts or ""))
-    recording = record(recipe, opened, rows, folder / "recording", _quiet)
-    (calls,) = recording.ways()
-    checkpoint = opened.checkpoints[calls.component]
-    return recording, find_dit(checkpoint, recording, calls, DTYPES[recipe.model.dtype])
-
-
-def _quiet(*_: Any) -> None:
-    pass
 
 
 if __name__ == "__main__":

@@ -45,11 +45,26 @@ def sample(
     """
     prompts = digits.load_conditioning() if conditioning is None else conditioning
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(MODEL / "scheduler")
-    latents = noise(seed, len(labels))
+    own = {name: rows[labels] for name, rows in prompts.items()}
+    return in_batches(
+        transformer, scheduler, noise(seed, len(labels)), own, position_ids(prompts), steps, batch
+    )
+
+
+def in_batches(
+    transformer: Velocity,
+    scheduler: Any,
+    latents: torch.Tensor,
+    own: Mapping[str, torch.Tensor],
+    shared: Mapping[str, torch.Tensor],
+    steps: int,
+    batch: int,
+) -> torch.Tensor:
+    """Images [n, 16, 16] of packed ``latents`` [n, 64, 4], ``batch`` a call; ``own``: inputs with a row per image."""
     denoised = []
     with torch.inference_mode():
-        for rows in torch.split(torch.arange(len(labels)), batch):
-            inputs = {k: v[labels[rows]] for k, v in prompts.items()} | position_ids(prompts)
+        for rows in torch.split(torch.arange(len(latents)), batch):
+            inputs = {name: value[rows] for name, value in own.items()} | dict(shared)
             denoised.append(denoise(transformer, scheduler, latents[rows], inputs, steps))
     return digits.unpack(torch.cat(denoised))
 

@@ -7,17 +7,16 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -217,17 +216,8 @@ def flow_matching_loss(
 
 def save_model(model: FluxTransformer2DModel, folder: Path) -> None:
     """Write transformer (fp16), scheduler and index in diffusers' layout."""
-    copy.deepcopy(model).half().save_pretrained(folder / "transformer")
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
-    scheduler.save_pretrained(folder / "scheduler")
     absent = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    index: dict[str, Any] = {
-        "_class_name": "FluxPipeline",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "transformer": ["diffusers", "FluxTransformer2DModel"],
-        **{component: [None, None] for component in absent},
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    flow_matching.save_pipeline(model, "FluxPipeline", absent, folder)
 
 
 if __name__ == "__main__":

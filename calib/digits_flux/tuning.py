@@ -10,25 +10,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from unittest.mock import patch
 
 import typer
 
 from calib.digits_flux import digits
-from lynx_compile.models import prompts
+from calib.recorded import recorded
+from lynx_compile.files.progress import no_progress
 from lynx_compile.models.blocks import block_paths
-from lynx_compile.models.dit import DiT, find_dit
-from lynx_compile.models.dtypes import DTYPES
-from lynx_compile.models.opened import open_model
+from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
 from lynx_compile.passes.block_weights import rows_of, tuned_linears
 from lynx_compile.passes.calibrate import calibrate, replay
 from lynx_compile.passes.compensate import compensate
-from lynx_compile.passes.record import record
 from lynx_compile.passes.select import SparsityPlan, select
 from lynx_compile.passes.tune import tune
-from lynx_compile.recipe import Compensation, Recipe, Sparsity, load_recipe
+from lynx_compile.recipe import Compensation, Sparsity, load_recipe
 
 RECIPE = digits.HERE.parents[1] / "engines" / "digits-flux.yaml"
 SEED = 1  # of the noise that errors are measured on; the recipe's is 0
@@ -48,15 +46,15 @@ def main(
     sparsity = Sparsity.model_validate({"operand": operand})
     compensation = Compensation(tune="blockwise", minutes=minutes, steps=steps)
     recipe = load_recipe(RECIPE).model_copy(update={"sparsity": sparsity, "compensation": compensation})
-    recording, dit = _recorded(recipe, folder / "calibration")
+    recording, dit = recorded(recipe, folder / "calibration")
     plan = select(dit.groups, sparsity)
     folder = folder / operand
-    statistics = calibrate(dit, plan, recording, recipe, folder / "statistics", _quiet)
-    solved = compensate(dit, plan, statistics, sparsity, folder / "weights", _quiet)
+    statistics = calibrate(dit, plan, recording, recipe, folder / "statistics", no_progress)
+    solved = compensate(dit, plan, statistics, sparsity, folder / "weights", no_progress)
     key = f"{recording.header.key} {recipe.model_dump_json()}"
-    tuned = tune(dit, plan, solved, statistics, recording, recipe, folder / "tuned", key, _quiet)
+    tuned = tune(dit, plan, solved, statistics, recording, recipe, folder / "tuned", key, no_progress)
     calibration = recipe.calibration.model_copy(update={"seed": SEED, "samples": SAMPLES})
-    unseen, _ = _recorded(recipe.model_copy(update={"calibration": calibration}), folder.parent / "unseen")
+    unseen, _ = recorded(recipe.model_copy(update={"calibration": calibration}), folder.parent / "unseen")
     for name, files in (("solved", solved), ("tuned", tuned.weights)):
         print(f"{operand}, {name}: output error {output_error(dit, plan, files, unseen):.4f}")
 
@@ -77,19 +75,6 @@ def output_error(dit: DiT, plan: SparsityPlan, files: Sequence[Path], recording:
     for one in patches:
         one.stop()
     return float((lost / sum(float(y.square().sum()) for y in dense)) ** 0.5)
-
-
-def _recorded(recipe: Recipe, folder: Path) -> tuple[Recording, DiT]:
-    opened = open_model(recipe, folder / "converted")
-    rows = prompts.read(Path(recipe.calibration.prompts or ""))
-    recording = record(recipe, opened, rows, folder / "recording", _quiet)
-    (calls,) = recording.ways()
-    checkpoint = opened.checkpoints[calls.component]
-    return recording, find_dit(checkpoint, recording, calls, DTYPES[recipe.model.dtype])
-
-
-def _quiet(*_: Any) -> None:
-    pass
 
 
 if __name__ == "__main__":

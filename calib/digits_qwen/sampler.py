@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DMod
 from safetensors.torch import save_file
 
 from calib.digits_flux import digits
-from calib.digits_flux.sampler import Velocity, denoise, noise
+from calib.digits_flux.sampler import Velocity, in_batches, noise
 
 HERE = Path(__file__).parent
 MODEL = HERE / "model"
@@ -42,13 +42,8 @@ def sample(
     """
     prompts = load_conditioning() if conditioning is None else conditioning
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
-    latents = noise(seed, len(labels))
-    drawn = []
-    with torch.inference_mode():
-        for rows in torch.split(torch.arange(len(labels)), batch):
-            inputs = {k: v[labels[rows]] for k, v in prompts.items()}
-            drawn.append(denoise(transformer, scheduler, latents[rows], inputs, steps))
-    return digits.unpack(torch.cat(drawn))
+    own = {name: rows[labels] for name, rows in prompts.items()}
+    return in_batches(transformer, scheduler, noise(seed, len(labels)), own, {}, steps, batch)
 
 
 def load_conditioning() -> dict[str, torch.Tensor]:

@@ -8,12 +8,11 @@ scikit-learn is missing: ``python -m calib.digits_qwen.train --save-digits FILE`
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -118,16 +117,7 @@ def new_model() -> QwenImageTransformer2DModel:
 
 def save_model(model: QwenImageTransformer2DModel, folder: Path) -> None:
     """Write transformer (fp16), scheduler and index; a ``QwenImagePipeline`` without encoder and VAE."""
-    model.half().save_pretrained(folder / "transformer")
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
-    scheduler.save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "QwenImagePipeline",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "transformer": ["diffusers", "QwenImageTransformer2DModel"],
-        **{component: [None, None] for component in ("vae", "text_encoder", "tokenizer")},
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    flow_matching.save_pipeline(model, "QwenImagePipeline", ("vae", "text_encoder", "tokenizer"), folder)
 
 
 if __name__ == "__main__":

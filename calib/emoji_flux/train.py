@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from calib import flow_matching
@@ -194,17 +193,8 @@ def _loss_on(model: EmojiModel, batches: Batches, rows: torch.Tensor, times: int
 def save_model(model: EmojiModel, folder: Path) -> None:
     """Write transformer (fp16), words, scheduler and index; a ``FluxPipeline`` without encoders and VAE."""
     model.words.save(folder / sampler.WORDS)
-    model.transformer.half().save_pretrained(folder / "transformer")
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
-    scheduler.save_pretrained(folder / "scheduler")
     absent = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    index = {
-        "_class_name": "FluxPipeline",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "transformer": ["diffusers", "FluxTransformer2DModel"],
-        **{component: [None, None] for component in absent},
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    flow_matching.save_pipeline(model.transformer, "FluxPipeline", absent, folder)
 
 
 if __name__ == "__main__":

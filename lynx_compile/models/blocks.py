@@ -64,6 +64,12 @@ class Walk(greenlet):
                 self.throw()
 
 
+def at(walk: Walk) -> BlockCall:
+    """Where a walk is that has not ended."""
+    assert walk.at is not None, "all calls are at one block"
+    return walk.at
+
+
 @contextmanager
 def walks(module: torch.nn.Module, calls: Sequence[Callable[[], Any]]) -> Iterator[list[Walk]]:
     """A ``Walk`` for each of ``calls``, which run ``module``; those that have not ended are given up at the end."""

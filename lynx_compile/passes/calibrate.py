@@ -22,7 +22,7 @@ from lynx_compile.errors import StageError
 from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import save_tensors
-from lynx_compile.models.blocks import Walk, block_paths, walks
+from lynx_compile.models.blocks import Walk, at, block_paths, walks
 from lynx_compile.models.capture import sample_seed
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Call, Recording
@@ -187,8 +187,8 @@ def _by_block(
 @torch.no_grad()
 def _through(block: torch.nn.Module, walk: Walk) -> None:
     """Take a call through the block that it has come to."""
-    assert walk.at is not None, "its caller has looked"
-    walk.go_on(block(*walk.at.args, **walk.at.kwargs))
+    given = at(walk)
+    walk.go_on(block(*given.args, **given.kwargs))
 
 
 def _calls_that_fit(dit: DiT, recording: Recording, recipe: Recipe) -> tuple[Call, ...]:

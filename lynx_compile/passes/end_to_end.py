@@ -76,13 +76,7 @@ def end_to_end(
 
     A run that was stopped goes on with what it left in the file ``shelf`` for the same ``key``.
     """
-    calls = dit.calls.calls
-    out = recording.held_out(calls)
-    chosen = drawn_calls(calls, out, recipe.calibration.seed)
-    chosen = chosen[: calls_within(recording, [calls[n] for n in chosen], recipe.calibration.memory_gib)]
-    states = with_targets(dit, states_of(dit, recording, [calls[n] for n in chosen]), effort.states)
-    train = [state for number, state in zip(chosen, states, strict=True) if number not in out]
-    held_out = [state for number, state in zip(chosen, states, strict=True) if number in out]
+    train, held_out = drawn_states(dit, recording, recipe, effort.states)
     device = dit.device
     dit.module.requires_grad_(False)
     with substituted(dit.module, all_linears(files, solved, device)):
@@ -95,6 +89,22 @@ def end_to_end(
         tuned = output_error(dit.module, held_out, effort.states)
     found = {path: linear.rows() for path, linear in linears.items()}
     return found, Whole(outcome, compensated, given, tuned)
+
+
+def drawn_states(
+    dit: DiT, recording: Recording, recipe: Recipe, most: int
+) -> tuple[list[State], list[State]]:
+    """Calls that ``calibration.memory_gib`` holds, with the dense model's results: to tune on, and held out.
+
+    ``most`` may run as one.
+    """
+    calls = dit.calls.calls
+    out = recording.held_out(calls)
+    chosen = drawn_calls(calls, out, recipe.calibration.seed)
+    chosen = chosen[: calls_within(recording, [calls[n] for n in chosen], recipe.calibration.memory_gib)]
+    states = with_targets(dit, states_of(dit, recording, [calls[n] for n in chosen]), most)
+    pairs = list(zip(chosen, states, strict=True))
+    return [state for n, state in pairs if n not in out], [state for n, state in pairs if n in out]
 
 
 @torch.no_grad()

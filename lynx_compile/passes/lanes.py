@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from lynx_compile.errors import StageError
-from lynx_compile.models.blocks import BlockCall, Walk, walks
+from lynx_compile.models.blocks import Walk, at, walks
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
 from lynx_compile.passes.states import drawn_calls, states_of
@@ -85,12 +85,6 @@ def lanes(dit: DiT, recording: Recording, recipe: Recipe, together: int = 1) -> 
         for walk in made:
             walk.start()
         yield found
-
-
-def at(walk: Walk) -> BlockCall:
-    """Where a walk is that has not ended."""
-    assert walk.at is not None, "all calls are at one block"
-    return walk.at
 
 
 def where(found: Sequence[Lane]) -> str | None:

@@ -22,7 +22,7 @@ import torch
 from lynx_compile.engine.arguments import flatten
 from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import StageVersion
-from lynx_compile.models.blocks import Walk, block_paths
+from lynx_compile.models.blocks import Walk, at, block_paths
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.onnx_source import OnnxSource
 from lynx_compile.models.recording import Recording
@@ -40,7 +40,7 @@ from lynx_compile.passes.block_weights import (
 from lynx_compile.passes.calibrate import Statistics
 from lynx_compile.passes.compensate import expected_errors, load_weights, save_weights
 from lynx_compile.passes.end_to_end import END_RATE, Whole, end_to_end, fits
-from lynx_compile.passes.lanes import Lane, at, lanes, where
+from lynx_compile.passes.lanes import Lane, lanes, where
 from lynx_compile.passes.select import SparsityPlan
 from lynx_compile.passes.states import rows_are_alike
 from lynx_compile.recipe import Recipe
