@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import (
     BaseModel,
+    ConfigDict,
     Discriminator,
     Field,
     PrivateAttr,
@@ -71,20 +72,28 @@ DEFAULT_OUTPUT_ERROR = 0.015  # of a recipe without a budget
 DEFAULT_PROMPTS = Path(__file__).resolve().parent / "data" / "prompts.txt"  # by tools/write_prompts.py
 
 
-class Model(Strict):
-    """A pipeline or model of diffusers: a local folder or a hub id (safetensors only).
+class Section(Strict):
+    """A section of the recipe. The strings below its keys are their descriptions in pydantic's ``model_fields``, from
+    which ``lynx-compile init`` and the recipe reference are written: plain text, null for None, keys in backticks."""
 
-    ``variant``: of the weight files' names (``fp16``); null: plain ones, else the only ones there are.
-    ``pipeline``: class to run instead of the one that ``model_index.json`` names. ``components``: the denoisers to
-    compile; null: every one that the pipeline calls.
-    """
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """A pipeline or model of diffusers: what is compiled."""
 
     source: str = Field(min_length=1)
+    """Hub id (owner/name) or local folder, relative to the recipe; safetensors only."""
     revision: str | None = None
+    """Branch, tag or commit of a hub id; null: its main branch."""
     variant: Annotated[str, Field(pattern=r"^[\w-]+$")] | None = None
+    """Of the weight files' names (fp16); null: plain ones, else the only ones there are."""
     pipeline: Annotated[str, Field(pattern=r"^\w+$")] | None = None
+    """Class of diffusers to run instead of the one that model_index.json names (FluxKontextPipeline)."""
     components: tuple[str, ...] | None = None
+    """The denoisers to compile; null: every one that the pipeline calls."""
     dtype: Literal["bf16", "fp16"] = "bf16"
+    """Of the engine's weights and activations."""
 
     _lists = field_validator("components", mode="before")(_listed)
 
@@ -113,28 +122,30 @@ class Model(Strict):
         return self.model_copy(update={"source": str(local.resolve())})
 
 
-class ModuleModel(Strict):
-    """A torch module of the user's own package, which is imported because the recipe says so.
-
-    ``module``: ``package.module:Class``. ``config``: the arguments it is made with, or a JSON file of them.
-    ``weights``: a safetensors file, an index of several, or a folder that holds either.
-    """
+class ModuleModel(Section):
+    """A torch module of the user's own package, which is imported because the recipe says so. Needs a recording."""
 
     module: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+    """The class, as package.module:Class."""
     config: Annotated[str, Field(min_length=1)] | dict[str, Any] = Field(default_factory=dict)
+    """The arguments it is made with, or a JSON file of them."""
     weights: Annotated[str, Field(min_length=1)]
+    """A safetensors file, an index of several, or a folder that holds either."""
     dtype: Literal["bf16", "fp16"] = "bf16"
+    """Of the engine's weights and activations."""
 
     def resolved(self, folder: Path) -> ModuleModel:
         names = ["weights"] if isinstance(self.config, dict) else ["weights", "config"]
         return self.model_copy(update={name: _absolute(folder, getattr(self, name)) for name in names})
 
 
-class OnnxModel(Strict):
-    """A transformer that is ONNX already. ``onnx``: the file; its external data lie beside it."""
+class OnnxModel(Section):
+    """A transformer that is ONNX already. Needs a recording, and has no budget: it has no gradients."""
 
     onnx: Annotated[str, Field(min_length=1)]
+    """The file; its external data lie beside it."""
     dtype: Literal["bf16", "fp16"] = "bf16"
+    """Of the engine's weights and activations."""
 
     def resolved(self, folder: Path) -> OnnxModel:
         return self.model_copy(update={"onnx": _absolute(folder, self.onnx)})
@@ -157,30 +168,34 @@ def _form(value: Any) -> str:
     return next((name for name in FORMS if name[5:-1] in keys), "form[source]")
 
 
-class Calibration(Strict):
-    """The pipeline's calls whose activations are measured.
-
-    ``prompts``: a text file with a prompt a line, or a safetensors file of encoded ones, with a row per prompt of
-    every argument of the pipeline's call that it holds; null: 2,048 of the package's own. ``recording``: or calls
-    that were recorded before, maybe on another machine: the pipeline is not run then, and needs no text encoders here.
-    ``held_out``: so many prompts are kept from it, and on those every error is reported; null: an eighth of the
-    different ones, 64 at most, and none of fewer than 16: then on other noise of the same prompts. An eighth more runs.
-    ``samples``: prompts to run, in turn where there are fewer; ``batch``: prompts to a run, also the engine's.
-    ``states_per_prompt``: calls that are recorded of a run, drawn at random; null: all of them. A pipeline that can
-    be interrupted runs no further than it must.
-    ``tokens_per_call``: of each sample and call at most so many tokens, drawn at random, enter the moments.
-    ``memory_gib``: most memory that moments take at once; layers that do not fit are measured in further passes.
-    """
+class Calibration(Section):
+    """The pipeline's calls whose activations are measured. Breadth pays: many prompts, few calls each."""
 
     prompts: Annotated[str, Field(min_length=1)] | None = None
+    """A text file with a prompt a line; a .csv or .yaml with columns named as the pipeline's arguments (image files
+    too); or a .safetensors of encoded prompts, with a row a prompt of every argument that it holds. null: 2,048 of the
+    package's own."""
     recording: Annotated[str, Field(min_length=1)] | None = None
+    """In place of prompts, the folder of calls recorded before, maybe on another machine: the pipeline is not run, and
+    needs no text encoders here."""
     held_out: Annotated[int, Field(ge=0)] | None = None
+    """So many prompts are kept apart, and on those every error is reported; an eighth more is run. null: an eighth of
+    the different ones, 64 at most, and none of fewer than 16: then errors are on other noise of the same prompts."""
     samples: Annotated[int, Field(ge=1)] = 512
+    """Prompts to run; they take turns where there are fewer."""
     batch: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Prompts to a run of the pipeline; also the engine's batch."""
     states_per_prompt: Annotated[int, Field(ge=1)] | None = 4
+    """Calls kept of each run, drawn at random; a pipeline that can be interrupted runs no further than it must. null:
+    all of them."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the noise, and of all that is drawn."""
     tokens_per_call: Annotated[int, Field(ge=1)] = 1024
+    """Of each sample and call at most so many tokens, drawn at random, are measured. In all there should be 10 or 20
+    for each channel of the widest linear."""
     memory_gib: Annotated[float, Field(gt=0)] = 8.0
+    """Most memory that moments take at once; layers that do not fit are measured in further passes. Tuning holds its
+    calls in as much."""
 
     @field_validator("memory_gib", mode="before")
     @classmethod
@@ -204,40 +219,41 @@ class Calibration(Strict):
 _ONE_OPERAND, _OPERAND_GLOBS = "literal[operand]", "dict[operand]"
 
 
-class Sparsity(Strict):
-    """What becomes sparse and how its error is repaired (see ``compensate``).
-
-    ``method``: ``joint``, ``paper`` or ``none`` from calibrated moments; ``magnitude`` keeps the two largest of every
-    four weights and needs no calibration: minutes, for an engine whose speed alone counts.
-    ``operand``: what is 2:4. ``activation`` prunes the input while the model runs, ``weight`` the weights, once, at
-    compile time; ``auto`` leaves it to the ``budget``, which may keep a linear dense (it is ``activation`` alone where
-    the recipe asks for what only that has: ``paper`` or ``none``, a rank, the scale); or a mapping of globs over module
-    paths to one of these or ``none`` (dense), of which the first that matches a linear counts, ``auto`` where none
-    does. Quote globs that begin with a *. ``none``: nothing is 2:4; in FP8 such a linear is still faster than as it
-    was. What is to stay as it was is for ``exclude``.
-    ``precision``: what linears multiply in: ``fp8``; ``bf16`` or ``fp16``, which must be the model's dtype; or
-    ``auto``, the faster of both where every GPU that the engine is for runs the FP8 kernels, and nothing is asked for
-    that they have not (``paper``, a rank, the scale).
-    ``costs``: measured times, the JSON of ``lynx-compile bench``; a roofline where there is none or it is silent.
-    With it, linears also stay dense where the one operand given is slower; what a glob says is done all the same.
-    ``rank``: of the activation operand's low-rank branch; ``auto`` is K / 32 rounded up to 16, at most 64.
-    ``norm_scale``: its per-token scale s; by default on for ``paper`` and off for the others.
-    ``include`` and ``exclude``: globs over module paths, ``exclude`` wins over ``include``, both over ``operand``.
-    """
+class Sparsity(Section):
+    """What becomes sparse, and how its error is repaired."""
 
     method: Literal["joint", "paper", "none", "magnitude"] = "joint"
+    """How the error is repaired from calibrated moments: joint (refit and low rank together), paper or none. magnitude
+    keeps the two largest of every four weights and calibrates nothing: minutes, for an engine whose speed alone
+    counts."""
     operand: Annotated[
         Annotated[Literal["auto", "activation", "weight", "none"], Tag(_ONE_OPERAND)]
         | Annotated[OperandGlobs, Tag(_OPERAND_GLOBS)],
         Discriminator(lambda value: _OPERAND_GLOBS if isinstance(value, dict) else _ONE_OPERAND),
     ] = "auto"
+    """What is 2:4. activation prunes the input while the model runs; weight the weights, once, at compile time; none
+    nothing (in FP8 a linear is still faster so); auto leaves it to the `budget`, which may keep a linear dense, but is
+    activation where the recipe asks for what only that has (method paper or none, a rank, the scale). Or a mapping of
+    globs over module paths to one of these ({"*.to_out.0": weight, "*": auto}), of which the first that matches counts,
+    and auto where none does. To leave a linear as it was, `exclude` it."""
     precision: Literal["auto", "bf16", "fp16", "fp8"] = "auto"
+    """What linears multiply in: fp8; bf16 or fp16, which must be the model's dtype; or auto, the faster of both where
+    every GPU that the engine is for runs the FP8 kernels and nothing is asked for that they have not (method paper, a
+    rank, the scale)."""
     costs: Annotated[str, Field(min_length=1)] | None = None
+    """Measured times to choose by: the JSON of lynx-compile bench. With it linears also stay dense where the one
+    operand given is slower, unless a glob names it. null: a roofline."""
     rank: Literal["auto"] | int = "auto"
+    """Of the activation operand's low-rank branch: a multiple of 16 up to 128; 0: none; auto: K / 32 rounded up to 16,
+    at most 64."""
     norm_scale: bool | None = None
+    """The activation operand's scale of each token; null: on for method paper, off for the others."""
     ridge: Annotated[float, Field(gt=0, lt=1)] = 1e-3
+    """Of the solves, times the mean of the moments' diagonal."""
     include: tuple[str, ...] = ("*",)
+    """Globs over module paths of the linears that may change, such as "single_transformer_blocks.*.proj_out"."""
     exclude: tuple[str, ...] = ()
+    """Globs of those that stay as they are; wins over `include` and `operand`."""
 
     @field_validator("rank", mode="before")
     @classmethod
@@ -338,18 +354,17 @@ class Sparsity(Strict):
         return self.rank
 
 
-class Budget(Strict):
-    """What decides on the linears whose operand is ``auto``; one of these (see ``passes.budget``).
-
-    ``max_output_error``: the fastest forms with which |y - y_dense| / |y_dense| of the model's output stays below it,
-    on recorded calls held out, each weighed as tuning weighs it. ``min_psnr``: with which images keep so many dB
-    against the dense model's, drawn by the pipeline. ``min_speed``: the least error at which the blocks' linears
-    are so many times as fast as dense, by ``sparsity.costs`` or a roofline.
-    """
+class Budget(Section):
+    """What decides on the linears whose operand is auto: one of these. Written off or false, speed alone decides."""
 
     max_output_error: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The fastest forms with which |y - y_dense| / |y_dense| of the model's output stays below it, on recorded calls
+    held out, each weighed as tuning weighs it. 0.015 where a recipe gives no limit."""
     min_psnr: Annotated[float, Field(gt=0, lt=100)] | None = None
+    """The fastest forms with which images keep so many dB against the dense model's, drawn by the pipeline."""
     min_speed: Annotated[float, Field(ge=1)] | None = None
+    """The least error at which the blocks' linears together are so many times as fast as dense, by `sparsity.costs` or
+    a roofline."""
 
     @field_validator("min_psnr", "min_speed", mode="before")
     @classmethod
@@ -373,19 +388,18 @@ class Budget(Strict):
         return "max_output_error", self.max_output_error or DEFAULT_OUTPUT_ERROR
 
 
-class Compensation(Strict):
-    """What follows the closed form (see ``passes.tune``).
-
-    ``tune``: ``blockwise`` moves the weights block by block towards what the dense block returns; ``end_to_end`` goes
-    on with all of them together, towards what the dense model returns; ``off``, or false, leaves them. ``auto`` tunes
-    where there is a GPU or the model is small, and end to end where memory holds that. ``minutes``: about so long in
-    all, and ``steps``: at most so many for a block, four times as many end to end; what no longer lowers the held-out
-    error ends before.
-    """
+class Compensation(Section):
+    """The tuning of what was solved in closed form. What does not lower the error on held-out prompts is not kept."""
 
     tune: Literal["auto", "off", "blockwise", "end_to_end"] = "auto"
+    """blockwise moves the weights block by block towards what the dense block returns; end_to_end goes on with all of
+    them together, towards what the dense model returns; off, or false, leaves them. auto: where there is a GPU or the
+    model is small, and end to end where memory holds that."""
     minutes: Annotated[float, Field(gt=0)] = 15.0
+    """About so long in all."""
     steps: Annotated[int, Field(ge=1)] = 800
+    """At most so many for a block, four times as many end to end; what no longer lowers the held-out error ends
+    before."""
 
     @field_validator("tune", mode="before")
     @classmethod
@@ -398,22 +412,22 @@ class Compensation(Strict):
         return float(value) if type(value) is int else value
 
 
-class Engine(Strict):
-    """How the TensorRT engine is built.
-
-    ``backend``: ``auto`` takes ``tensorrt`` where it and a GPU are there, else ``tensorrt_rtx``, which builds
-    ahead of time without one, for ``gpus``; where there is another GPU than those, it must be asked for by name.
-    ``torch`` builds none: weights and manifest are for ``lynx_compile.apply``, on the GPU that is here, else on
-    ``gpus``. ``gpus``: targets of an ahead-of-time build; sm90 with ``torch`` alone. ``weights``: ``embedded`` in the
-    engine, or ``external``: engine inputs bound from a safetensors file beside it.
-    ``plugin``: another ``liblynx_plugin.so`` than the installed one.
-    """
+class Engine(Section):
+    """How the TensorRT engine is built."""
 
     backend: Literal["auto", "tensorrt", "tensorrt_rtx", "torch"] = "auto"
+    """tensorrt builds for the GPU that is here; tensorrt_rtx ahead of time, without one, for `gpus`; torch builds none:
+    weights and manifest are for lynx_compile.apply, on the GPU that is here, else on `gpus`. auto: tensorrt where it
+    and a GPU are there, else tensorrt_rtx, unless there is another GPU than `gpus`: that must be asked for by name."""
     gpus: Annotated[tuple[GpuTarget, ...], Field(min_length=1)] = GPU_TARGETS
+    """Targets of an ahead-of-time build: sm80, sm86, sm89, sm120; sm90 with backend torch alone."""
     weights: Literal["embedded", "external"] = "embedded"
+    """embedded in the engine; or external: engine inputs bound from OUT.safetensors, so that the builder holds none of
+    them and the engine is small."""
     plugin: str | None = None
+    """Another liblynx_plugin.so than the installed one."""
     workspace_gib: Annotated[float, Field(gt=0)] | None = None
+    """TensorRT's limit of memory for its layers; null: its own."""
 
     _lists = field_validator("gpus", mode="before")(_listed)
 
@@ -426,36 +440,37 @@ class Engine(Strict):
         return self
 
 
-class Compare(Strict):
-    """What ``lynx-compile compare`` runs, and what it holds against the engine; no limit is set by default.
-
-    ``prompts``: a file of prompts, as the calibration's, that calibration does not see; null: those that calibration
-    held out of its own, and where it held out none, the same ones with other noise.
-    ``samples``: images to draw; ``seed``: of their noise, which should not be the calibration's.
-    ``states``: of the dense model's trajectory, at which the layers are compared.
-    ``metric``: ``module:function``, called only with ``--metric``; see ``tools.metric.call_metric``. ``min_metric`` and
-    ``max_metric``: limits of the numbers that it returns, by their names.
-    """
+class Compare(Section):
+    """What lynx-compile compare runs, and what it holds against the engine; no limit is set by default."""
 
     prompts: Annotated[str, Field(min_length=1)] | None = None
+    """A file of prompts, as calibration's, that calibration does not see. null: those that it held out of its own, and
+    where it held out none, the same ones with other noise."""
     samples: Annotated[int, Field(ge=1, le=4096)] = 8
+    """Images to draw, by the same call."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    """Of their noise, which should not be calibration's."""
     states: Annotated[int, Field(ge=1, le=4096)] = 8
+    """Of the dense model's trajectory, at which the linears are compared."""
     max_layer_error: Annotated[float, Field(gt=0)] | None = None
+    """Limit of |y - y_dense| / |y_dense| of every linear."""
     max_output_error: Annotated[float, Field(gt=0)] | None = None
+    """The same of the model's output, in any step."""
     min_psnr: float | None = None
+    """Limit of the images' mean PSNR, dB."""
     max_lpips: Annotated[float, Field(gt=0)] | None = None
+    """Limit of their mean LPIPS; needs the package lpips."""
     metric: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = None
+    """A function of your own, as module:function, called with (dense, lynx, prompts) and only with --metric; it returns
+    {name: number}."""
     min_metric: dict[str, float] = Field(default_factory=dict)
+    """Lower limits of the numbers that it returns, by their names."""
     max_metric: dict[str, float] = Field(default_factory=dict)
+    """Upper limits of them."""
 
 
-class Recipe(Strict):
-    """A whole recipe.
-
-    ``call``: arguments of the pipeline's call, as Python would give them: height, width, num_inference_steps ... They
-    decide the shapes that the engine is built for. ``budget``: None, written ``off`` or false, leaves it to speed.
-    """
+class Recipe(Section):
+    """A whole recipe. ``budget``: None, written ``off`` or false, leaves it to speed."""
 
     model: Annotated[
         Annotated[Model, Tag("form[source]")]
@@ -464,6 +479,8 @@ class Recipe(Strict):
         Discriminator(_form),
     ]
     call: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the pipeline's call, as Python would give them: height, width, num_inference_steps ... They decide
+    the shapes that the engine is built for."""
     calibration: Annotated[Calibration, Field(validate_default=True)] = Calibration()
     sparsity: Sparsity = Sparsity()
     budget: Budget | None = Budget()

@@ -16,7 +16,21 @@ from lynx_compile.models.prompts import read
 from lynx_compile.models.structure import Linear, LinearGroup
 from lynx_compile.passes.calibrate import TOKENS_PER_CHANNEL, measurements
 from lynx_compile.passes.select import select
-from lynx_compile.recipe import DEFAULT_PROMPTS, Model, ModuleModel, OnnxModel, Sparsity, load_recipe
+from lynx_compile.recipe import (
+    DEFAULT_OUTPUT_ERROR,
+    DEFAULT_PROMPTS,
+    FORMS,
+    Budget,
+    Calibration,
+    Compare,
+    Compensation,
+    Engine,
+    Model,
+    ModuleModel,
+    OnnxModel,
+    Sparsity,
+    load_recipe,
+)
 from lynx_compile.tools.write_prompts import COUNT, default_prompts
 from tests.conftest import FLUX_DEV, RECIPE, flux_groups, open_dit, tiny_groups
 
@@ -333,6 +347,14 @@ def test_paths_are_relative_to_the_recipe_and_the_digest_is_not(tmp_path: Path) 
         assert recipe.sparsity.costs == str(tmp_path / name / "bench" / "gpu.json")
         digests.add(recipe.digest)
     assert len(digests) == 1
+
+
+def test_every_key_says_what_it_is() -> None:
+    """``init`` and the reference are made of it."""
+    sections = (*FORMS.values(), Calibration, Sparsity, Budget, Compensation, Engine, Compare)
+    keys = {f"{s.__name__}.{key}": field for s in sections for key, field in s.model_fields.items()}
+    assert [name for name, field in keys.items() if not field.description] == []
+    assert str(DEFAULT_OUTPUT_ERROR) in str(keys["Budget.max_output_error"].description)
 
 
 def test_the_shipped_recipes_are_valid() -> None:
