@@ -256,7 +256,7 @@ class Forms:
 
         module = _copied(self.dense, make, {})
         for linear, product in made.items():
-            if isinstance(product, SparseWeightLinear) and product.epilogue.gated:
+            if isinstance(product, SparseWeightLinear | Fp8Linear) and product.epilogue.gated:
                 merge(module, Group(linear.group.linears, linear.group.sizes, 0, gate=linear.gate), product)
         return module
 
@@ -290,13 +290,12 @@ class Forms:
         return self._bf16_weight(linear) if form.operand == "weight" else self._bf16_activation(linear)
 
     def _bf16_weight(self, linear: DenseLinear) -> nn.Module:
-        weight, bias, epilogue = linear.weight, _bias(linear), _gelu(linear)
-        if (gate := linear.gate) is not None:
-            order = gated_order(len(weight), *gate.rows)
-            weight, bias = weight[order], bias[order]
-            epilogue = Epilogue(gate.activation, len(weight) - 2 * gate.channels, gated=True)
+        order, epilogue = _epilogue(linear)
+        weight = linear.weight[order]
         values, metadata = pack_weight(weight, keep_mask(weight), self._layout)
-        return SparseWeightLinear(values, metadata, bias, metadata_layout=self._layout, epilogue=epilogue)
+        return SparseWeightLinear(
+            values, metadata, _bias(linear)[order], metadata_layout=self._layout, epilogue=epilogue
+        )
 
     def _bf16_activation(self, linear: DenseLinear) -> nn.Module:
         channels = linear.weight.shape[1]
@@ -308,20 +307,21 @@ class Forms:
 
     def _fp8(self, linear: DenseLinear, form: Form, options: dict[str, bool]) -> nn.Module:
         channels = linear.weight.shape[1]
+        order, epilogue = _epilogue(linear)
         if form.operand == "weight":
-            keep = keep_mask(linear.weight)
-            rounded = round_rows(linear.weight, keep)
-            values, metadata = pack(rounded.values, keep)
+            weight = linear.weight[order]
+            keep = keep_mask(weight)
+            rounded = round_rows(weight, keep)
+            (values, metadata), scale = pack(rounded.values, keep), rounded.scale
         else:
             rounded, metadata = self._dense_fp8(linear), None
-            values = (
-                pack_dense(rounded.values) if channels % STEP else rounded.values
-            )  # the same tensor, not a copy
+            values, scale = rounded.values[order], rounded.scale[order]  # copies where there is a gate alone
+            values = pack_dense(values) if channels % STEP else values
         operands = {"none": "dense", "weight": "sparse weight", "activation": "sparse activation"}
         operand: Any = operands[form.operand]
         return Fp8Linear(
-            values, metadata, rounded.scale, _bias(linear), in_features=channels, operand=operand,
-            epilogue=_gelu(linear), **options,
+            values, metadata, scale, _bias(linear)[order], in_features=channels, operand=operand,
+            epilogue=epilogue, **options,
         )  # fmt: skip
 
     def _dense_fp8(self, linear: DenseLinear) -> Rounded:
@@ -351,6 +351,14 @@ def dense_linears(module: nn.Module) -> list[DenseLinear]:
 
 def _dtype(module: nn.Module) -> torch.dtype:
     return next(t.dtype for t in (*module.parameters(), *module.buffers()) if t.dtype in DTYPES)
+
+
+def _epilogue(linear: DenseLinear) -> tuple[slice | list[int], Epilogue]:
+    """What a product does behind it, and the order of the weight's rows that it wants for that."""
+    if (gate := linear.gate) is None:
+        return slice(None), _gelu(linear)
+    rows = len(linear.weight)
+    return gated_order(rows, *gate.rows), Epilogue(gate.activation, rows - 2 * gate.channels, gated=True)
 
 
 def _gelu(linear: DenseLinear) -> Epilogue:

@@ -22,7 +22,7 @@ from lynx_compile.tools.model_checks import TOLERANCE, check_blocks, check_ops
 from lynx_compile.tools.model_results import FormResult, ModelResult
 from lynx_compile.tools.step_model import StepModel, turned
 from lynx_compile.torch_ops import operators
-from lynx_compile.torch_ops.modules import SparseWeightLinear
+from lynx_compile.torch_ops.definitions import COMPILED
 from lynx_compile.torch_ops.readers import Merged
 
 SMALL: dict[str, dict[str, Any]] = {"num_layers": 3, "attention_head_dim": 64, "num_attention_heads": 2}  # type: ignore[dict-item]
@@ -108,8 +108,8 @@ def test_a_form_is_checked_compiled_and_smaller(built: Built, form: str) -> None
     assert 1e-3 < difference < (0.1 if form == "fp8_dense" else 0.8)
     assert model_forms.weight_bytes(module) < model_forms.weight_bytes(built.dense)
     assert all(not each._held for each in module.modules() if isinstance(each, Merged))
-    gates = sum(isinstance(each, SparseWeightLinear) and each.epilogue.gated for each in module.modules())
-    assert gates == (GATES.get(built.model.name, 0) if form == "bf16_weight" else 0)
+    gates = sum(isinstance(each, COMPILED) and each.epilogue.gated for each in module.modules())
+    assert gates == GATES.get(built.model.name, 0)
 
 
 def test_a_wrong_product_is_not_timed(built: Built) -> None:
