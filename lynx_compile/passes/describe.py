@@ -39,6 +39,7 @@ from lynx_compile.passes.rewrite import LynxOnnx, SparseNode
 if TYPE_CHECKING:
     from lynx_compile.files.resume import Cost
     from lynx_compile.models.dit import DiT
+    from lynx_compile.models.structure import Linear
     from lynx_compile.passes.budget import Selection
     from lynx_compile.passes.select import Decision, Open
     from lynx_compile.passes.verify import Verified
@@ -131,29 +132,30 @@ def _budget(selection: Selection, verified: Verified) -> Budget:
             for linear in selection.candidates.open[name].linears
         ),
         linears=tuple(
-            _choice(selection, open_, chosen[linear.path])
+            _choice(selection, open_, linear, chosen[linear.path])
             for open_ in selection.candidates.open.values()
             for linear in open_.linears
         ),
     )
 
 
-def _choice(selection: Selection, open_: Open, decision: Decision) -> LinearChoice:
+def _choice(selection: Selection, open_: Open, linear: Linear, decision: Decision) -> LinearChoice:
     options = sorted((*open_.options, *open_.beaten), key=lambda option: option.gain)
     return LinearChoice(
-        linear=decision.linear.path,
+        linear=linear.path,
         candidates=tuple(
             CandidateForm(
                 operand=option.form.operand,
                 fp8=option.form.fp8,
                 gain=option.gain,
                 measured=option.measured,
-                error=selection.alone(decision.linear.path, option.form),
+                error=selection.alone(linear.path, option.form),
             )
             for option in options
         ),
         chosen=[option.form for option in options].index(decision.form),
         reason=decision.reason,
+        microseconds=open_.dense_microseconds(linear),
     )
 
 

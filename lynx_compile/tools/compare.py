@@ -45,6 +45,7 @@ from lynx_compile.solve.moments import relative_error
 from lynx_compile.tools import compare_torch, report
 from lynx_compile.tools.compare_torch import TorchState
 from lynx_compile.tools.comparison import (
+    SHEET_COLUMNS,
     Comparison,
     EngineRun,
     Images,
@@ -71,7 +72,7 @@ from lynx_compile.tools.linear_graphs import Part, linear_graphs
 from lynx_compile.tools.metric import call_metric
 from lynx_compile.torch_ops.operators import kernels_run
 
-SHEET_COLUMNS, SHEET_PIXELS = 8, 192
+SHEET_PIXELS = 192
 DIFFERENCE_GAIN = 4
 
 

@@ -12,6 +12,7 @@ from lynx_compile.recipe import Compare
 from lynx_compile.solve.moments import relative_error
 
 FORMAT_VERSION = 1
+SHEET_COLUMNS = 8  # images of the contact sheet, at most
 
 
 class LinearError(Strict):
@@ -41,7 +42,8 @@ class StepError(Strict):
 
 class Images(Strict):
     """Images drawn by both models from the same noise. PSNR in dB (200 where there is no difference), the peak is the
-    dense image's largest value; ``lpips``: mean, None where the package lpips is not installed.
+    dense image's largest value; ``lpips``: mean, None where the package lpips is not installed. ``sheet``: a PNG of the
+    first ``SHEET_COLUMNS``, a column each: the dense model's above the other's, and their difference below.
     """
 
     psnr: tuple[float, ...]

@@ -14,9 +14,11 @@ from lynx_compile.errors import InputError
 from lynx_compile.files.tensors import save_tensors
 from lynx_compile.models.structure import Linear, LinearGroup
 from lynx_compile.passes.budget import TUNED, Selection, choose, require_speed
+from lynx_compile.passes.describe import _budget
 from lynx_compile.passes.select import Candidates, candidates
 from lynx_compile.passes.sensitivity import Sensitivities, columns_of
-from lynx_compile.passes.speed_table import Form
+from lynx_compile.passes.speed_table import Form, roofline
+from lynx_compile.passes.verify import AtSteps, Verified
 from lynx_compile.recipe import Budget, Sparsity
 
 TOKENS, CHANNELS = 128, 64
@@ -186,3 +188,21 @@ def test_reasons_say_what_was_weighed(tmp_path: Path) -> None:
     assert reasons["a"] == "dense FP8 would be 1.80x and add 0.0060" or reasons["a"].startswith(
         "1.80x as fast"
     )
+
+
+def test_the_manifest_tells_what_was_weighed(tmp_path: Path) -> None:
+    chosen = _select(tmp_path, max_output_error=0.008)
+    taken = len(chosen.steps)
+    told = _budget(chosen, Verified(taken, (), AtSteps(0, 3, 0.007, 0.0072, None), (), 5, None, ("a",)))
+    assert (told.error.predicted, told.error.solved, told.error.tuned, told.calls) == (0.007, 0.0072, None, 5)
+    assert told.stepped_back == ("a",) and [choice.linear for choice in told.linears] == list(SIZES)
+    left = 0.0
+    for choice in told.linears:
+        dense = roofline(TOKENS, CHANNELS, SIZES[choice.linear], 0).dense
+        assert choice.microseconds == pytest.approx(dense)
+        assert [c.gain for c in choice.candidates] == sorted(c.gain for c in choice.candidates)
+        errors = {(c.operand, c.fp8): c.error for c in choice.candidates}
+        assert errors["none", False] == 0 and errors["activation", True] is None
+        assert errors["weight", True] == chosen.alone(choice.linear, FP8_WEIGHT)
+        left += choice.microseconds / choice.candidates[choice.chosen].gain
+    assert sum(choice.microseconds for choice in told.linears) / left == pytest.approx(told.speed)
