@@ -134,22 +134,17 @@ def _source(manifest: Manifest, measured: set[bool]) -> str:
 
 def _error(manifest: Manifest, comparison: Comparison | None) -> Number:
     label, budget = "error of the output", manifest.budget
-    found = (
-        None if budget is None else budget.error.solved if budget.error.tuned is None else budget.error.tuned
-    )
-    if budget is not None and found is not None:
-        calls = f"|y − y dense| / |y dense|, measured on {budget.calls} calls held out"
-        return Number(label, f"{found:.4f}", f"{calls}; {_limit(budget)}.")
+    same = comparison is not None and "other prompts" in comparison.not_measured
+    calls = "calls held out" + (", of other noise but the same prompts" if same else "")
+    if budget is not None:
+        found = budget.error.solved if budget.error.tuned is None else budget.error.tuned
+        if found is not None:
+            note = f"|y − y dense| / |y dense|, measured on {budget.calls} {calls}; {_limit(budget)}."
+            return Number(label, f"{found:.4f}", note)
     if comparison is not None and comparison.output:
         over_steps = math.sqrt(statistics.fmean(step.error**2 for step in comparison.output))
-        other = (
-            "other noise of the calibration's prompts" if "other prompts" in comparison.not_measured else ""
-        )
-        return Number(
-            label,
-            f"{over_steps:.4f}",
-            f"|y − y dense| / |y dense| over all steps, measured on {other or 'calls held out'} by compare.",
-        )
+        note = f"|y − y dense| / |y dense| over all steps, measured by compare on {calls}."
+        return Number(label, f"{over_steps:.4f}", note)
     return Number(label, None, f"“lynx-compile compare {manifest.engine.file}” measures it.")
 
 

@@ -65,9 +65,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cell:
-    """A linear in the picture; ``level``: of its error, from 0; None where it is dense, or its error is not known."""
+    """A linear in the picture; its error and that error's level, from 0: None where it is dense, or nobody knows it."""
 
     linear: Linear
+    error: float | None
     level: int | None
 
 
@@ -152,7 +153,7 @@ def picture(linears: Sequence[Linear], *, by_output: bool) -> Picture:
 
     def cell(linear: Linear) -> Cell:
         found = error(linear)
-        return Cell(linear, None if found is None else sum(found > bound for bound in levels[:-1]))
+        return Cell(linear, found, None if found is None else sum(found > bound for bound in levels[:-1]))
 
     def stack(name: str) -> Stack:
         mine = {(m["linear"], int(m["index"])): x for x, m in _matches(shown) if m["stack"] == name}

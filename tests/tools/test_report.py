@@ -92,7 +92,7 @@ class Elements(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, dict(attrs)))
-        if tag not in ("meta", "br", "img"):
+        if tag not in ("meta", "br", "img", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -136,6 +136,8 @@ def test_everything_that_was_measured_is_in_it(
         assert f"step {step.step}, t = {step.timestep:.3f}: {step.error:.4f}" in elements.text
     whole = np.sqrt(np.mean([step.error**2 for step in comparison.output]))
     assert numbers_of(page)[1] == f"{whole:.4f}"
+    same = "by compare on calls held out, of other noise but the same prompts."
+    assert (same in elements.text) == ("other prompts" in comparison.not_measured)
     assert (
         comparison.images is not None and f"{comparison.images.mean_psnr:.1f} dB on average" in elements.text
     )
@@ -262,7 +264,7 @@ def test_every_form_has_its_words_and_letters(manifest: Manifest) -> None:
     for node, form, mark in zip(sparse, words, ("w8", "a8", "8", "a"), strict=True):
         for linear in node.linears:
             assert f"Became {form}." in dialog_of(page, linear)
-            assert re.search(rf'aria-label="{re.escape(linear)}: {form}">{mark}</button>', page)
+            assert re.search(rf'aria-label="{re.escape(linear)}: {form}, error [\d.]+">{mark}</button>', page)
         assert re.search(rf'aria-hidden="true">{mark}</span>{form}, \d+</li>', page)
     assert "–</span>dense, " in page and "w</span>" not in page
 
@@ -417,7 +419,7 @@ def test_by_keyboard_and_for_a_screen_reader(
         "button",
     } <= roles
     assert [role for role, name in found if role in NAMED and not name] == []
-    assert ("button", "transformer_blocks.0.attn.to_q: 2:4 weights") in found
+    assert ("button", "transformer_blocks.0.attn.to_q: 2:4 weights, error 0.0010") in found
     assert ("rowheader", "all") in found and ("columnheader", "predicted") in found
 
 
