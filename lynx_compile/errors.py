@@ -6,12 +6,17 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class LynxError(Exception):
-    """A failure the user can act on. ``exit_code`` is what ``lynx-compile`` returns."""
+    """A failure the user can act on.
+
+    ``exit_code`` is what ``lynx-compile`` returns. ``log``: the file of the run's log, where there is one.
+    """
 
     exit_code = 3
+    log: Path | None = None
 
     def __init__(self, cause: str, remedy: str) -> None:
         super().__init__(f"{cause} {remedy}")

@@ -14,7 +14,7 @@ from typing import TextIO
 from lynx_compile import __version__, parallel
 from lynx_compile.engine import trt
 from lynx_compile.engine.manifest import Manifest
-from lynx_compile.errors import InputError
+from lynx_compile.errors import InputError, LynxError
 from lynx_compile.files.digest import file_digest
 from lynx_compile.files.lock import lock, this_process
 from lynx_compile.files.outputs import Outputs
@@ -386,7 +386,11 @@ def _logged(path: Path) -> Iterator[None]:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         log.info("lynx-compile %s, %s", __version__, this_process())
-        yield
+        try:
+            yield
+        except LynxError as error:
+            error.log = path
+            raise
     except BaseException as error:
         log.info("ended by %s: %s", type(error).__name__, error)  # the caller shows it
         raise

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import re
 import reprlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args
@@ -41,26 +42,50 @@ NodeOperand = Operand | Literal["none"]  # which operand is 2:4, if one is
 OperandGlobs = dict[str, Literal["auto", "activation", "weight", "none"]]
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Paths in it are relative to the recipe's own folder.
 
+    Args:
+        settings: values in the place of the file's, as ``section.key=YAML``; of the same key the last counts.
+
     Raises:
         InputError: the file is missing, is no YAML mapping, or a key or value is wrong. The message names
-            the file, the line and the key.
+            the file, the line and the key, or the setting.
     """
     text = _read(path)
     values, node = plain_yaml.parse(path, text)
     if not isinstance(values, dict):
         raise InputError(f"{path}: a recipe is a mapping of sections.", f"Start with '{_SECTIONS[0]}:'.")
+    options = {tuple(setting.partition("=")[0].split(".")): f"--set {setting}" for setting in settings}
+    for setting in settings:
+        _set(values, setting)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         # A misspelt key is also a missing one; the misspelling is what to show.
         first = min(error.errors(include_url=False), key=lambda entry: entry["type"] != "extra_forbidden")
-        raise InputError(*_explain(path, node, first)) from None
+        raise InputError(*_explain(path, node, options, first)) from None
     return recipe.resolved(path.resolve().parent)
+
+
+def _set(values: dict[str, Any], setting: str) -> None:
+    """Put ``section.key=YAML`` into a recipe's values; sections that are not there, or off, begin empty."""
+    key, equals, text = setting.partition("=")
+    if not equals or not all(key.split(".")):
+        raise InputError(
+            f"--set {setting}: this names no key and value.", "Write it as --set section.key=value."
+        )
+    *sections, last = key.split(".")
+    inside = values
+    for name in sections:
+        if inside.get(name) in (None, False, "off"):
+            inside[name] = {}
+        inside = inside[name]
+        if not isinstance(inside, dict):
+            raise InputError(f"--set {setting}: '{name}' has no keys of its own.", f"Set '{name}' itself.")
+    inside[last], _ = plain_yaml.parse(Path(f"--set {setting}"), text)
 
 
 def _listed(value: Any) -> Any:
@@ -600,10 +625,16 @@ def _read(path: Path) -> str:
         ) from None
 
 
-def _explain(path: Path, node: yaml.Node | None, error: Any) -> tuple[str, str]:
-    """Cause and remedy of pydantic's first complaint, with the line that the key stands in."""
+def _explain(
+    path: Path, node: yaml.Node | None, options: Mapping[tuple[str, ...], str], error: Any
+) -> tuple[str, str]:
+    """Cause and remedy of pydantic's first complaint, with the line that the key stands in, or its option."""
     keys = [str(key) for key in error["loc"] if not _is_union_branch(key)]
-    where, key = f"{path}:{_line(node, keys)}", ".".join(keys)
+    key = ".".join(keys)
+    set_by = [
+        option for names, option in options.items() if all(a == b for a, b in zip(names, keys, strict=False))
+    ]
+    where = set_by[-1] if set_by and error["type"] != "missing" else f"{path}:{_line(node, keys)}"
     if error["type"] == "extra_forbidden":
         known = list(_section(error["loc"][:-1]).model_fields)
         if keys[0] == "model" and keys[-1] in ("source", "module", "onnx"):

@@ -18,6 +18,7 @@ from lynx_compile.engine.arguments import flatten, unflatten
 from lynx_compile.models import families
 from lynx_compile.models.checkpoint import Checkpoint
 from lynx_compile.models.onnx_source import OnnxSource
+from lynx_compile.models.place import on_gpu
 from lynx_compile.models.recording import Axis, Call, Component, Group, Recording
 from lynx_compile.models.streamed import Streamed, has_room
 from lynx_compile.models.structure import Linear, LinearGroup, find_structure
@@ -67,8 +68,7 @@ class DiT:
 
     @property
     def _place(self) -> tuple[torch.dtype, str]:
-        on_gpu = torch.cuda.is_available()
-        return (self.dtype, "cuda") if on_gpu else (torch.float32, "cpu")
+        return (self.dtype, "cuda") if on_gpu() else (torch.float32, "cpu")
 
     @cached_property
     def _streamed(self) -> Streamed | None:

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
 from lynx_compile.errors import InputError, is_out_of_memory
+from lynx_compile.models.place import on_gpu
 from lynx_compile.models.source import only_variant
 
 ENCODERS = ("text_encoder", "tokenizer")  # how components start that encoded prompts make needless
@@ -39,7 +40,7 @@ def load_pipeline(
         folder: with ``model_index.json``.
         pipeline: another class than the one it names. variant: of the weight files' names; by default that in
             which alone a component is there.
-        device: by default ``cuda`` where there is one.
+        device: by default ``cuda`` where ``place`` says so.
         modules: components that are loaded already; None in the place of one leaves it out.
 
     Raises:
@@ -53,7 +54,7 @@ def load_pipeline(
     }
     given |= modules or {}
     variant = variant or only_variant(folder, [name for name in index if name not in given])
-    kind = _pipeline_class(folder, pipeline)
+    kind = pipeline_class(pipeline or _index(folder).get("_class_name"), str(folder))
     try:
         with _without_progress_bars():
             pipe = kind.from_pretrained(
@@ -72,7 +73,7 @@ def load_pipeline(
             f"The pipeline in {folder} cannot be loaded ({_reason(error)}).",
             "Fetch the whole checkpoint, as safetensors; pickles are never loaded.",
         ) from None
-    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipe.to(device or ("cuda" if on_gpu() else "cpu"))
 
 
 @contextmanager
@@ -114,14 +115,17 @@ def _index(folder: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _pipeline_class(folder: Path, chosen: str | None) -> Any:
-    """The class itself: ``DiffusionPipeline.from_pretrained`` loads optional components that are to be left out."""
-    name = chosen or _index(folder).get("_class_name")
+def pipeline_class(name: object, source: str) -> Any:
+    """The class itself: ``DiffusionPipeline.from_pretrained`` loads optional components that are to be left out.
+
+    Raises:
+        InputError: ``name``, which ``source`` gives, is no pipeline of the installed diffusers.
+    """
     with _without_fallbacks():
         found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not isinstance(found, type) or not issubclass(found, DiffusionPipeline):
         raise InputError(
-            f"{folder} names no pipeline of the installed diffusers ({name!r:.60}).",
+            f"{source} names no pipeline of the installed diffusers ({name!r:.60}).",
             "Update diffusers; pipelines that bring their own code are never run.",
         )
     return found

@@ -76,19 +76,27 @@ def download_bytes(source: str, revision: str | None, variant: str | None) -> in
     )
 
 
+def read_index(source: str, revision: str | None = None) -> dict[str, Any]:
+    """A pipeline's ``model_index.json``; of a hub id nothing else is downloaded.
+
+    Raises:
+        InputError: there is no such folder or repository, it cannot be reached, or holds no pipeline.
+    """
+    if Path(source).is_absolute():
+        return _index(fetch(source))
+    try:
+        return read_json(Path(hf_hub_download(source, INDEX, revision=revision)))
+    except Exception as error:  # huggingface_hub raises many kinds
+        return _index(_cached(source, revision, _first_line(error)))
+
+
 def pipeline_parts(folder: Path) -> dict[str, tuple[str, str]]:
     """The components of a pipeline that its ``model_index.json`` names: {component: (library, class)}.
 
     Raises:
         InputError: the index is missing or damaged, or a component's folder is missing or holds only pickles.
     """
-    if not (folder / INDEX).exists():
-        raise InputError(
-            f"{folder} holds a model and no pipeline ({INDEX} is missing).",
-            "Give the whole diffusers pipeline, whose own loop is run for calibration, or 'recording' under "
-            "'calibration'.",
-        )
-    parts = _parts(read_json(folder / INDEX))
+    parts = _parts(_index(folder))
     for name, (_, class_name) in parts.items():
         if not (folder / name).is_dir():
             raise InputError(
@@ -97,6 +105,16 @@ def pipeline_parts(folder: Path) -> dict[str, tuple[str, str]]:
             )
         _see_files(folder / name)
     return parts
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    if not (folder / INDEX).exists():
+        raise InputError(
+            f"{folder} holds a model and no pipeline ({INDEX} is missing).",
+            "Give the whole diffusers pipeline, whose own loop is run for calibration, or 'recording' under "
+            "'calibration'.",
+        )
+    return read_json(folder / INDEX)
 
 
 def only_variant(folder: Path, names: Iterable[str]) -> str | None:
@@ -166,8 +184,11 @@ def _fetched(
     except (
         Exception
     ) as error:  # huggingface_hub raises many kinds: gated, unknown id, bad revision, no network
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        return _cached(source, revision, reason)
+        return _cached(source, revision, _first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _cached(source: str, revision: str | None, reason: str) -> Path:
@@ -220,7 +241,8 @@ def _bar(progress: Progress) -> type[Any]:
             shown = super().update(n)
             if self._of_bytes and self.n:
                 done = int(self.n)
-                progress("downloading, kB", done // 1000, max(int(self.total or 0), done) // 1000)
+                mega = [-(-size // 10**6) for size in (done, max(int(self.total or 0), done))]
+                progress("MB downloaded", *mega)
             return shown
 
     return Bar

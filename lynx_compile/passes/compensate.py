@@ -37,6 +37,7 @@ from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import save_tensors
 from lynx_compile.models.dit import DiT
+from lynx_compile.models.place import on_gpu
 from lynx_compile.models.structure import LinearGroup
 from lynx_compile.ops.fp8 import Rounded, round_rows
 from lynx_compile.ops.sparse_linear import collapse_low_rank, expand_low_rank
@@ -186,7 +187,7 @@ def solve(
     group: SparseGroup, weight: torch.Tensor, bias: torch.Tensor, moments: LayerStatistics, sparsity: Sparsity
 ) -> SparseLinearWeights:
     """The compensated weights of one group. weight: [N, K], bias: [N], float32."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if on_gpu() else "cpu"
     weight, bias = weight.to(device), bias.to(device)
     moments = moments.to(device)
     if group.fp8:

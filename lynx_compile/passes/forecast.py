@@ -17,6 +17,7 @@ from lynx_compile.models.blocks import block_paths
 from lynx_compile.models.checkpoint import Checkpoint
 from lynx_compile.models.dtypes import DTYPES
 from lynx_compile.models.onnx_source import OnnxSource
+from lynx_compile.models.place import on_gpu
 from lynx_compile.models.streamed import free_memory, has_room
 from lynx_compile.passes.calibrate import measurements
 from lynx_compile.passes.select import MEASURED_FP8_GPUS, SparsityPlan
@@ -123,8 +124,8 @@ def forecast(
         folder: of the outputs, whose disk counts.
         plan: of the recorded calls; None: all linears of blocks count as sparse, each by itself, which is at most.
     """
-    dtype, on_gpu = DTYPES[recipe.model.dtype], torch.cuda.is_available()
-    place = (dtype, "cuda") if on_gpu else (torch.float32, "cpu")
+    dtype, with_gpu = DTYPES[recipe.model.dtype], on_gpu()
+    place = (dtype, "cuda") if with_gpu else (torch.float32, "cpu")
     stored = isinstance(checkpoint, Checkpoint)
     streamed = isinstance(checkpoint, Checkpoint) and not has_room(checkpoint, *place)
     sizes = _sizes(checkpoint, recipe, target, plan)
@@ -134,15 +135,15 @@ def forecast(
     node, square = sizes.largest, sizes.square
     work = WORK_ON_A_NODE * node + WORK_ON_A_MOMENT * square
     tuned = recipe.sparsity.needs_moments and (
-        recipe.compensation.tune == "blockwise" or (recipe.compensation.tune == "auto" and on_gpu)
+        recipe.compensation.tune == "blockwise" or (recipe.compensation.tune == "auto" and with_gpu)
     )
     written = sizes.lynx + HALF * (sizes.parameters - sizes.changed)
     embedded = recipe.engine.weights == "embedded" and target.name != "torch"
     engine = written if embedded else 0
     needs = [
-        Need("calibrate", *_split(on_gpu, module + min(sizes.moments, budget)), sizes.moments),
-        Need("compensate", *_split(on_gpu, work), sizes.solved),
-        Need("tune", *_split(on_gpu, module + budget), 2 * sizes.solved),
+        Need("calibrate", *_split(with_gpu, module + min(sizes.moments, budget)), sizes.moments),
+        Need("compensate", *_split(with_gpu, work), sizes.solved),
+        Need("tune", *_split(with_gpu, module + budget), 2 * sizes.solved),
         Need("export", PROCESS + copied, 0, copied),
         Need("rewrite", PROCESS + WORK_ON_A_NODE * node // 2, 0, written),
         Need("build", PROCESS + (BUILDER + 2 * engine if target.name != "torch" else 0), 0, engine),
@@ -156,7 +157,7 @@ def forecast(
         needs=tuple(need for need in needs if need.stage not in skipped),
         free_disk=free_bytes(next(path for path in (folder, *folder.parents) if path.exists())),
         free_host=free_memory("cpu"),
-        free_gpu=free_memory("cuda") if on_gpu else None,
+        free_gpu=free_memory("cuda") if with_gpu else None,
     )
 
 
@@ -261,6 +262,6 @@ def _is_stored(checkpoint: Checkpoint | OnnxSource, dtype: torch.dtype) -> bool:
     )
 
 
-def _split(on_gpu: bool, taken: int) -> tuple[int, int]:
+def _split(with_gpu: bool, taken: int) -> tuple[int, int]:
     """Memory of the host and of the GPU, for what is where the module is."""
-    return (PROCESS, taken) if on_gpu else (PROCESS + taken, 0)
+    return (PROCESS, taken) if with_gpu else (PROCESS + taken, 0)

@@ -19,6 +19,7 @@ from lynx_compile.models.capture import capture
 from lynx_compile.models.dtypes import DTYPES
 from lynx_compile.models.opened import Opened
 from lynx_compile.models.pipeline_loader import load_pipeline
+from lynx_compile.models.place import on_gpu
 from lynx_compile.models.recording import Recording
 from lynx_compile.recipe import Model, Recipe
 
@@ -95,7 +96,7 @@ def open_pipeline(recipe: Recipe, opened: Opened, rows: Rows, dtype: torch.dtype
             "A module of your own has no pipeline that could be run for calibration.",
             "Give its recorded calls: 'recording' under 'calibration'.",
         )
-    dtype = dtype or (DTYPES[recipe.model.dtype] if torch.cuda.is_available() else torch.float32)
+    dtype = dtype or (DTYPES[recipe.model.dtype] if on_gpu() else torch.float32)
     return load_pipeline(
         opened.folder,
         dtype=dtype,

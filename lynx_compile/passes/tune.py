@@ -25,6 +25,7 @@ from lynx_compile.files.resume import StageVersion
 from lynx_compile.models.blocks import Walk, at, block_paths
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.onnx_source import OnnxSource
+from lynx_compile.models.place import on_gpu
 from lynx_compile.models.recording import Recording
 from lynx_compile.passes.block_weights import (
     Files,
@@ -89,7 +90,7 @@ def is_tuned(dit: DiT, plan: SparsityPlan, recipe: Recipe) -> bool:
     if isinstance(dit.checkpoint, OnnxSource):  # its module cannot run without ONNX Runtime
         return False
     size = sum(linear.in_channels * linear.out_channels for group in plan.groups for linear in group.linears)
-    return torch.cuda.is_available() or size <= SMALL
+    return on_gpu() or size <= SMALL
 
 
 def reaches_end(dit: DiT, plan: SparsityPlan, recipe: Recipe) -> bool:

@@ -63,12 +63,12 @@ def test_check_says_it_before_and_after_the_calls_are_recorded(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "tiny.engine"
-    cli.check_app([str(tiny / "tiny.yaml"), "-o", str(output)], standalone_mode=False)
+    cli.app(["check", str(tiny / "tiny.yaml"), "-o", str(output)], standalone_mode=False)
     assert "No call is recorded yet" in capsys.readouterr().out
     recipe = load_recipe(tiny / "tiny.yaml")
     _, recording = open_dit(recipe)
     shutil.copytree(recording.folder, output.with_suffix(".cache") / "recording")
-    cli.check_app([str(tiny / "tiny.yaml"), "-o", str(output)], standalone_mode=False)
+    cli.app(["check", str(tiny / "tiny.yaml"), "-o", str(output)], standalone_mode=False)
     shown = capsys.readouterr().out
     assert "No call" not in shown and "of disk in all" in shown
     assert all(f"\n{stage} " in shown for stage in ("calibrate", "compensate", "export", "rewrite", "build"))

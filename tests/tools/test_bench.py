@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from lynx_compile import cli
+from lynx_compile.cli.bench import _fp8_table
 from lynx_compile.engine import trt
 from lynx_compile.errors import InputError
 from lynx_compile.passes import speed_table as costs
@@ -99,7 +100,7 @@ def test_fp8_stands_beside_the_others_in_one_table() -> None:
     measured = stored_fp8()
     first = measured.results[0]
     console = Console(width=300, file=io.StringIO())
-    console.print(cli._fp8_table(measured))
+    console.print(_fp8_table(measured))
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
     row = next(line for line in shown.splitlines() if "FLUX.1-dev" in line and "to_q,k,v" in line)
