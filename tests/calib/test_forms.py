@@ -27,6 +27,7 @@ def test_fp8_adds_to_2_of_4_like_an_independent_error(summary: dict[str, float])
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_committed_errors_come_out_again(summary: dict[str, float], tmp_path: Path) -> None:
     """Dense FP8, on fewer samples and steps."""
     found = forms.measure(study.set_up(tmp_path), ["fp8_dense"], 10, 8)

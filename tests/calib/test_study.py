@@ -36,6 +36,7 @@ def test_joint_keeps_the_accuracy_and_halves_the_papers_error(facts: dict) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_committed_figures_come_out_again(facts: dict, tmp_path: Path) -> None:  # type: ignore[type-arg]
     """Dense, the paper's and the joint form on fewer samples and steps, end to end."""
     samples, steps = 100, 8

@@ -514,6 +514,7 @@ def _other_number(data: bytes, place: int, rng: random.Random) -> bytes:
 
 
 @pytest.mark.slow  # 4 to 15 s
+@pytest.mark.nightly
 def test_10000_mutated_manifests(stage: MakeStage, tmp_path: Path) -> None:
     """Each is read, or refused with a LynxError; one that is read is written and read again the same."""
     s = stage(external=True)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The classes that differ most, through the whole compiler; ``make support`` does so with all of them."""
+"""The classes that differ most, through the whole compiler; ``make support`` does so with all of them.
+
+Those that take minutes, for what others show too, by ``make nightly``.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,28 @@ from tests.support.check import check
 UNREAD = {"QwenImageTransformer2DModel": 3}
 # Texts of any length, no mask, and a module that decides on the length: an engine for one, which refuses others.
 ONE_LENGTH = ("ZImageTransformer2DModel",)
+AT_NIGHT = (
+    "HiDreamImageTransformer2DModel",
+    "HunyuanImageTransformer2DModel",
+    "LTX2VideoTransformer3DModel",
+    "QwenImageTransformer2DModel",  # and -Edit
+    "ZImageTransformer2DModel",
+)
 CLASSES = (
     "CogView4Transformer2DModel",
     "DiTTransformer2DModel",
     "Flux2Transformer2DModel",
     "FluxTransformer2DModel",  # Kontext too
-    "HiDreamImageTransformer2DModel",
-    "HunyuanImageTransformer2DModel",
-    "LTX2VideoTransformer3DModel",
-    "QwenImageTransformer2DModel",  # and -Edit
     "SD3Transformer2DModel",
     "SanaTransformer2DModel",
     "WanTransformer3DModel",  # two of them in one pipeline
-    "ZImageTransformer2DModel",
 )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    "name", [*CLASSES, *(pytest.param(name, marks=pytest.mark.nightly) for name in AT_NIGHT)]
+)
 def test_class(name: str, tmp_path: Path) -> None:
     row = check(name, tmp_path, {"captured", "exported", "rewritten", "engine", "dropin"})
     assert row.captured and row.exported and row.equal and row.engine, row.reason
