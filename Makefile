@@ -27,9 +27,10 @@ GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/n
 DEMO_ARCHITECTURES := $(if $(filter 86 89 90a 120,$(GPU)),80;$(GPU),80)
 DEMO_BUILD := $(if $(wildcard build/plugin/build.ninja),build/plugin,build/demo)
 RUNTIME := build/runtime
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 CMAKE := PYTHONPATH=$(abspath $(VENV))/toolchain $(BIN)/cmake
 
-.PHONY: demo test nightly support sanitize unit plugin plugin-demo plugin-test runtime setup lint format clean
+.PHONY: demo test nightly support sanitize unit plugin plugin-demo plugin-test runtime setup lint docs format clean
 
 demo: plugin-demo
 	$(BIN)/lynx-compile engines/demo.yaml -o engines/demo.engine
@@ -105,11 +106,16 @@ runtime: setup
 	  -DLYNX_BUILD_RUNTIME_TESTS=ON
 	@$(CMAKE) --build $(RUNTIME) -j $(JOBS)
 
+docs: setup  ## the site of docs/, into build/docs; docs/recipe.md is written from the recipe's model
+	$(BIN)/python -m docs.recipe_reference
+	$(MKDOCS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy lynx_compile
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(MKDOCS)
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -24,7 +24,7 @@ def load(
 ) -> EngineModule:
     """Load an engine in the place of a diffusers transformer.
 
-        pipe = FluxPipeline.from_pretrained(..., transformer=None, torch_dtype=torch.bfloat16)
+        pipe = FluxPipeline.from_pretrained(..., transformer=None, dtype=torch.bfloat16)
         pipe.transformer = lynx_compile.load("flux.engine")
         pipe.to("cuda")
 
@@ -49,7 +49,7 @@ def load(
 def apply(module: nn.Module, path: str | Path, *, restorable: bool = True) -> nn.Module:
     """Put an engine's linears into the diffusers transformer that it was compiled from: torch alone, no TensorRT.
 
-        pipe = FluxPipeline.from_pretrained(..., torch_dtype=torch.bfloat16)
+        pipe = FluxPipeline.from_pretrained(..., dtype=torch.bfloat16)
         lynx_compile.apply(pipe.transformer, "flux.engine")
         pipe.to("cuda")
         pipe.transformer.compile_repeated_blocks(fullgraph=True)

@@ -650,7 +650,7 @@ def _explain(
     message = WORDS.get(error["type"], error["msg"].removeprefix("Value error, "))
     return (
         f"{where}: '{key}' is wrong: {message} (got {_short(error['input'])}).",
-        "See the README's recipe reference.",
+        "See the recipe reference in docs/recipe.md.",
     )
 
 

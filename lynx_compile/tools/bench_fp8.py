@@ -399,7 +399,7 @@ ROWS = {
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
-    """The README's table of what pays, from ``summary.json``; the fastest row of ours with everything included is bold.
+    """The table of docs/benchmarks.md, from ``summary.json``; the fastest row of ours with everything included is bold.
 
     The errors are those of ``calib.digits_flux.forms``.
     """
@@ -407,7 +407,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     def cell(key: str, unit: str, digits: int) -> str:
         return f"{summary[key]:.{digits}f}{unit}" if key in summary else "–"
 
-    best = max(ROWS.values(), key=lambda name: summary.get(f"linears.{name}.all", 0.0))
+    best = _best(summary)
     lines = [
         "| a linear as | GEMM alone | the same, steady | everything included | layer error | output error |",
         "|---|---|---|---|---|---|",
@@ -423,3 +423,19 @@ def markdown(summary: Mapping[str, Any]) -> str:
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def short(summary: Mapping[str, Any]) -> str:
+    """The README's table: of each row of ours, the speed with everything included and the output error."""
+    best = _best(summary)
+    lines = ["| a linear as | speed | error |", "|---|---|---|", "| dense, bf16 (cuBLAS) | 1.00x | 0 |"]
+    for words, name in ROWS.items():
+        if (speed := summary.get(f"linears.{name}.all")) is not None:
+            bold = "**" if name == best else ""
+            error = summary[f"errors.{name}.output"]
+            lines.append(f"| {bold}{words}{bold} | {bold}{speed:.2f}x{bold} | {error:.3f} |")
+    return "\n".join(lines)
+
+
+def _best(summary: Mapping[str, Any]) -> str:
+    return max(ROWS.values(), key=lambda name: summary.get(f"linears.{name}.all", 0.0))

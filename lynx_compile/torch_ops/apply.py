@@ -185,7 +185,7 @@ def _check_module(module: nn.Module, manifest: Manifest, path: Path) -> None:
             if found is not None and found.weight.dtype != DTYPES[manifest.dtype]:
                 raise InputError(
                     f"{path} computes in {manifest.dtype}, and the module's {linear} is in {found.weight.dtype}.",
-                    f"Load it with torch_dtype={DTYPES[manifest.dtype]}.",
+                    f"Load it with dtype={DTYPES[manifest.dtype]}.",
                 )
 
 

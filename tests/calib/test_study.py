@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's claims: its table is the study's, and the claims hold when a part of the study is run again."""
+"""The claims of docs/evidence.md: its table is the study's, and they hold when a part of the study is run again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from calib.digits_flux import study
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 PAPER = "+ norm scale + low rank (the paper)"
 JOINT = "activations 2:4, joint refit + low rank"
 
@@ -21,12 +21,12 @@ def facts() -> dict:  # type: ignore[type-arg]
     return json.loads((study.FOLDER / "study.json").read_text())
 
 
-def test_the_readme_shows_the_committed_study(facts: dict) -> None:  # type: ignore[type-arg]
-    assert study.table(facts) in README.read_text()
+def test_the_page_shows_the_committed_study(facts: dict) -> None:  # type: ignore[type-arg]
+    assert study.table(facts) in PAGE.read_text()
     assert [row["method"] for row in facts["rows"]] == list(study.ROWS)
     assert (facts["samples"], facts["steps"]) == (500, 20)
     for row in facts["rows"]:
-        assert (study.FOLDER / row["sheet"]).is_file() and f"study/{row['sheet']}" in README.read_text()
+        assert (study.FOLDER / row["sheet"]).is_file() and f"study/{row['sheet']}" in PAGE.read_text()
 
 
 def test_joint_keeps_the_accuracy_and_halves_the_papers_error(facts: dict) -> None:  # type: ignore[type-arg]

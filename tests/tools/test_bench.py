@@ -75,7 +75,7 @@ def stored_fp8() -> bench_fp8.Fp8Bench:
 
 
 def test_the_summary_is_of_the_stored_results() -> None:
-    """What stands in the README comes from the file of the same run, by the code that is here."""
+    """What README and docs show comes from the file of the same run, by the code that is here."""
     summary = json.loads((BENCH / "summary.json").read_text())
     measured = stored_fp8().summary
     assert {name: round(value, 3) for name, value in measured.items()} == {
@@ -87,10 +87,11 @@ def test_the_summary_is_of_the_stored_results() -> None:
     }  # fmt: skip
 
 
-def test_the_readme_shows_the_summary() -> None:
+def test_readme_and_docs_show_the_summary() -> None:
     summary = json.loads((BENCH / "summary.json").read_text())
     table = bench_fp8.markdown(summary)
-    assert table in (BENCH.parents[1] / "README.md").read_text()
+    assert table in (BENCH.parents[1] / "docs" / "benchmarks.md").read_text()
+    assert bench_fp8.short(summary) in (BENCH.parents[1] / "README.md").read_text()
     assert f"**{summary['linears.fp8_weight.all']:.2f}x**" in table and table.count("**") == 4
     slower = bench_fp8.markdown(summary | {"linears.fp8_dense.all": 9.0})
     assert "| **dense FP8** |" in slower and "**9.00x**" in slower

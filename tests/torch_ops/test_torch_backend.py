@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 
 import lynx_compile
 from lynx_compile import pipeline
@@ -21,6 +21,8 @@ from lynx_compile.engine.runtime import Engine
 from lynx_compile.errors import InputError
 from lynx_compile.recipe import load_recipe
 from lynx_compile.tools.inspection import inspect
+from lynx_compile.tools.support import autoencoders
+from tests.example_programs import encoded, hold, without_encoders
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,20 @@ def test_what_it_leaves_is_applied_and_is_its_onnx(compiled: Path, tiny: Path) -
     assert {entry.name for entry in session.get_inputs()} == {*feed, *weights}
     lynx_compile.restore(module)
     assert torch.equal(run(), dense)
+
+
+def test_the_example_draws_with_it(
+    compiled: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(pipe: Any, prompt: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
+        return encoded(pipe, prompt, 4, 32), encoded(pipe, prompt, 16), torch.zeros(4, 3).half()
+
+    vae = autoencoders.kl(1).half()
+    without_encoders(FluxPipeline, encode, monkeypatch, dtype=torch.float16, vae=vae)
+    arguments = ["--model", tiny / "model", "--engine", compiled, "--prompt", "a lynx", "--size", "128"]
+    picture = tmp_path / "lynx.png"
+    found = hold("flux_text_to_image.py", [*arguments, "--steps", "2", "-o", picture], monkeypatch)
+    assert found.shape == (1, 128, 128, 3)
 
 
 def _weights(compiled: Path, manifest: Manifest) -> dict[str, Any]:
