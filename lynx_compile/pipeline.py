@@ -38,7 +38,7 @@ from lynx_compile.passes.export import EXPORT, DenseOnnx, export, referred
 from lynx_compile.passes.forecast import forecast
 from lynx_compile.passes.keep import keep
 from lynx_compile.passes.record import CAPTURE, named_components, record
-from lynx_compile.passes.rewrite import REWRITE, LynxOnnx, rewrite
+from lynx_compile.passes.rewrite import REWRITE, LynxOnnx, graph_digest, rewrite
 from lynx_compile.passes.select import SparseGroup, SparsityPlan, candidates, require_fp8
 from lynx_compile.passes.sensitivity import SENSITIVITY, Sensitivities, sensitivity
 from lynx_compile.passes.speed_table import CostTable, Form
@@ -201,7 +201,9 @@ def _compile_engine(
         lambda progress: keep(lynx, recipe.engine, target, engine)
         if target.name == "torch"
         else build(lynx, recipe.engine, engine, progress=progress),
-        stages.key(REWRITE), recipe.engine.model_copy(update={"plugin": None}), plugin.sha256,
+        # Weights that a runtime binds are none of the engine's: other LoRAs, or other seeds, build nothing anew.
+        graph_digest(lynx) if external else stages.key(REWRITE),
+        recipe.engine.model_copy(update={"plugin": None}), plugin.sha256,
         target.name, target.version, target.gpu, target.gpus, outputs.engine.name,
         reads=(REWRITE,), published=True,
     )  # fmt: skip

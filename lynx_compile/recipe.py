@@ -88,6 +88,12 @@ def _set(values: dict[str, Any], setting: str) -> None:
     inside[last], _ = plain_yaml.parse(Path(f"--set {setting}"), text)
 
 
+def _local(folder: Path, source: str) -> str:
+    """A hub id as it is, unless there is a file of that name; else an absolute path."""
+    local = folder / Path(source).expanduser()
+    return source if HUB_ID.match(source) and not local.exists() else str(local.resolve())
+
+
 def _listed(value: Any) -> Any:
     """YAML's lists are tuples here; one text is a list of itself."""
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
@@ -104,6 +110,24 @@ class Section(Strict):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
+class Lora(Section):
+    """A LoRA that is folded into the weights before anything is measured."""
+
+    source: str = Field(min_length=1)
+    """A safetensors file or a folder, relative to the recipe, or a hub id: what pipe.load_lora_weights takes."""
+    weight_name: str | None = None
+    """The file, where the source holds several."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; null: its main branch."""
+    scale: float = Field(1.0, allow_inf_nan=False)
+    """Of what it adds, as the weights of set_adapters."""
+    component: str | None = None
+    """The denoiser that it is for; null: the first one."""
+
+    def resolved(self, folder: Path) -> Lora:
+        return self.model_copy(update={"source": _local(folder, self.source)})
+
+
 class Model(Section):
     """A pipeline or model of diffusers: what is compiled."""
 
@@ -117,10 +141,13 @@ class Model(Section):
     """Class of diffusers to run instead of the one that model_index.json names (FluxKontextPipeline)."""
     components: tuple[str, ...] | None = None
     """The denoisers to compile; null: every one that the pipeline calls."""
+    loras: tuple[Lora, ...] = ()
+    """LoRAs to fold into the weights before anything else; each has the keys source, weight_name, revision, scale and
+    component."""
     dtype: Literal["bf16", "fp16"] = "bf16"
     """Of the engine's weights and activations."""
 
-    _lists = field_validator("components", mode="before")(_listed)
+    _lists = field_validator("components", "loras", mode="before")(_listed)
 
     @model_validator(mode="before")
     @classmethod
@@ -141,10 +168,8 @@ class Model(Section):
         return {**values, "source": page["id"], "revision": revision}
 
     def resolved(self, folder: Path) -> Model:
-        local = folder / Path(self.source).expanduser()
-        if HUB_ID.match(self.source) and not local.exists():
-            return self
-        return self.model_copy(update={"source": str(local.resolve())})
+        loras = tuple(lora.resolved(folder) for lora in self.loras)
+        return self.model_copy(update={"source": _local(folder, self.source), "loras": loras})
 
 
 class ModuleModel(Section):
@@ -591,6 +616,8 @@ class Recipe(Section):
         """The files that it names, once it is ``resolved``."""
         named = [self.calibration.prompts, self.compare.prompts, self.sparsity.costs, self.engine.plugin]
         named += [getattr(self.model, key, None) for key in ("weights", "config", "onnx")]
+        loras = (Path(lora.source) for lora in getattr(self.model, "loras", ()))
+        named += [str(path) for path in loras if path.is_absolute()]
         return tuple(Path(name) for name in named if isinstance(name, str))
 
     @property

@@ -21,6 +21,7 @@ from lynx_compile import cli, pipeline
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError, StageError
 from lynx_compile.ops.functions import DOMAIN, GELU_OP, NORM_OP, OP, WEIGHT_OP
+from tests.models.test_lora import ADAPTED, write_lora
 
 pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, "-c", "from lynx_compile.cli import main; main()"]
@@ -242,6 +243,34 @@ def test_external_weights(project: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     embedded = json.loads((project / "out" / "tiny.json").read_text())["engine"]["bytes"]
     assert manifest.engine.bytes < embedded
     assert manifest.plugin_layers == 10
+
+
+def test_another_lora_takes_another_weights_file_and_the_same_engine(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A, B, A on external weights: what is built is built once, and A's weights are the same to the bit.
+
+    As long as they change weights that are inputs: a small dense linear (x_embedder) is a constant of the engine.
+    """
+    recipe = (project / "tiny.yaml").read_text() + "engine: {weights: external}\n"
+    found: dict[str, list[bytes]] = {"a": [], "b": []}
+    engines, builds = set(), []
+    for number, name in enumerate("aba"):
+        write_lora(
+            project / f"{name}.safetensors", project / "model" / "transformer", ord(name), adapted=ADAPTED[:2]
+        )
+        loras = f"model:\n  loras: [{{source: {name}.safetensors, scale: 0.5}}]"
+        (project / "lora.yaml").write_text(recipe.replace("model:", loras, 1))
+        assert _main(monkeypatch, project, "lora.yaml", "-o", "lora/tiny.engine") == 0
+        engine = project / "lora" / "tiny.engine"
+        engines.add(engine.read_bytes())
+        manifest = Manifest.read(project / "lora" / "tiny.json")
+        builds += [stage.reused for stage in manifest.stages if stage.name == "build"]
+        assert manifest.source.loras[0].endswith(f"{name}.safetensors x 0.5")
+        found[name].append((project / "lora" / "tiny.safetensors").read_bytes())
+        assert len(found[name]) == (2 if number == 2 else 1)
+    assert builds == [False, True, True] and len(engines) == 1
+    assert found["a"][0] == found["a"][1] != found["b"][0]
 
 
 def test_the_manifest_tells_what_each_layer_makes_of_its_input(

@@ -141,7 +141,10 @@ class Call(Strict):
 
 
 class Source(Strict):
-    """The model: as the recipe names it, its ``config.json``, and the SHA-256 over the files that were read."""
+    """The model: as the recipe names it, its ``config.json``, and the SHA-256 over the files that were read.
+
+    ``loras``: those folded into its weights.
+    """
 
     model: str
     subfolder: str
@@ -149,6 +152,7 @@ class Source(Strict):
     family: str
     config: dict[str, Any]
     sha256: Sha256
+    loras: tuple[str, ...] = ()
 
 
 def form_in_words(operand: Literal["activation", "weight", "none"], fp8: bool) -> str:

@@ -47,7 +47,8 @@ class Checkpoint:
 
     ``folder``: where it was found. ``model_class``: ``package:Class``; for a class of diffusers
     ``diffusers:FluxTransformer2DModel``. ``config``: its arguments, defaults filled in. ``files``: the safetensors
-    files that hold the weights. ``tensors``: every tensor in them that the module has, by its name.
+    files that hold the weights. ``tensors``: every tensor in them that the module has, by its name. ``loras``: those
+    that are folded into them.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     files: tuple[Path, ...]
     tensors: Mapping[str, StoredTensor]
+    loras: tuple[str, ...] = ()
 
     @property
     def class_name(self) -> str:

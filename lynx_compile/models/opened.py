@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +16,12 @@ from lynx_compile.files.progress import Progress, no_progress
 from lynx_compile.models.capture import may_denoise
 from lynx_compile.models.checkpoint import Checkpoint, open_checkpoint, open_module, read_json
 from lynx_compile.models.dtypes import DTYPES
+from lynx_compile.models.lora import fold
 from lynx_compile.models.onnx_model import open_onnx
 from lynx_compile.models.onnx_source import OnnxSource
+from lynx_compile.models.pipeline_loader import pipeline_class
 from lynx_compile.models.source import INDEX, fetch, pipeline_parts
-from lynx_compile.recipe import Model, ModuleModel, Recipe
+from lynx_compile.recipe import Lora, Model, ModuleModel, Recipe
 
 ONLY = "model"  # the one component of what is no pipeline
 
@@ -72,6 +74,11 @@ def open_model(recipe: Recipe, converted: Path, progress: Progress = no_progress
         return Opened(None, {ONLY: OnnxSource(open_onnx(Path(model.onnx), DTYPES[model.dtype]), converted)})
     folder = fetch(model.source, revision=model.revision, variant=model.variant, progress=progress)
     if recipe.calibration.recording is not None and not (folder / INDEX).exists():
+        if model.loras:
+            raise InputError(
+                f"{folder} holds a model alone, and what a LoRA is called its pipeline knows.",
+                "Give the whole pipeline as model.source, or fuse the LoRA and save the model.",
+            )
         return Opened(
             folder, {ONLY: open_checkpoint(folder, None, variant=model.variant, converted=converted)}
         )
@@ -89,10 +96,27 @@ def open_model(recipe: Recipe, converted: Path, progress: Progress = no_progress
         raise InputError(
             f"{folder} holds no diffusion transformer.", "Name the component in model.components."
         )
-    return Opened(
-        folder,
-        {name: open_checkpoint(folder, name, variant=model.variant, converted=converted) for name in names},
-    )
+    checkpoints = {
+        name: open_checkpoint(folder, name, variant=model.variant, converted=converted) for name in names
+    }
+    for name, loras in _loras(model, names).items():
+        kind = pipeline_class(model.pipeline or read_json(folder / INDEX).get("_class_name"), str(folder))
+        checkpoints[name] = fold(checkpoints[name], name, loras, kind, converted, progress)
+    return Opened(folder, checkpoints)
+
+
+def _loras(model: Model, names: Sequence[str]) -> dict[str, list[Lora]]:
+    """The recipe's LoRAs by the denoiser that they are for."""
+    found: dict[str, list[Lora]] = {}
+    for lora in model.loras:
+        name = lora.component or names[0]
+        if name not in names:
+            raise InputError(
+                f"The LoRA {lora.source} is for '{name}', which is not compiled.",
+                f"What is compiled is {', '.join(names)}: correct model.loras.",
+            )
+        found.setdefault(name, []).append(lora)
+    return found
 
 
 def _named(folder: Path) -> dict[str, tuple[str, str]]:

@@ -253,8 +253,7 @@ def _refuse_adapters(tensors: Mapping[str, StoredTensor]) -> None:
 def _adapter_alone(folder: Path, name: str) -> InputError:
     return InputError(
         f"{folder} holds an adapter ({name}) and no model.",
-        "Give the model it was trained for, with the adapter merged into it (fuse_lora, unload_lora_weights, "
-        "save_pretrained).",
+        "Give the pipeline it was trained for as model.source, and a LoRA under model.loras.",
     )
 
 

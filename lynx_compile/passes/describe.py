@@ -94,6 +94,7 @@ def describe(
             family=dit.checkpoint.class_name,
             config=dict(dit.checkpoint.config),
             sha256=dit.digest,
+            loras=getattr(dit.checkpoint, "loras", ()),
         ),
         call=call_of(dit, dense) if dense.output else None,
         costs=Path(recipe.sparsity.costs).name if recipe.sparsity.costs else None,

@@ -52,6 +52,7 @@ carries the op's meaning as a model-local function.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,6 +69,7 @@ from onnx.external_data_helper import uses_external_data
 from lynx_compile.engine.manifest import Length
 from lynx_compile.errors import StageError
 from lynx_compile.files.atomic import save_bytes
+from lynx_compile.files.digest import file_digest
 from lynx_compile.files.onnx_check import check_onnx
 from lynx_compile.files.ownership import PRODUCER
 from lynx_compile.files.resume import StageVersion
@@ -111,7 +113,7 @@ def _by_producer(norm: str, gelu: str, gated: str) -> dict[Producer, str]:
     return {"layer norm": norm, "rms norm": norm, "gelu": gelu, "gated": gated}
 
 
-REWRITE = StageVersion("rewrite", 5, ("torch", "numpy", "onnx", "onnx-graphsurgeon"))
+REWRITE = StageVersion("rewrite", 6, ("torch", "numpy", "onnx", "onnx-graphsurgeon"))
 OPS = {
     Form("activation"): OP,
     Form("weight"): WEIGHT_OP,
@@ -134,7 +136,9 @@ PRODUCER_FIELDS = {
 CHANNELS_LAST = (
     ".channels_last"  # ends the name of a tensor of a convolution whose channels were brought to the end
 )
-LARGE = 1 << 20  # numbers of a dense weight from which on it is an engine input where weights are external
+# Numbers of a dense weight from which on it is an engine input where weights are external: below FLUX.1-dev's
+# x_embedder (64 x 3072), so that no LoRA of such a model changes a constant of the engine.
+LARGE = 1 << 17
 ACTIVATION_MULTIPLE = 64  # kGeluMultiple of plugins/kernels/tile_config.h
 
 
@@ -303,6 +307,17 @@ def rewrite(
         left,
         dense.lengths,
     )
+
+
+def graph_digest(lynx: LynxOnnx) -> str:
+    """SHA-256 over the rewritten file and its constants, without the weights that a runtime binds."""
+    digest = hashlib.sha256(file_digest(lynx.path).encode())
+    for initializer in onnx.load(lynx.path, load_external_data=False).graph.initializer:
+        if uses_external_data(initializer):
+            digest.update(
+                read_external(initializer, lynx.path.parent).flatten().view(torch.uint8).numpy().data
+            )
+    return digest.hexdigest()
 
 
 def _readers_of_one_tensor(matches: Mapping[str, Sequence[Match]]) -> list[dict[str, Match]]:

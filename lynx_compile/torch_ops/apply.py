@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from lynx_compile.torch_ops.swap import Change, Group, gelu_behind, is_gate_last
 
 APPLIED = "_lynx_applied"  # attribute of a module
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+log = logging.getLogger(__name__)
 LORA = ("load_lora_adapter", "add_adapter", "load_lora_weights", "fuse_lora")  # methods that change linears
 _AGAIN = "Compile the model again; stages that have not changed are not run."
 
@@ -155,7 +157,21 @@ def _check_module(module: nn.Module, manifest: Manifest, path: Path) -> None:
             f"{path} was compiled from {family}, and the module is {type(module).__name__}.",
             "Load the transformer that the recipe names.",
         )
-    if any(getattr(each, "merged", False) and hasattr(each, "base_layer") for each in module.modules()):
+    adapters = [each for each in module.modules() if hasattr(each, "base_layer")]
+    fused = any(getattr(each, "merged", False) for each in adapters)
+    folded = manifest.source.loras
+    if folded and adapters and not fused:
+        raise InputError(
+            f"{path} was compiled with {', '.join(folded)} in its weights, and the module has a LoRA beside them.",
+            "Call pipe.fuse_lora() first, so that linears that stay dense have it too, and none has it twice.",
+        )
+    if folded and not fused:
+        log.warning(
+            "%s was compiled with %s in its weights: linears that stay dense have it only where it was fused into the "
+            "module before (pipe.load_lora_weights, pipe.fuse_lora)",
+            path, ", ".join(folded),
+        )  # fmt: skip
+    if fused and not folded:
         raise InputError(
             "A LoRA is fused into the module's linears, and compiled ones would not have it.",
             "Call pipe.unfuse_lora() first: a LoRA that is loaded and not fused stays beside compiled linears.",
