@@ -25,6 +25,7 @@ from lynx_compile.recipe import (
     Compare,
     Compensation,
     Engine,
+    Lora,
     Model,
     ModuleModel,
     OnnxModel,
@@ -351,7 +352,7 @@ def test_paths_are_relative_to_the_recipe_and_the_digest_is_not(tmp_path: Path) 
 
 def test_every_key_says_what_it_is() -> None:
     """``init`` and the reference are made of it."""
-    sections = (*FORMS.values(), Calibration, Sparsity, Budget, Compensation, Engine, Compare)
+    sections = (*FORMS.values(), Lora, Calibration, Sparsity, Budget, Compensation, Engine, Compare)
     keys = {f"{s.__name__}.{key}": field for s in sections for key, field in s.model_fields.items()}
     assert [name for name, field in keys.items() if not field.description] == []
     assert str(DEFAULT_OUTPUT_ERROR) in str(keys["Budget.max_output_error"].description)

@@ -182,7 +182,7 @@ def test_weights_are_found_whatever_their_files_are_called(
         (_only("model.safetensors", b"GGUF" + bytes(100)), {}, "quantized weights .GGUF.* Give the unquantized"),
         (_only("diffusion_pytorch_model.bin"), {}, "as a pickle .*model.bin.* save_pretrained.*safe_serialization"),
         (_only("flux.ckpt"), {}, "as a pickle .flux.ckpt.*never loaded"),
-        (_only("pytorch_lora_weights.safetensors"), {}, "holds an adapter .* and no model. Give the model it was"),
+        (_only("pytorch_lora_weights.safetensors"), {}, "holds an adapter .* and no model. Give the pipeline it was"),
         (_only_lora, {}, "holds an adapter .* and no model"),
         (_edit(lambda t: t.update({"x_embedder.lora_A.weight": torch.zeros(2, 4)})), {}, "are not merged"),
         (_edit(lambda t: t.update({"x_embedder.base_layer.weight": t.pop("x_embedder.weight")})), {}, "not merged"),
