@@ -96,6 +96,7 @@ def test_it_tells_what_is_there(manifest: Manifest, lynx: LynxOnnx, tmp_path: Pa
         "family": "FluxTransformer2DModel",
         "config": {"in_channels": 4},
         "sha256": "ab" * 32,
+        "loras": (),
     }
 
 
