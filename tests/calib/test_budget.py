@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from calib.digits_flux import budget
+from calib.recorded import recorded
 from lynx_compile.files.progress import no_progress
 from lynx_compile.passes.budget import choose
 from lynx_compile.passes.verify import HeldOut, linears_of
@@ -25,7 +26,7 @@ def test_the_prediction_holds_on_digits(tmp_path: Path) -> None:
         "compensation": Compensation(tune="off"),
     }
     recipe = given.model_copy(update=changes)
-    recording, dit = budget._recorded(recipe, tmp_path)
+    recording, dit = recorded(recipe, tmp_path)
     made = budgeted(dit, recording, recipe, ("sm90",), tmp_path, "key", no_progress)
     assert made.verified.whole.predicted == pytest.approx(made.verified.whole.solved, rel=0.25)
     for at in made.verified.steps:
