@@ -58,7 +58,7 @@ def page() -> str:
             lines.append(f"## {name}\n\n{_prose(section)}\n")
         for form in forms:
             lines.append(f"## {name}{_told_apart(form, forms)}\n\n{_prose(form)}\n")
-            lines += [*(_key(key, value, form) for key, value in form["properties"].items()), ""]
+            lines += [*_keys(form, schema["$defs"]), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -74,6 +74,14 @@ def _told_apart(form: Schema, forms: list[Schema]) -> str:
     return f", by `{next(iter(form['properties']))}`" if len(forms) > 1 else ""
 
 
+def _keys(section: Schema, definitions: Schema, indent: str = "") -> Iterator[str]:
+    """A line for each key; behind one that lists mappings, theirs."""
+    for name, value in section["properties"].items():
+        yield indent + _key(name, value, section)
+        for item in _forms(value.get("items", {}), definitions):
+            yield from _keys(item, definitions, indent + "    ")
+
+
 def _key(name: str, value: Schema, section: Schema) -> str:
     required = name in section.get("required", ())
     default = "required" if required else f"default `{_yaml(value.get('default', {}))}`"
@@ -85,6 +93,8 @@ def _type(value: Schema) -> str:
         return " or ".join(map(_type, branches))
     if words := value.get("enum") or ([value["const"]] if "const" in value else []):
         return " or ".join(f"`{_yaml(word)}`" for word in words)
+    if "$ref" in value:
+        return "mappings"
     if value["type"] == "array":
         return f"a list of {_type(value['items'])}"
     if value["type"] == "object":

@@ -142,8 +142,7 @@ class Model(Section):
     components: tuple[str, ...] | None = None
     """The denoisers to compile; null: every one that the pipeline calls."""
     loras: tuple[Lora, ...] = ()
-    """LoRAs to fold into the weights before anything else; each has the keys source, weight_name, revision, scale and
-    component."""
+    """LoRAs to fold into the weights before anything else."""
     dtype: Literal["bf16", "fp16"] = "bf16"
     """Of the engine's weights and activations."""
 
