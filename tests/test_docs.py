@@ -10,6 +10,7 @@ import ast
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +40,23 @@ ELSEWHERE = {
     r"torchrun --nproc-per-node 2 -m lynx_compile .*": ("test_parallel.py", "torchrun"),
     r"\.venv/bin/cmake --install build/runtime --prefix .*": ("runtime_cpp/test_package.py", '"--install"'),
     r"python -m calib\.digits_flux\.study": ("calib/test_study.py", "study.measure"),
+}
+
+MODULES = ["python -m calib.digits_flux.seed seed.safetensors"]  # run here
+QUICK = [  # run here, since they take no second
+    "lynx-compile init model -o model.yaml",
+    "lynx-compile check digits-flux.yaml",
+    "lynx-compile bench -o out",
+]
+COMMANDS = {  # what runs them with other arguments
+    "compile": ("test_cli.py", "tiny.yaml"),
+    "init": ("test_commands.py", "init"),
+    "check": ("passes/test_forecast.py", "check"),
+    "inspect": ("tools/test_inspection.py", "inspect"),
+    "compare": ("tools/test_compare.py", "compare"),
+    "report": ("test_commands.py", "report"),
+    "study": ("tools/test_study.py", "study"),
+    "bench": ("tools/test_bench.py", "bench"),
 }
 
 
@@ -81,7 +99,10 @@ def test_a_command_is_covered(page: Path, line: str) -> None:
     program, *arguments = shlex.split(line)
     if program == "make":
         assert set(arguments) <= run_by_ci(), f"{page}: CI does not run {line}; mark it '{NOT_RUN}...'"
-    elif program != "lynx-compile" and line not in RUNNABLE:
+    elif program == "lynx-compile":
+        name = parse(arguments)
+        assert re.search(COMMANDS[name][1], (ROOT / "tests" / COMMANDS[name][0]).read_text())
+    elif line not in MODULES:
         file, mark = next(
             (where for pattern, where in ELSEWHERE.items() if re.fullmatch(pattern, line)), ("", "")
         )
@@ -99,12 +120,13 @@ def test_options_are_those_of_the_command(page: Path, line: str) -> None:
     parse(shlex.split(line)[1:])
 
 
-def parse(arguments: list[str]) -> None:
-    """As the command does, up to running it."""
+def parse(arguments: list[str]) -> str:
+    """As the command does, up to running it; the name of the one that would run."""
     group = typer.main.get_command(cli.app)
     context = group.make_context("lynx-compile", list(arguments), resilient_parsing=False)
     name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
     command.make_context(name, rest, parent=context)
+    return str(name)
 
 
 def test_an_option_that_is_not_there_is_found() -> None:
@@ -127,17 +149,27 @@ def run_by_ci() -> frozenset[str]:
     return frozenset(found)
 
 
-RUNNABLE = ["python -m calib.digits_flux.seed seed.safetensors"]
-
-
-@pytest.mark.parametrize("line", RUNNABLE)
-def test_a_command_runs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("line", MODULES)
+def test_a_module_runs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert line in {shown for _, shown in RUN}
     _, _, module, *arguments = shlex.split(line)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     runpy.run_module(module, run_name="__main__")
     assert (tmp_path / arguments[0]).stat().st_size > 0
+
+
+@pytest.mark.parametrize("line", QUICK)
+def test_a_command_runs(line: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the tiny model, in the place of the page's."""
+    assert line in {shown for _, shown in RUN}
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tiny.yaml").rename(tmp_path / "digits-flux.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
 
 
 def test_nothing_is_covered_that_is_not_shown() -> None:
