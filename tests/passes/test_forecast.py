@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import FluxTransformer2DModel
 
 from lynx_compile import cli
 from lynx_compile.errors import DiskFullError, OutOfMemoryError
+from lynx_compile.models.checkpoint import open_checkpoint
+from lynx_compile.passes import forecast as forecasts
 from lynx_compile.passes.forecast import forecast
 from lynx_compile.passes.select import candidates
-from lynx_compile.passes.target import target_of
+from lynx_compile.passes.target import Target, target_of
 from lynx_compile.recipe import Recipe, load_recipe
-from tests.conftest import open_dit
+from tests.conftest import FLUX_DEV, open_dit
 
 
 def _size(path: Path) -> int:
@@ -73,3 +78,33 @@ def test_check_says_it_before_and_after_the_calls_are_recorded(
     assert "No call" not in shown and "of disk in all" in shown
     assert all(f"\n{stage} " in shown for stage in ("calibrate", "compensate", "export", "rewrite", "build"))
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.cache"]  # nothing else is written
+
+
+def test_what_flux_takes_is_what_its_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLUX.1-dev's recipe for torch on an H100, before calls are recorded: from the headers of a file with a hole."""
+    root = Path(__file__).parents[2]
+    with torch.device("meta"):
+        module = FluxTransformer2DModel(**FLUX_DEV)
+    module.save_config(tmp_path / "transformer")
+    header, end = {}, 0
+    for name, tensor in module.state_dict().items():
+        begin, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    monkeypatch.setattr(forecasts, "on_gpu", lambda: True)
+    monkeypatch.setattr(forecasts, "has_room", lambda *_: True)
+    monkeypatch.setattr(forecasts, "free_memory", lambda _: 80 * 10**9)
+    recipe = load_recipe(root / "engines" / "flux.yaml")
+    target = Target("torch", "2", ("sm90",), 90, None)
+    found = forecast(recipe, open_checkpoint(tmp_path, "transformer"), target, tmp_path)
+    page = (root / "docs" / "flux1-dev.md").read_text()
+    gpu, disk = max(need.gpu for need in found.needs) / 2**30, found.disk / 2**30
+    assert f"| {gpu:.0f} GiB: 22 of the model" in page
+    assert f"| {round(disk, -1):.0f} GiB beside the download" in page
+    readme = (root / "README.md").read_text()
+    assert (
+        f"{gpu:.0f} GiB while calibrating" in readme and f"up to {round(disk, -1):.0f} GiB of cache" in readme
+    )
