@@ -30,7 +30,7 @@ RUNTIME := build/runtime
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 CMAKE := PYTHONPATH=$(abspath $(VENV))/toolchain $(BIN)/cmake
 
-.PHONY: demo test nightly support sanitize unit plugin plugin-demo plugin-test runtime setup lint docs format clean
+.PHONY: demo test nightly support sanitize unit plugin plugin-demo plugin-test wheel runtime setup lint docs format clean
 
 demo: plugin-demo
 	$(BIN)/lynx-compile engines/demo.yaml -o engines/demo.engine
@@ -81,6 +81,11 @@ $(VENV)/.ready: pyproject.toml requirements/toolchain.txt requirements/tensorrt1
 # Everything that is shipped: 8 minutes on two cores. The library goes to lynx_compile/lib, where the package looks for it.
 plugin: setup
 	$(call build_plugin,build/plugin,$(LYNX_CUDA_ARCHITECTURES),$(LYNX_ELEMENT_TYPES),$(LYNX_SM90_ELEMENT_TYPES),$(LYNX_FP8_TILES),$(LYNX_FP8_ARCHITECTURES))
+
+# The package with that library, for every Linux whose glibc is as new as this one's: build/wheel/*manylinux*.whl
+wheel: plugin
+	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w build/wheel . -C build-dir=build/wheel/cmake \
+	  -C cmake.define.LYNX_PREBUILT=$(abspath lynx_compile/lib)
 
 plugin-test: setup
 	$(call build_plugin,$(TEST_BUILD),$(TEST_ARCHITECTURES),$(TEST_TYPES),$(TEST_SM90_TYPES),$(TEST_FP8_TILES),$(TEST_FP8_ARCHITECTURES))

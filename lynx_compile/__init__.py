@@ -6,6 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lynx_compile.extras import require
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -38,9 +40,11 @@ def load(
 
     Raises:
         InputError: a file is missing, damaged or of another engine; TensorRT, the plugin library or the GPU is not
-            what the engine was built for; or it was compiled from no torch module.
+            what the engine was built for; it was compiled from no torch module; or torch or diffusers is not
+            installed.
         EngineError: TensorRT or CUDA fails.
     """
+    require("torch", "lynx_compile.load")
     from lynx_compile.engine.module import load as load_module  # torch and diffusers only where they are used
 
     return load_module(path, *others, device=device, cuda_graph=cuda_graph, progress=progress)
@@ -68,8 +72,9 @@ def apply(module: nn.Module, path: str | Path, *, restorable: bool = True) -> nn
 
     Raises:
         InputError: a file is missing, damaged or of another model; there are compiled linears or a fused LoRA in the
-            module; or it is offloaded in groups already.
+            module; it is offloaded in groups already; or safetensors is not installed.
     """
+    require("torch", "lynx_compile.apply")
     from lynx_compile.torch_ops.apply import apply as apply_to  # torch only where it is used
 
     return apply_to(module, Path(path), restorable=restorable)

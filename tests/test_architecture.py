@@ -24,6 +24,7 @@ LAYERS = (
     ("ops",),
     ("files",),
     ("parallel",),
+    ("extras",),
     ("errors",),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
