@@ -86,6 +86,11 @@ def is_first() -> bool:
     return _here.rank == 0
 
 
+def is_alone() -> bool:
+    """Whether nothing is shared out."""
+    return _here.count == 1
+
+
 def share(items: Sequence[T]) -> Sequence[T]:
     """This process's part of the items: every so manieth, so that what lies together is spread over all."""
     return items[_here.rank :: _here.count]

@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -20,7 +20,7 @@ from lynx_compile.files.lock import lock, this_process
 from lynx_compile.files.outputs import Outputs
 from lynx_compile.files.ownership import claimed
 from lynx_compile.files.progress import Progress
-from lynx_compile.files.resume import Display, Stages, StageVersion, silent
+from lynx_compile.files.resume import Display, Stages, StageVersion, key_of, silent
 from lynx_compile.models import prompts
 from lynx_compile.models import recording as recordings
 from lynx_compile.models.dit import DiT, find_dit
@@ -31,7 +31,7 @@ from lynx_compile.models.recording import Group, Recording
 from lynx_compile.passes.adopt import adopt
 from lynx_compile.passes.budget import Selection, choose, require_speed
 from lynx_compile.passes.build import BUILD, BuiltEngine, build
-from lynx_compile.passes.calibrate import CALIBRATE, Statistics, calibrate, measurements
+from lynx_compile.passes.calibrate import CALIBRATE, Statistics, Unkept, are_kept, calibrate, measurements
 from lynx_compile.passes.compensate import COMPENSATE, compensate
 from lynx_compile.passes.describe import describe
 from lynx_compile.passes.export import EXPORT, DenseOnnx, export, referred
@@ -126,7 +126,7 @@ def _forget(outputs: Outputs) -> None:
     """What a stage would go on with where it stopped."""
     if not parallel.is_first():
         return
-    for name in ("recording", "tuned"):
+    for name in ("recording", "statistics", "weights", "tuned"):
         shutil.rmtree(outputs.cache / name, ignore_errors=True)
 
 
@@ -254,24 +254,30 @@ def _decide(
     if judged is not None and plan is None:
         require_speed(found, judged)
     _foresee(recipe, dit, everything, target, outputs)
-    statistics = stages.run(
-        CALIBRATE,
-        Statistics,
-        lambda progress: calibrate(
-            dit, everything, recording, recipe, outputs.cache / "statistics", progress, stages.key(CALIBRATE)
-        ),
+    measured = (
         dit.digest, *recorded, recipe.calibration.tokens_per_call, recipe.calibration.seed,
-        recipe.sparsity.uses_norm_scale, recipe.sparsity.needs_moments, measurements(everything), shared=True,
+        recipe.sparsity.uses_norm_scale, recipe.sparsity.needs_moments, measurements(everything),
     )  # fmt: skip
+    statistics: Statistics | Unkept = Unkept(dit, everything, recording, recipe)
+    kept = (CALIBRATE,) if are_kept(everything, recipe) else ()
+    if kept:
+        statistics = stages.run(
+            CALIBRATE,
+            Statistics,
+            lambda progress: calibrate(
+                dit, everything, recording, recipe, outputs.cache / "statistics", progress, stages.key(CALIBRATE)
+            ),
+            *measured, shared=True,
+        )  # fmt: skip
     files = stages.run(
         COMPENSATE,
         tuple[Path, ...],
         lambda progress: compensate(
-            dit, everything, statistics, recipe.sparsity, outputs.cache / "weights", progress
+            dit, everything, statistics, recipe.sparsity, outputs.cache / "weights", progress, stages.key(COMPENSATE)
         ),
         # The costs count through what they decide.
-        stages.key(CALIBRATE), recipe.sparsity.model_copy(update={"costs": None}), _forms(nodes),
-        reads=(CALIBRATE,), shared=True,
+        key_of(CALIBRATE, *measured), recipe.sparsity.model_copy(update={"costs": None}), _forms(nodes),
+        reads=kept, shared=True,
     )  # fmt: skip
     if not parallel.is_first():
         dit.release()
@@ -321,7 +327,7 @@ def _tuned(
     dit: DiT,
     plan: SparsityPlan,
     solved: Mapping[SparseGroup, Path],
-    statistics: Statistics,
+    statistics: Statistics | Unkept,
     recording: Recording,
     outputs: Outputs,
     stages: Stages,
@@ -331,6 +337,9 @@ def _tuned(
     if not is_tuned(dit, plan, recipe):
         return dict(zip(plan.groups, weights, strict=True)), (COMPENSATE,)
     blocks = outputs.cache / "tuned"
+    kept = (CALIBRATE,) if isinstance(statistics, Statistics) else ()
+    if isinstance(statistics, Unkept):
+        statistics = replace(statistics, sampled=True)  # it is for the errors alone
     tuned = stages.run(
         TUNE,
         Tuned,
@@ -338,7 +347,7 @@ def _tuned(
             dit, plan, weights, statistics, recording, recipe, blocks, stages.key(TUNE), progress
         ),
         stages.key(COMPENSATE), recipe.compensation, recipe.calibration.seed, recipe.calibration.memory_gib,
-        _forms(plan.groups), reads=(CALIBRATE, COMPENSATE),
+        _forms(plan.groups), reads=(*kept, COMPENSATE),
     )  # fmt: skip
     return dict(zip(plan.groups, tuned.weights, strict=True)), (TUNE,)
 

@@ -142,7 +142,7 @@ class Stages:
             shared: ``produce`` runs in all processes, and shares its work out; else in the first one alone.
         """
         name, adapter = stage.name, TypeAdapter(kind)
-        self._keys[name] = _key(stage, inputs)
+        self._keys[name] = key_of(stage, *inputs)
         self._runs[name] = _Run(stage, adapter, produce, reads)
         self._topic = f"{self._outputs.engine}: {name}"
         if not parallel.is_first():
@@ -361,7 +361,8 @@ def _paths(value: Any) -> list[Path]:
     return []
 
 
-def _key(stage: StageVersion, inputs: tuple[Any, ...]) -> str:
+def key_of(stage: StageVersion, *inputs: Any) -> str:
+    """SHA-256 over the inputs of a stage and its version, whether it runs or not."""
     values = [TypeAdapter(type(x)).dump_python(x, mode="json") for x in inputs]
     text = json.dumps([stage.name, stage.number, *map(_installed, stage.packages), *values])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
@@ -22,6 +22,7 @@ from lynx_compile.errors import StageError
 from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import save_tensors
+from lynx_compile.files.unfinished import unfinished
 from lynx_compile.models.blocks import Walk, at, block_paths, walks
 from lynx_compile.models.capture import sample_seed
 from lynx_compile.models.dit import DiT
@@ -39,6 +40,8 @@ TOKENS_PER_CHANNEL = 10  # fewer calibration tokens than this leave the solves b
 
 log = logging.getLogger(__name__)
 
+Finish = Callable[[], LayerStatistics]  # reads or works out what was measured; once
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -46,6 +49,11 @@ class Statistics:
 
     folder: Path
     groups: tuple[str, ...]
+
+    def of(self, names: Collection[str], progress: Progress) -> Iterator[tuple[str, Finish]]:
+        """Those of these groups, one after the other."""
+        for name in names:
+            yield name, partial(self.load, name)
 
     def load(self, group: str) -> LayerStatistics:
         path = _file(self.folder, group)
@@ -79,6 +87,33 @@ class Measurement:
         return 4 * self.channels**2 * (3 if self.pruned else 1)
 
 
+@dataclass(frozen=True)
+class Unkept:
+    """Statistics too large to keep: measured when they are asked for, a block's or a pass's at a time, and dropped.
+
+    ``sampled``: of no more calls than ``calibration.memory_gib`` holds side by side, which one pass goes through.
+    """
+
+    dit: DiT
+    plan: SparsityPlan
+    recording: Recording
+    recipe: Recipe
+    sampled: bool = False
+
+    def of(self, names: Collection[str], progress: Progress) -> Iterator[tuple[str, Finish]]:
+        """Those of these groups, in the order in which they are measured; the same whichever are asked for."""
+        wanted = measurements(self.plan)
+        return _measure_all(
+            self.dit, wanted, self.recording, self.recipe, names, progress, sampled=self.sampled
+        )
+
+
+def are_kept(plan: SparsityPlan, recipe: Recipe) -> bool:
+    """Whether ``calibrate`` keeps the plan's moments: where ``calibration.memory_gib`` holds all of them."""
+    wanted = measurements(plan) if recipe.sparsity.needs_moments else ()
+    return len(_passes(wanted, recipe.calibration.memory_gib)) == 1
+
+
 def calibrate(
     dit: DiT,
     plan: SparsityPlan,
@@ -95,93 +130,110 @@ def calibrate(
 
     Where the moments, or the model, do not fit into memory together, the calls go through it side by side, block after
     block, and a block's moments are written before the next one's begin; a later run of the same ``key`` does not
-    measure it again. Calls that do not fit side by side are left out where the model does not fit; else, and where
-    there are several processes, there are several passes over all.
+    measure them again if this one is stopped. Calls that do not fit side by side are left out where the model does not
+    fit; else, and where there are several processes, there are several passes over all.
 
     Raises:
         StageError: an activation is not finite.
     """
     wanted = measurements(plan) if recipe.sparsity.needs_moments else ()
-    if not wanted:
-        folder.mkdir(parents=True, exist_ok=True)
-        return Statistics(folder, ())
+    found = Statistics(folder, tuple(one.name for one in wanted))
+    with unfinished(folder, key) as has:
+        left = [name for name in found.groups if not has(_file(folder, name))]
+        for name, finish in _measure_all(dit, wanted, recording, recipe, left, progress):
+            if parallel.is_first():
+                save_tensors(_file(folder, name), _tensors(finish()))
+    return found
+
+
+def _measure_all(
+    dit: DiT,
+    wanted: tuple[Measurement, ...],
+    recording: Recording,
+    recipe: Recipe,
+    names: Collection[str],
+    progress: Progress,
+    *,
+    sampled: bool = False,
+) -> Iterator[tuple[str, Finish]]:
+    """What is measured of ``names``, as ``calibrate`` says, in all processes.
+
+    What shares a block or a pass with one of them is measured as well: the choice of tokens depends on it.
+    """
     passes = _passes(wanted, recipe.calibration.memory_gib)
-    if (len(passes) > 1 or dit.is_streamed) and not parallel.launched():
-        by_block = _by_block(dit, wanted, recording, recipe, folder, progress, key)
-        if by_block is not None:
-            _warn_if_few(by_block)
-            return Statistics(folder, tuple(one.name for one in wanted))
-    calls = parallel.share(fitted_calls(dit, recording))
-    tokens: dict[Measurement, int] = {}
+    left, tokens = set(names), dict[Measurement, int]()
+    calls = fitted_calls(dit, recording)
+    if left and (len(passes) > 1 or dit.is_streamed) and parallel.is_alone():
+        chosen = _calls_that_fit(dit, calls, recording, recipe)
+        calls = chosen if sampled else calls
+        if chosen == calls or dit.is_streamed:  # else all of them are measured, in several passes
+            for one, moments in _by_block(dit, wanted, chosen, recording, recipe, names, progress):
+                tokens[one] = moments.tokens
+                left.discard(one.name)
+                yield one.name, moments.finish
+    passes = [part for part in passes if any(one.name in left for one in part)]
+    own = parallel.share(calls)
     for number, part in enumerate(passes):
         choice = torch.Generator()
-        with _measured(dit.module, part, recipe, choice, dit.device) as moments:
-            for done, (place, call) in enumerate(calls):
-                progress("calls", number * len(calls) + done, len(passes) * len(calls))
+        with _measured(dit.module, part, recipe, choice, dit.device) as moments_of:
+            for done, (place, call) in enumerate(own):
+                progress("calls", number * len(own) + done, len(passes) * len(own))
                 choice.manual_seed(sample_seed(recipe.calibration.seed, place))
                 replay(dit, recording.arguments(call))
         with parallel.adding_up() as all_reduce:
             for one in part:
-                moments[one.name].add_up(all_reduce)
-                if parallel.is_first():
-                    statistics = moments[one.name].finish()
-                    tokens[one] = statistics.tokens
-                    save_tensors(_file(folder, one.name), _tensors(statistics))
-    progress("calls", len(passes) * len(calls), len(passes) * len(calls))
+                moments_of[one.name].add_up(all_reduce)
+        for one in part:
+            moments = moments_of.pop(one.name)
+            if one.name in left:
+                tokens[one] = moments.tokens
+                yield one.name, moments.finish
+    if passes:
+        progress("calls", len(passes) * len(own), len(passes) * len(own))
     _warn_if_few(tokens)
-    return Statistics(folder, tuple(one.name for one in wanted))
 
 
 def _by_block(
     dit: DiT,
     wanted: tuple[Measurement, ...],
+    calls: Sequence[tuple[int, Call]],
     recording: Recording,
     recipe: Recipe,
-    folder: Path,
+    names: Collection[str],
     progress: Progress,
-    key: str,
-) -> dict[Measurement, int] | None:
-    """The tokens of what is measured, one block's moments in memory at a time; None where that cannot be."""
+) -> Iterator[tuple[Measurement, Moments]]:
+    """What is measured of ``names``, one block's moments in memory at a time, as far as that can be."""
     blocks = block_paths(dit.module)
     inside = {path: tuple(one for one in wanted if one.path.startswith(f"{path}.")) for path in blocks}
     if sum(map(len, inside.values())) < len(wanted):
-        return None
-    chosen = _calls_that_fit(dit, recording, recipe)
-    if len(chosen) < len(fitted_calls(dit, recording)) and not dit.is_streamed:
-        return None  # in several passes all of them are measured
-    tokens: dict[Measurement, int] = {}
-    places_of = {(call.sample, call.index): place for place, call in enumerate(dit.calls.calls)}
-    with walks(dit.module, [partial(_replay_call, dit, recording, call) for call in chosen]) as made:
+        return
+    left = {path for path in blocks if any(one.name in names for one in inside[path])}
+    with walks(dit.module, [partial(_replay_call, dit, recording, call) for _, call in calls]) as made:
         for walk in made:
             walk.start()
         for number in range(len(blocks)):
             places = {walk.at.path if walk.at else None for walk in made}
             if len(places) > 1:
                 log.info("the calls do not run the same blocks: they are measured one after the other")
-                return None
-            if (path := places.pop()) is None:
-                break
-            known = {one: _known(_file(folder, one.name), key) for one in inside[path]}
-            measured = tuple(one for one in inside[path] if known[one] is None)
+                return
+            if (path := places.pop()) is None or not left:
+                return
+            measured = inside[path] if path in left else ()
+            left.discard(path)
             choice = torch.Generator()
             with (
                 dit.resident(path),
                 _measured(dit.module, measured, recipe, choice, dit.device) as moments,
             ):
                 block = dit.module.get_submodule(path)
-                for done, (call, walk) in enumerate(zip(chosen, made, strict=True)):
-                    choice.manual_seed(
-                        sample_seed(recipe.calibration.seed, places_of[call.sample, call.index])
-                    )
+                for done, ((place, _), walk) in enumerate(zip(calls, made, strict=True)):
+                    choice.manual_seed(sample_seed(recipe.calibration.seed, place))
                     progress(f"calls through {path}", number * len(made) + done, len(blocks) * len(made))
                     _through(block, walk)
-            for one in inside[path]:
-                tokens[one] = known[one] or 0
-                if one in measured:
-                    statistics = moments[one.name].finish()
-                    tokens[one] = statistics.tokens
-                    save_tensors(_file(folder, one.name), _tensors(statistics), {"key": key})
-    return tokens
+            for one in measured:
+                own = moments.pop(one.name)
+                if one.name in names:
+                    yield one, own
 
 
 @torch.no_grad()
@@ -191,10 +243,11 @@ def _through(block: torch.nn.Module, walk: Walk) -> None:
     walk.go_on(block(*given.args, **given.kwargs))
 
 
-def _calls_that_fit(dit: DiT, recording: Recording, recipe: Recipe) -> tuple[Call, ...]:
+def _calls_that_fit(
+    dit: DiT, calls: tuple[tuple[int, Call], ...], recording: Recording, recipe: Recipe
+) -> tuple[tuple[int, Call], ...]:
     """Those that ``calibration.memory_gib`` holds between two blocks, drawn at random."""
-    calls = tuple(call for _, call in fitted_calls(dit, recording))
-    with walks(dit.module, [partial(_replay_call, dit, recording, calls[0])]) as (walk,):
+    with walks(dit.module, [partial(_replay_call, dit, recording, calls[0][1])]) as (walk,):
         walk.start()
         given = tree_leaves((walk.at.args, walk.at.kwargs)) if walk.at else []
     sizes = {leaf.data_ptr(): leaf.nbytes for leaf in given if isinstance(leaf, torch.Tensor)}
@@ -208,17 +261,6 @@ def _calls_that_fit(dit: DiT, recording: Recording, recipe: Recipe) -> tuple[Cal
 
 def _replay_call(dit: DiT, recording: Recording, call: Call) -> Any:
     return replay(dit, recording.arguments(call))
-
-
-def _known(path: Path, key: str) -> int | None:
-    """The tokens of what an earlier run of this key has measured."""
-    try:
-        with safe_open(path, "pt") as file:
-            if not key or (file.metadata() or {}).get("key") != key:
-                return None
-            return int(file.get_tensor("tokens"))
-    except (OSError, SafetensorError):
-        return None
 
 
 def fitted_calls(dit: DiT, recording: Recording) -> tuple[tuple[int, Call], ...]:
@@ -273,7 +315,7 @@ def _measured(
     recipe: Recipe,
     choice: torch.Generator,
     device: torch.device = CPU,
-) -> Iterator[Mapping[str, Moments]]:
+) -> Iterator[dict[str, Moments]]:
     """Hooks on one reader of every tensor, removed whatever happens; a linear that is called twice measures both."""
     moments = {
         one.name: Moments(one.channels, device, pruned=one.pruned, rounded=one.rounded) for one in wanted

@@ -22,7 +22,7 @@ nearest for ``none``. The errors count it, and what rounding makes wrong in x, w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -36,12 +36,13 @@ from lynx_compile.errors import StageError
 from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import save_tensors
+from lynx_compile.files.unfinished import unfinished
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.place import on_gpu
 from lynx_compile.models.structure import LinearGroup
 from lynx_compile.ops.fp8 import Rounded, round_rows
 from lynx_compile.ops.sparse_linear import collapse_low_rank, expand_low_rank
-from lynx_compile.passes.calibrate import Statistics
+from lynx_compile.passes.calibrate import Finish, Statistics, Unkept
 from lynx_compile.passes.select import SparseGroup, SparsityPlan
 from lynx_compile.recipe import NodeOperand, Sparsity
 from lynx_compile.solve.linalg import cholesky
@@ -86,28 +87,51 @@ class SparseLinearWeights:
 
 
 def compensate(
-    dit: DiT, plan: SparsityPlan, statistics: Statistics, sparsity: Sparsity, folder: Path, progress: Progress
+    dit: DiT,
+    plan: SparsityPlan,
+    statistics: Statistics | Unkept,
+    sparsity: Sparsity,
+    folder: Path,
+    progress: Progress,
+    key: str = "",
 ) -> tuple[Path, ...]:
     """Solve every group of the plan and write its ``SparseLinearWeights``, one safetensors file each.
 
-    Several processes solve a share of the groups each.
+    Several processes solve a share of the groups each. A run that was stopped is gone on with by one of the same
+    ``key``; of ``Unkept`` statistics a block that is solved is not measured again.
 
     Raises:
         StageError: the moments cannot be factorised, or what was solved does not fit the model's dtype.
     """
     paths = _files(folder, plan.groups)
-    own = parallel.share(tuple(zip(plan.groups, paths, strict=True)))
-    for done, (group, path) in enumerate(own):
+    files = dict(zip(plan.groups, paths, strict=True))
+    own = set(parallel.share(plan.groups))
+    with unfinished(folder, key) as has:
+        left = [group for group, path in files.items() if not has(path)]
+        done = len(own.difference(left))
+        names = dict.fromkeys(group.name for group in left)
+        measured = (
+            statistics.of(names, progress) if sparsity.needs_moments else ((name, None) for name in names)
+        )
+        for name, finish in measured:
+            groups = {group: files[group] for group in left if group.name == name and group in own}
+            if groups:
+                _solve_all(dit, groups, finish, sparsity)
+                done += len(groups)
+                progress("linears compensated", done, len(own))
+    return paths
+
+
+def _solve_all(
+    dit: DiT, files: Mapping[SparseGroup, Path], finish: Finish | None, sparsity: Sparsity
+) -> None:
+    """Solve the groups that read one tensor, from its moments if there are any, and write them."""
+    moments = None if finish is None else finish()
+    for group, path in files.items():
         weight, bias = dense_weights(dit, group)
-        if sparsity.needs_moments:
-            solved = solve(group, weight, bias, statistics.load(group.name), sparsity)
-        else:
-            solved = largest(group, weight, bias)
+        solved = solve(group, weight, bias, moments, sparsity) if moments else largest(group, weight, bias)
         _require_range(solved, dit.dtype)
         save_weights(path, solved, dit.dtype)
-        progress("linears compensated", done + 1, len(own))
-    parallel.meet()
-    return paths
 
 
 def _files(folder: Path, groups: Sequence[SparseGroup]) -> tuple[Path, ...]:

@@ -38,7 +38,7 @@ from lynx_compile.passes.block_weights import (
     substitute,
     tuned_linears,
 )
-from lynx_compile.passes.calibrate import Statistics
+from lynx_compile.passes.calibrate import Statistics, Unkept
 from lynx_compile.passes.compensate import expected_errors, load_weights, save_weights
 from lynx_compile.passes.end_to_end import END_RATE, Whole, end_to_end, fits
 from lynx_compile.passes.lanes import Lane, lanes, where
@@ -105,7 +105,7 @@ def tune(
     dit: DiT,
     plan: SparsityPlan,
     weights: Sequence[Path],
-    statistics: Statistics,
+    statistics: Statistics | Unkept,
     recording: Recording,
     recipe: Recipe,
     folder: Path,
@@ -167,21 +167,29 @@ def _written(
     dit: DiT,
     files: Files,
     rows: Mapping[str, Rows],
-    statistics: Statistics,
+    statistics: Statistics | Unkept,
     folder: Path,
     progress: Progress,
 ) -> tuple[Path, ...]:
-    """The groups' weights with ``rows`` in them, of the linears that it has."""
-    paths = []
-    for group, path in files.items():
-        new = load_weights(path)
-        if own := {linear.path: rows[linear.path] for linear in group.linears if linear.path in rows}:
-            new = joined(new, own)
-            new = replace(new, errors=expected_errors(dit, group, new, statistics.load(group.name)))
-        paths.append(folder / path.name)
-        save_weights(paths[-1], new, dit.dtype)
-        progress("weights written", len(paths), len(files))
-    return tuple(paths)
+    """The groups' weights with ``rows`` in them, of the linears that it has, and the errors that the moments expect."""
+    moved = {
+        group: own
+        for group in files
+        if (own := {linear.path: rows[linear.path] for linear in group.linears if linear.path in rows})
+    }
+    paths = {group: folder / path.name for group, path in files.items()}
+    for group in files.keys() - moved.keys():
+        save_weights(paths[group], load_weights(files[group]), dit.dtype)
+    written = len(files) - len(moved)
+    for name, finish in statistics.of(dict.fromkeys(group.name for group in moved), progress):
+        moments = finish()
+        for group in (group for group in moved if group.name == name):
+            new = joined(load_weights(files[group]), moved[group])
+            new = replace(new, errors=expected_errors(dit, group, new, moments))
+            save_weights(paths[group], new, dit.dtype)
+            written += 1
+            progress("weights written", written, len(files))
+    return tuple(paths.values())
 
 
 class _Tuner:

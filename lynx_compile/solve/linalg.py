@@ -14,11 +14,12 @@ def cholesky(matrix: torch.Tensor, ridge: float, name: str) -> torch.Tensor:
     Raises:
         StageError: no ridge makes it positive definite; ``name`` says whose moments they are.
     """
-    diagonal = matrix.diagonal().mean().clamp_min(1e-12)
-    identity = torch.eye(len(matrix), device=matrix.device)
-    symmetric = (matrix + matrix.T) / 2
+    mean = matrix.diagonal().mean().clamp_min(1e-12)
+    symmetric = (matrix + matrix.T).div_(2)
+    diagonal = symmetric.diagonal().clone()
     for attempt in range(4):
-        factor, info = torch.linalg.cholesky_ex(symmetric + identity * (diagonal * ridge * 10**attempt))
+        symmetric.diagonal().copy_(diagonal + mean * ridge * 10**attempt)  # no second matrix of gigabytes
+        factor, info = torch.linalg.cholesky_ex(symmetric)
         if info == 0:
             return factor
     raise StageError(

@@ -98,9 +98,11 @@ class Moments:
             all_reduce(scatter.addr_(off[a], off[b], alpha=own))
 
     def finish(self) -> LayerStatistics:
-        """The statistics, on the CPU."""
+        """The statistics, on the CPU. The sums become them, since both would be twice the memory: it is done once."""
         means = [row.clone() for row in self.mean.cpu()]
-        covariances = [scatter.cpu() / self.tokens for scatter in self.scatter]
+        covariances = []
+        while self.scatter:
+            covariances.append(self.scatter.pop(0).cpu().div_(self.tokens))
         x_rounding, s_rounding = [*(row.cpu() for row in self.rounding), None, None][:2]
         if len(means) == 1:
             return LayerStatistics(self.tokens, means[0], covariances[0], x_rounding=x_rounding)

@@ -14,7 +14,8 @@ from lynx_compile.files.progress import no_progress
 from lynx_compile.models.structure import Linear
 from lynx_compile.ops.fp8 import Rounded, fp8_linear, round_rows
 from lynx_compile.ops.sparse_linear import collapse_low_rank, keep_mask, norm_scale_of, sparse_linear
-from lynx_compile.passes.calibrate import calibrate
+from lynx_compile.passes import calibrate as calibrating
+from lynx_compile.passes.calibrate import Unkept, are_kept, calibrate, measurements
 from lynx_compile.passes.compensate import SparseLinearWeights, compensate, load_weights, solve
 from lynx_compile.passes.compensate import _require_range as require_range
 from lynx_compile.passes.compensate import save_weights as save
@@ -91,6 +92,44 @@ def test_magnitude_needs_no_calibration(tiny: Path, tmp_path: Path, monkeypatch:
     lost = (weight - kept)[:first].norm() / weight[:first].norm()
     assert solved.errors[0] == pytest.approx(float(lost), rel=1e-4)
     assert load_file(paths[0])["weight"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("memory_gib", [0.002, 0.0003], ids=["block by block", "in passes"])
+def test_moments_too_large_to_keep_give_the_same_weights(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_gib: float
+) -> None:
+    """Nothing of them is on the disk, and a run that was stopped goes on at the block that was not solved."""
+    sparsity = Sparsity(operand={"*.to_q": "weight", "*": "activation"})
+    recipe = load_recipe(tiny / "tiny.yaml").model_copy(update={"sparsity": sparsity})
+    dit, recording = open_dit(recipe)
+    plan = select(dit.groups, sparsity)
+    kept = calibrate(dit, plan, recording, recipe, tmp_path / "statistics", no_progress)
+    expected = compensate(dit, plan, kept, sparsity, tmp_path / "kept", no_progress)
+    less = recipe.calibration.model_copy(update={"memory_gib": memory_gib})
+    recipe = recipe.model_copy(update={"calibration": less})
+    assert not are_kept(plan, recipe)
+    unkept, folder, measured = Unkept(dit, plan, recording, recipe), tmp_path / "unkept", []
+    hooks = calibrating._measured
+    monkeypatch.setattr(
+        calibrating,
+        "_measured",
+        lambda module, wanted, *a: (measured.extend(wanted), hooks(module, wanted, *a))[1],
+    )
+
+    def stop(what: str, done: int, total: int) -> None:
+        if (what, done) == ("linears compensated", total - 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compensate(dit, plan, unkept, sparsity, folder, stop, "key")
+    first = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    assert len(measured) == len({one.name for one in measured})
+    measured.clear()
+    found = compensate(dit, plan, unkept, sparsity, folder, no_progress, "key")
+    assert [path.read_bytes() for path in found] == [path.read_bytes() for path in expected]
+    assert len(first) == len(found) - 1 and all(path.stat().st_mtime_ns == t for path, t in first.items())
+    assert 0 < len(measured) < len(measurements(plan)) / 2, "the last block or pass alone"
+    assert sorted(folder.iterdir()) == sorted(found)
 
 
 def test_refit_alone_is_the_least_squares_fit() -> None:

@@ -20,7 +20,7 @@ from lynx_compile.ops.sparse_linear import sparse_linear
 from lynx_compile.passes import lanes
 from lynx_compile.passes import tune as passes_tune
 from lynx_compile.passes.block_weights import joined, rows_of, split, tuned_linears
-from lynx_compile.passes.calibrate import Statistics, calibrate, replay
+from lynx_compile.passes.calibrate import Statistics, Unkept, calibrate, replay
 from lynx_compile.passes.compensate import SparseLinearWeights, compensate, load_weights, save_weights
 from lynx_compile.passes.select import SparseGroup, SparsityPlan, select
 from lynx_compile.passes.tune import Tuned, is_tuned, tune
@@ -307,6 +307,27 @@ def _shared_between_blocks() -> SparseLinearWeights:
     return SparseLinearWeights(
         ("a.0.k", "a.1.k"), (8, 16), torch.randn(24, 64), torch.randn(16, 32), torch.randn(24), 16, False, (0.1, 0.2)
     )  # fmt: skip
+
+
+def test_errors_come_of_fewer_calls_where_moments_are_not_kept(
+    compensated: Callable[[str], Compensated], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = compensated("weight")
+    files = dict(zip(given.plan.groups, given.weights, strict=True))
+    rows = {name: replace(part, bias=part.bias + 0.1) for name, part in rows_of(files, BLOCKS[0]).items()}
+    calibration = given.recipe.calibration.model_copy(update={"memory_gib": 5e-4})
+    recipe = given.recipe.model_copy(update={"calibration": calibration})
+    unkept = Unkept(given.dit, given.plan, given.recording, recipe, sampled=True)
+    with caplog.at_level("INFO"):
+        found = passes_tune._written(given.dit, files, rows, unkept, tmp_path / "few", no_progress)
+    assert caplog.text.count(" calls, which fit calibration.memory_gib") == 1, "one pass of them"
+    expected = passes_tune._written(given.dit, files, rows, given.statistics, tmp_path, no_progress)
+    for old, few, every in zip(given.weights, found, expected, strict=True):
+        before, one, other = map(load_weights, (old, few, every))
+        assert torch.equal(one.weight, other.weight) and torch.equal(one.bias, other.bias)
+        assert one.errors == pytest.approx(other.errors, rel=0.2)
+        moved = one.linears[0].startswith(BLOCKS[0])
+        assert moved == all(new > was for new, was in zip(one.errors, before.errors, strict=True))
 
 
 def test_weights_split_and_join() -> None:
