@@ -13,6 +13,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import torch
 from onnx import TensorProto
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from lynx_compile.files.tensors import read_external
 from lynx_compile.models.structure import Linear
@@ -25,6 +26,11 @@ ONNX_NAMES = {
     torch.bfloat16: "BFLOAT16",
     torch.float64: "DOUBLE",
 }
+
+
+G_LOGGER.severity = (
+    G_LOGGER.ERROR
+)  # it warns of every bf16 model that numpy has no bf16, which nothing here needs
 
 
 @dataclass(frozen=True)
