@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The end of the wgmma GEMMs in FP8: an activation, or a gated one of which y has one channel for two of D.
+// The end of the wgmma GEMMs in FP8 that gelu_epilogue_sm90.cuh does not serve: any activation, or a gated
+// one of which y has one channel for two of D.
 #pragma once
 
 #include "activation.h"
@@ -21,8 +22,8 @@ struct Fp8FinishArguments {
 // Epilogue node: the conversion to the output's type, and from a channel on an activation before. CUTLASS
 // stores what it returns through shared memory and TMA. Gated channels leave here, straight from the
 // registers: a thread holds both values of a pair. CUTLASS's store, which knows whole tiles of D only, is
-// told of a D that ends before them (fp8_gemm_sm90.cuh). So one kernel serves both. The channels of a
-// fragment lie in one run of kGeluMultiple, so that all of a warp take one branch.
+// told of a D that ends before them (fp8_gemm_sm90.cuh). The channels of a fragment lie in one run of
+// kGeluMultiple, so that all of a warp take one branch.
 template <class Element, int kMode>
 struct Fp8Finish : EpilogueNode<Fp8FinishArguments<Element>> {
   using Base = EpilogueNode<Fp8FinishArguments<Element>>;

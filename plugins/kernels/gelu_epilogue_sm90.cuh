@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the epilogues of the wgmma GEMMs in 16 bits share: an activation on the way out.
+// What the epilogues of the wgmma GEMMs without a gate share: an activation on the way out.
 #pragma once
 
 #include "activation.h"
@@ -15,7 +15,9 @@ struct GeluFromArguments {
 // Epilogue node: an activation on the output channels from `from` on, and the conversion to the output's
 // type. kMode is the mode of D (m: 0, n: 1) that output channels lie on. The elements of a fragment lie in
 // one run of kGeluMultiple channels, so that its first one speaks for all and the branch is a warp's.
-template <class Element, int kMode>
+// kAny: whether it may be another activation than the tanh GELU, which those in FP8 have alone: the others
+// would take registers that they lack.
+template <class Element, int kMode, bool kAny>
 struct GeluFrom : EpilogueNode<GeluFromArguments> {
   using EpilogueNode::EpilogueNode;
 
@@ -30,10 +32,15 @@ struct GeluFrom : EpilogueNode<GeluFromArguments> {
                                                          const cutlass::Array<float, kCount>& input) {
       cutlass::Array<float, kCount> value = input;
       if (cute::get<kMode>(at(cute::_, cute::_, cute::_, epi_m, epi_n)(epi_v * kCount)) >= from) {
-        with_activation(activation, [&](auto activate) {
+        const auto apply = [&](auto activate) {
           CUTLASS_PRAGMA_UNROLL
           for (int i = 0; i < kCount; ++i) value[i] = activate(input[i]);
-        });
+        };
+        if constexpr (kAny) {
+          with_activation(activation, apply);
+        } else {
+          apply(GeluTanh());
+        }
       }
       return cutlass::NumericArrayConverter<Element, float, kCount>{}(value);
     }

@@ -47,7 +47,8 @@ struct SparseGemmSm90 {
   using ColumnBias = cutlass::epilogue::fusion::Sm90ColBroadcast<0, TileShape, Element, float>;
   using Affine = std::conditional_t<kSparseWeight, Compute<cutlass::plus, Accumulator, ColumnBias>,
                                     Compute<cutlass::homogeneous_multiply_add, Scale, Accumulator, RowBias>>;
-  using Last = std::conditional_t<kGated, GatedStore<Element>, GeluFrom<Element, kSparseWeight ? 0 : 1>>;
+  using Last =
+      std::conditional_t<kGated, GatedStore<Element>, GeluFrom<Element, kSparseWeight ? 0 : 1, true>>;
   using Tree = cutlass::epilogue::fusion::Sm90EVT<Last, Affine>;
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<

@@ -25,7 +25,7 @@ LIBRARY = Path(__file__).resolve().parents[2] / "lynx_compile" / "lib" / "liblyn
 
 # Bytes of stack that a kernel may take, by the title of its line in the table; the others spill nothing. These, whose
 # sums take 192 of 240 registers, keep a tile's place there, which is stored and loaded once a tile.
-SPILLS_ALLOWED = {f"fp8 {element} dense 128x192": 16 for element in ("bf16", "fp16")}
+SPILLS_ALLOWED = {f"fp8 {element} dense 128x192 gated": 16 for element in ("bf16", "fp16")}
 
 REGISTERS = 64 * 1024  # of an SM
 KIB = 1024
@@ -69,12 +69,14 @@ MMA_TILES = (Tile(128, 128, 64, 3, 128), Tile(64, 128, 64, 4, 128))
 WGMMA_TILES = (Tile(128, 256, 64, 5, 384), Tile(256, 192, 64, 4, 384), Tile(128, 128, 64, 8, 384))
 
 
-# The FP8 GEMMs by operand, as fp8_tiles.h has them: M x N, and whether stream-K; a library has the first or all.
+# The FP8 GEMMs by operand, as fp8_tiles.h has them: M x N, and whether stream-K; a library has the first or all, each
+# a second time for gates.
 FP8_TILES = {
     "weight": ("256x192", "256x144", "128x128", "256x192 stream-K"),
     "dense": ("128x192", "128x160", "128x144", "128x128"),
     "activation": ("256x192", "256x144", "128x128"),
 }
+GATED_SUFFIX = " gated"
 FP8_THREADS = 384
 FP8_OPERANDS = tuple(FP8_TILES)  # by their numbers in Fp8Operand
 
@@ -208,6 +210,7 @@ def role_of(name: str) -> Role | None:
     operand = next((operand for operand, epilogue in EPILOGUES.items() if epilogue.search(name)), "")
     if match := FP8_NAME.search(name):
         variant = f"{match[2]}x{match[3]}" + (" stream-K" if "lynx::StreamK" in name else "")
+        variant += GATED_SUFFIX if "lynx::Fp8Finish<" in name else ""
         operand = operand if match[1] else "dense"
         return Role("fp8", element, variant=variant, operand=operand) if operand else None
     if match := MMA_NAME.search(name):
@@ -255,14 +258,15 @@ def _check_fp8_complete(kernels: list[Kernel]) -> Iterator[str]:
     """Where there are GEMMs of a type, there are those of FP8: the first tile of every operand, or all."""
     found = Counter((kernel.arch, role.title) for kernel in kernels if (role := role_of(kernel.name)))
     for arch, family, element in sorted(_fp8_due(kernels)):
-        tiles = (
-            FP8_TILES if family == "fp8" else {key: [t.title for t in FP8_MMA_TILES] for key in FP8_OPERANDS}
-        )
+        tiles, forms = FP8_TILES, ("", GATED_SUFFIX)
+        if family == "fp8 mma":
+            tiles, forms = dict.fromkeys(FP8_OPERANDS, tuple(tile.title for tile in FP8_MMA_TILES)), ("",)
         first, whole = (
             {
-                Role(family, element, variant=tile, operand=operand).title
+                Role(family, element, variant=tile + form, operand=operand).title
                 for operand, titles in tiles.items()
                 for tile in titles[:most]
+                for form in forms
             }
             for most in (1, None)
         )
@@ -334,8 +338,9 @@ def _check_instructions(kernel: Kernel, role: Role) -> Iterator[str]:
     if role.family in ("mma.sp", "wgmma.sp") and kernel.count(r"HG?MMA(?!\.SP)"):
         yield "dense tensor-core instructions beside the sparse ones"
     # All lanes must take part in turning a block.
-    turning = ("mma.sp", "weight"), ("wgmma.sp", "gated"), ("fp8", "weight"), ("fp8", "dense")
-    if (role.family, role.operand) in turning:
+    turning = ("mma.sp", "weight"), ("wgmma.sp", "gated")
+    turns_pairs = role.variant.endswith(GATED_SUFFIX) and role.operand != "activation"
+    if turns_pairs or (role.family, role.operand) in turning:
         if not kernel.count("[@?]*MOVM"):
             yield "no MOVM: nothing turns the result"
         if kernel.count("@[?]?MOVM") or kernel.count("[?]MOVM"):

@@ -57,7 +57,7 @@ def gemm_kernel(arch: str, element: str, tile: Tile, operand: str) -> Kernel:
     return Kernel(arch, name, 252, 0, 0, Counter({f"HMMA.SP.16832.F32{suffix}": 64}) + turned)
 
 
-def fp8_kernel(element: str, operand: str, tile: str) -> Kernel:
+def fp8_kernel(element: str, operand: str, tile: str, gated: bool) -> Kernel:
     _, name, _ = ELEMENT_NAMES[element]
     m, n = tile.split()[0].split("x")
     sparse = "" if operand == "dense" else "Sparse"
@@ -65,10 +65,10 @@ def fp8_kernel(element: str, operand: str, tile: str) -> Kernel:
     name = (
         f"MainloopSm90TmaGmmaWarpSpecialized{sparse}<4, {cluster}, cutlass::gemm::KernelTmaWarpSpecialized"
         f"CooperativeFP8FastAccum>, cute::tuple<cute::C<{m}>, cute::C<{n}>, cute::C<128> >, cutlass::float_e4m3_t, "
-        f"lynx::Fp8Finish<cutlass::{name}, {int(operand == 'activation')}>"
+        f"lynx::{'Fp8Finish' if gated else 'GeluFrom'}<cutlass::{name}, {int(operand == 'activation')}>"
     ) + (", lynx::StreamK" if "stream-K" in tile else "")
     opcode = f"QGMMA{'.SP' if sparse else ''}.64x{n}x{64 if sparse else 32}.F32.E4M3.E4M3"
-    turned = Counter({} if operand == "activation" else {"MOVM.16.MT88": 48})
+    turned = Counter({"MOVM.16.MT88": 48} if gated and operand != "activation" else {})
     return Kernel("90a", name, 168, 0, 1024, Counter({opcode: 8}) + turned)
 
 
@@ -101,7 +101,11 @@ def kernels() -> list[Kernel]:
             out += [gemm_kernel("80", element, tile, operand) for tile in evidence.MMA_TILES]
         for operand in (*evidence.OPERANDS, "gated"):
             out += [gemm_kernel("90a", element, tile, operand) for tile in evidence.WGMMA_TILES]
-        out += [fp8_kernel(element, operand, tiles[0]) for operand, tiles in evidence.FP8_TILES.items()]
+        out += [
+            fp8_kernel(element, operand, tiles[0], gated)
+            for operand, tiles in evidence.FP8_TILES.items()
+            for gated in (False, True)
+        ]
         out += [fp8_mma_kernel("89", element, operand, 0) for operand in evidence.FP8_OPERANDS]
         out += [
             round_kernel(arch, element, make, pruned, blocks)
@@ -119,13 +123,16 @@ def test_library_in_order_passes(kernels: list[Kernel]) -> None:
 
 def test_one_fp8_tile_or_all(kernels: list[Kernel]) -> None:
     more = [
-        fp8_kernel(element, operand, tile)
+        fp8_kernel(element, operand, tile, gated)
         for element in evidence.ELEMENTS
         for operand, tiles in evidence.FP8_TILES.items()
         for tile in tiles[1:]
+        for gated in (False, True)
     ]
     assert evidence.check([*kernels, *more]) == []
     assert any("neither one nor all" in each for each in evidence.check([*kernels, more[0]]))
+    ungated = [kernel for kernel in kernels if "Fp8Finish" not in kernel.name]
+    assert any("neither one nor all" in each for each in evidence.check(ungated))
     more = [
         fp8_mma_kernel("89", element, operand, tile)
         for element in evidence.ELEMENTS
@@ -179,6 +186,7 @@ MMA, WGMMA = "mma.sp fp16 128x128x64 weight", "wgmma.sp bf16 256x192x64 activati
         (FP8, {"opcodes": Counter({"QGMMA.64x192x32.F32.E4M3.E4M3": 8})}, "no QGMMA of e4m3"),
         (FP8, {"opcodes": Counter({"QGMMA.SP.64x192x64.F32.E4M3.E4M3": 8, "LDL": 1})}, "local memory"),
         (FP8, {"registers": 176}, "1 thread blocks take 67584 registers"),
+        (FP8 + " gated", {"opcodes": Counter({"QGMMA.SP.64x192x64.F32.E4M3.E4M3": 8})}, "no MOVM"),
         (FP8_MMA, {"opcodes": Counter({"QMMA.16832.F32.E4M3.E4M3": 64})}, "no QMMA of e4m3"),
         (
             FP8_MMA,

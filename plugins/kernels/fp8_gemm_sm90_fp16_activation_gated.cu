@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "fp8_gemm_gated_sm90.cuh"
+
+namespace lynx {
+LYNX_INSTANTIATE_GATED_FP8(Fp16, Fp8Operand::kSparseActivation, 0);
+#if !defined(LYNX_FP8_ONE_TILE)
+LYNX_INSTANTIATE_GATED_FP8(Fp16, Fp8Operand::kSparseActivation, 1);
+LYNX_INSTANTIATE_GATED_FP8(Fp16, Fp8Operand::kSparseActivation, 2);
+#endif
+}  // namespace lynx
