@@ -23,17 +23,12 @@ Fp8LinearParams params_of(const Fp8Attributes& attributes,
   params.dtype = dtype;
   params.operand = operand_of<kSparseWeight>(attributes);
   params.rows = in[kX].rows();
-  params.channels = int(in[kX].last() / (attributes.halves ? 2 : 1));
+  params.channels = int(channels_of(attributes.producer, in[kX]));
   params.out_channels = kSparseWeight ? attributes.out_channels : int(in[Op::kValues].at[0]);
   params.activation = Activation(attributes.activation);
   params.activation_from = attributes.activation_from;
   params.gated = attributes.gated != 0;
-  params.producer = kProducer;
-  params.producer_activation = Activation(attributes.producer_activation);
-  params.halves = Halves(attributes.halves);
-  params.rms = attributes.rms != 0;
-  params.epsilon = attributes.epsilon;
-  if constexpr (kProducer == Producer::kNorm) params.gain_rows = in[Op::kFirst].rows();
+  set_producer_sizes<kProducer>(params, attributes.producer, in, Op::kFirst);
   return params;
 }
 
@@ -68,30 +63,20 @@ bool check_channels(const char* plugin, int64_t channels) {
 template <bool kSparseWeight, Producer kProducer>
 bool Fp8Op<kSparseWeight, kProducer>::check_attributes(const Attributes& a) {
   const char* const name = Fp8Op::kName;
-  for (const int32_t flag : {a.prune, a.gated, a.rms}) {
+  for (const int32_t flag : {a.prune, a.gated}) {
     if (flag != 0 && flag != 1) {
-      return refuse(name, "a flag is " + std::to_string(flag), "Use 0 or 1 for prune, gated and rms");
+      return refuse(name, "a flag is " + std::to_string(flag), "Use 0 or 1 for prune and gated");
     }
   }
   const Activation most = a.gated ? Activation::kSilu : Activation::kGeluErf;
   if (a.activation < a.gated || a.activation > int32_t(most)) {
     return refuse(name, "activation is " + std::to_string(a.activation), kActivations);
   }
-  const Activation most_of_x = kProducer == Producer::kGated ? Activation::kSilu : Activation::kGeluErf;
-  if (a.producer_activation < 1 || a.producer_activation > int32_t(most_of_x)) {
-    return refuse(name, "producer_activation is " + std::to_string(a.producer_activation),
-                  "Use 1 for GELU (tanh), 2 for GELU (erf), or for a gate 3 for SiLU");
-  }
-  if (a.halves < 0 || a.halves > int32_t(Halves::kGateFirst)) {
-    return refuse(name, "halves is " + std::to_string(a.halves),
-                  "Use 0 for x and gate apart, 1 for x in the first half, 2 for the gate");
-  }
   if (a.activation_from < 0) {
     return refuse(name, "activation_from is " + std::to_string(a.activation_from), "Use 0 or more");
   }
-  if (!(a.epsilon > 0.0f)) return refuse(name, "epsilon is not positive", "Rewrite the model");
-  if (!kSparseWeight) return true;
-  return check_out_channels(name, "out_channels is", a, a.out_channels);
+  if (!check_producer(name, kProducer, a.producer)) return false;
+  return !kSparseWeight || check_out_channels(name, "out_channels is", a, a.out_channels);
 }
 
 template <bool kSparseWeight, Producer kProducer>
@@ -104,12 +89,9 @@ bool Fp8Op<kSparseWeight, kProducer>::check_shapes(const Attributes& attributes,
     return refuse(name, "metadata has not 3 dimensions", "Rewrite the model");
   if (in[kScale].count != 1) return refuse(name, "weight_scale is not a vector", "Rewrite the model");
   if (in[kBias].count != 1) return refuse(name, "bias is not a vector", "Rewrite the model");
-  const int64_t last = in[kX].last(), halves = attributes.halves ? 2 : 1;
-  if (last >= 0 && last % halves != 0) {
-    return refuse(name, "x has " + std::to_string(last) + " channels, which are no two halves",
-                  "Rewrite the model");
-  }
-  const int64_t channels = last < 0 ? -1 : last / halves, width = channels < 0 ? -1 : fp8_width(channels);
+  if (!check_halves(name, attributes.producer, in[kX])) return false;
+  const int64_t channels = channels_of(attributes.producer, in[kX]);
+  const int64_t width = channels < 0 ? -1 : fp8_width(channels);
   if (channels >= 0 && !check_channels(name, channels)) return false;
   const int64_t out_channels = kSparseWeight ? attributes.out_channels : in[kValues].at[0];
   if (!kSparseWeight && out_channels >= 0 &&
@@ -129,22 +111,7 @@ bool Fp8Op<kSparseWeight, kProducer>::check_shapes(const Attributes& attributes,
   } else {
     ok = ok && check_extent(name, "weight", "columns", in[kValues].at[1], part(kWord));
   }
-  if constexpr (kProducer == Producer::kNorm) {
-    const int64_t rows = in[kX].rows(), gain_rows = in[kFirst].rows();
-    ok = ok && check_extent(name, "gain", "channels", in[kFirst].last(), channels) &&
-         check_extent(name, "shift", "channels", in[kSecond].last(), channels) &&
-         check_extent(name, "shift", "rows", in[kSecond].rows(), gain_rows);
-    if (ok && rows > 0 && gain_rows >= 0 && (gain_rows == 0 || rows % gain_rows != 0)) {
-      return refuse(name,
-                    "gain has " + std::to_string(gain_rows) + " rows for " + std::to_string(rows) + " tokens",
-                    "Rewrite the model with this version of lynx-compile");
-    }
-  }
-  if constexpr (kProducer == Producer::kGated) {
-    ok = ok && check_extent(name, "gate", "channels", in[kFirst].last(), in[kX].last()) &&
-         check_extent(name, "gate", "rows", in[kFirst].rows(), in[kX].rows());
-  }
-  return ok;
+  return ok && check_producer_shapes<kProducer>(name, in, kFirst, channels);
 }
 
 template <bool kSparseWeight, Producer kProducer>
@@ -180,8 +147,7 @@ cudaError_t Fp8Op<kSparseWeight, kProducer>::launch(const Attributes& attributes
   if constexpr (kSparseWeight) params.metadata = static_cast<const uint32_t*>(inputs[kMetadata]);
   params.weight_scale = static_cast<const float*>(inputs[kScale]);
   params.bias = inputs[kBias];
-  if constexpr (kProducer == Producer::kNorm) params.gain = inputs[kFirst], params.shift = inputs[kSecond];
-  if constexpr (kProducer == Producer::kGated) params.gate = inputs[kFirst];
+  set_producer_inputs<kProducer>(params, inputs, kFirst);
   params.y = y;
   params.workspace = workspace;
   return launch_fp8_linear(params, tile, stream);

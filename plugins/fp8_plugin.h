@@ -5,7 +5,7 @@
 #pragma once
 
 #include "kernels/fp8_linear.h"
-#include "plugin.h"
+#include "producer_plugin.h"
 
 namespace lynx {
 
@@ -13,12 +13,9 @@ struct Fp8Attributes {
   int32_t prune = 0;         // LynxFp8Linear: 1: x becomes 2:4
   int32_t out_channels = 0;  // LynxFp8SparseWeightLinear: N; values have it padded
   int32_t activation = 0;    // of the output: 0: none, 1: GELU (tanh), 2: GELU (erf), 3: SiLU, of gated ones
-  int32_t activation_from = 0;      // first row of the weight that it applies to
-  int32_t gated = 0;                // 1: in runs of 16 rows, to the first 8, which the other 8 multiply
-  int32_t producer_activation = 1;  // kGelu: 1 or 2 as above; kGated: any
-  int32_t halves = 0;               // kGated: as Halves numbers them
-  int32_t rms = 0;                  // kNorm: RMSNorm instead of LayerNorm
-  float epsilon = 1e-6f;            // kNorm
+  int32_t activation_from = 0;  // first row of the weight that it applies to
+  int32_t gated = 0;            // 1: in runs of 16 rows, to the first 8, which the other 8 multiply
+  ProducerAttributes producer;
 };
 
 // Names, and inputs in the order of the op: behind the weight's come those of the producer.
@@ -49,33 +46,24 @@ LYNX_FP8_NAMES(true, Producer::kGated, "LynxGatedFp8SparseWeightLinear", "values
 template <bool kSparseWeight, Producer kProducer>
 struct Fp8Op : Fp8Names<kSparseWeight, kProducer> {
   using Attributes = Fp8Attributes;
+  using OfProducer = ProducerFields<Attributes, kProducer>;
   static constexpr auto kInt = nvinfer1::PluginFieldType::kINT32;
   static constexpr AttributeField kOwn =
       kSparseWeight ? AttributeField{"out_channels", kInt, offsetof(Attributes, out_channels)}
                     : AttributeField{"prune", kInt, offsetof(Attributes, prune)};
-  static constexpr bool kNorm = kProducer == Producer::kNorm;
-  static constexpr AttributeField kRms = {"rms", kInt, offsetof(Attributes, rms)};
-  static constexpr AttributeField kEpsilon = {"epsilon", nvinfer1::PluginFieldType::kFLOAT32,
-                                              offsetof(Attributes, epsilon)};
-  static constexpr AttributeField kProducerActivation = {"producer_activation", kInt,
-                                                         offsetof(Attributes, producer_activation)};
-  static constexpr AttributeField kHalves = {"halves", kInt, offsetof(Attributes, halves)};
   static constexpr AttributeField kFields[] = {
       kOwn,
       {"activation", kInt, offsetof(Attributes, activation)},
       {"activation_from", kInt, offsetof(Attributes, activation_from)},
       {"gated", kInt, offsetof(Attributes, gated)},
-      kNorm ? kRms : kProducerActivation,
-      kNorm ? kEpsilon : kHalves,
+      OfProducer::kFirst,
+      OfProducer::kSecond,
   };
-  // The last two are the producer's; TensorRT warns of fields that a node does not give.
-  static constexpr size_t kFieldCount = kProducer == Producer::kNone   ? 4
-                                        : kProducer == Producer::kGelu ? 5
-                                                                       : 6;
+  static constexpr size_t kFieldCount = 4 + OfProducer::kCount;
 
   static constexpr int32_t kValues = 1, kMetadata = 2;  // kValues: all of a dense weight
-  static constexpr int32_t kScale = kSparseWeight ? 3 : 2, kBias = kScale + 1, kFirst = kScale + 2,
-                           kSecond = kScale + 3;  // of the producer
+  static constexpr int32_t kScale = kSparseWeight ? 3 : 2, kBias = kScale + 1;
+  static constexpr int32_t kFirst = kScale + 2;  // of the producer
   using Inputs =
       std::array<Extents, sizeof(Fp8Names<kSparseWeight, kProducer>::kInputNames) / sizeof(const char*)>;
 

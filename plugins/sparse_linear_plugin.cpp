@@ -4,30 +4,19 @@
 namespace lynx {
 namespace {
 
-// K: of the weight's columns, where x is but a half of its tensor.
-int64_t channels_of(const SparseLinearAttributes& attributes, const Extents& x) {
-  const bool half = Halves(attributes.halves) != Halves::kApart;
-  return half && x.last() >= 0 ? x.last() / 2 : x.last();
-}
-
 template <Producer kProducer>
 SparseLinearParams params_of(const SparseLinearAttributes& attributes,
                              const typename SparseLinearOp<kProducer>::Inputs& in, DType dtype) {
   SparseLinearParams params{};
   params.dtype = dtype;
   params.rows = in[kX].rows();
-  params.channels = int(channels_of(attributes, in[kX]));
+  params.channels = int(channels_of(attributes.producer, in[kX]));
   params.out_channels = int(in[kWeight].at[0]);
   params.rank = attributes.rank;
   params.norm_scale = attributes.norm_scale != 0;
   params.activation = Activation(attributes.activation);
   params.activation_from = attributes.activation_from;
-  params.producer = kProducer;
-  params.producer_activation = Activation(attributes.producer_activation);
-  params.halves = Halves(attributes.halves);
-  params.rms = attributes.rms != 0;
-  params.epsilon = attributes.epsilon;
-  if constexpr (kProducer == Producer::kNorm) params.gain_rows = in[kFirst].rows();
+  set_producer_sizes<kProducer>(params, attributes.producer, in, kFirst);
   return params;
 }
 
@@ -46,28 +35,16 @@ bool SparseLinearOp<kProducer>::check_attributes(const Attributes& a) {
     return refuse(name, "rank is " + std::to_string(a.rank),
                   "Use 0 or a multiple of 16 up to " + std::to_string(kMaxRank));
   }
-  for (const int32_t flag : {a.norm_scale, a.rms}) {
-    if (flag != 0 && flag != 1) {
-      return refuse(name, "a flag is " + std::to_string(flag), "Use 0 or 1 for norm_scale and rms");
-    }
+  if (a.norm_scale != 0 && a.norm_scale != 1) {
+    return refuse(name, "norm_scale is " + std::to_string(a.norm_scale), "Use 0 or 1");
   }
   if (a.activation < 0 || a.activation > int32_t(Activation::kGeluErf)) {
     return refuse(name, "activation is " + std::to_string(a.activation), kActivations);
   }
-  const Activation most = kProducer == Producer::kGated ? Activation::kSilu : Activation::kGeluErf;
-  if (a.producer_activation < 1 || a.producer_activation > int32_t(most)) {
-    return refuse(name, "producer_activation is " + std::to_string(a.producer_activation),
-                  "Use 1 for GELU (tanh), 2 for GELU (erf), or for a gate 3 for SiLU");
-  }
-  if (a.halves < 0 || a.halves > int32_t(Halves::kGateFirst)) {
-    return refuse(name, "halves is " + std::to_string(a.halves),
-                  "Use 0 for x and gate apart, 1 for x in the first half, 2 for the gate");
-  }
   if (a.activation_from < 0) {
     return refuse(name, "activation_from is " + std::to_string(a.activation_from), "Use 0 or more");
   }
-  if (!(a.epsilon > 0.0f)) return refuse(name, "epsilon is not positive", "Rewrite the model");
-  return true;
+  return check_producer(name, kProducer, a.producer);
 }
 
 template <Producer kProducer>
@@ -80,10 +57,8 @@ bool SparseLinearOp<kProducer>::check_shapes(const Attributes& attributes, const
     }
   }
   if (in[kBias].count != 1) return refuse(name, "bias is not a vector", "Rewrite the model");
-  const int64_t channels = channels_of(attributes, in[kX]), out_channels = in[kWeight].at[0];
-  if (in[kX].last() >= 0 && attributes.halves != 0 && in[kX].last() % 2 != 0) {
-    return refuse(name, "x has no halves", "Rewrite the model with this version of lynx-compile");
-  }
+  const int64_t channels = channels_of(attributes.producer, in[kX]), out_channels = in[kWeight].at[0];
+  if (!check_halves(name, attributes.producer, in[kX])) return false;
   if (channels >= 0 && (channels == 0 || channels % kBlock != 0)) {
     return refuse(name, "x has " + std::to_string(channels) + " channels, not a multiple of 16",
                   "Keep this linear dense");
@@ -94,27 +69,12 @@ bool SparseLinearOp<kProducer>::check_shapes(const Attributes& attributes, const
   }
   const int64_t width = channels < 0 ? -1 : padded_width(channels, attributes.rank);
   const int64_t rank_rows = attributes.rank > 0 ? attributes.rank : 1;
-  bool ok = check_extent(name, "weight", "columns", in[kWeight].at[1], width) &&
-            check_extent(name, "lora_down", "rows", in[kLoraDown].at[0], rank_rows) &&
-            check_extent(name, "lora_down", "columns", in[kLoraDown].at[1], channels) &&
-            check_extent(name, "bias", "elements", in[kBias].at[0], out_channels) &&
-            check_activation(name, attributes.activation, attributes.activation_from, out_channels);
-  if constexpr (kProducer == Producer::kNorm) {
-    const int64_t rows = in[kX].rows(), gain_rows = in[kFirst].rows();
-    ok = ok && check_extent(name, "gain", "channels", in[kFirst].last(), channels) &&
-         check_extent(name, "shift", "channels", in[kSecond].last(), channels) &&
-         check_extent(name, "shift", "rows", in[kSecond].rows(), gain_rows);
-    if (ok && rows > 0 && gain_rows >= 0 && (gain_rows == 0 || rows % gain_rows != 0)) {
-      return refuse(name,
-                    "gain has " + std::to_string(gain_rows) + " rows for " + std::to_string(rows) + " tokens",
-                    "Rewrite the model with this version of lynx-compile");
-    }
-  }
-  if constexpr (kProducer == Producer::kGated) {
-    ok = ok && check_extent(name, "gate", "channels", in[kFirst].last(), in[kX].last()) &&
-         check_extent(name, "gate", "rows", in[kFirst].rows(), in[kX].rows());
-  }
-  return ok;
+  return check_extent(name, "weight", "columns", in[kWeight].at[1], width) &&
+         check_extent(name, "lora_down", "rows", in[kLoraDown].at[0], rank_rows) &&
+         check_extent(name, "lora_down", "columns", in[kLoraDown].at[1], channels) &&
+         check_extent(name, "bias", "elements", in[kBias].at[0], out_channels) &&
+         check_activation(name, attributes.activation, attributes.activation_from, out_channels) &&
+         check_producer_shapes<kProducer>(name, in, kFirst, channels);
 }
 
 template <Producer kProducer>
@@ -141,8 +101,7 @@ cudaError_t SparseLinearOp<kProducer>::launch(const Attributes& attributes, cons
   params.weight = inputs[kWeight];
   params.lora_down = inputs[kLoraDown];
   params.bias = inputs[kBias];
-  if constexpr (kProducer == Producer::kNorm) params.gain = inputs[kFirst], params.shift = inputs[kSecond];
-  if constexpr (kProducer == Producer::kGated) params.gate = inputs[kFirst];
+  set_producer_inputs<kProducer>(params, inputs, kFirst);
   params.y = y;
   params.workspace = workspace;
   return launch_sparse_linear(params, tile, stream);

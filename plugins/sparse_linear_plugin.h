@@ -4,23 +4,20 @@
 #pragma once
 
 #include "kernels/sparse_linear.h"
-#include "plugin.h"
+#include "producer_plugin.h"
 
 namespace lynx {
 
 struct SparseLinearAttributes {
   int32_t rank = 0;
   int32_t norm_scale = 0;
-  int32_t activation = 0;           // of the output: 0: none, 1: GELU (tanh), 2: GELU (erf)
-  int32_t activation_from = 0;      // first output channel that it applies to
-  int32_t producer_activation = 1;  // kGelu: 1 or 2 as above; kGated: besides, 3: SiLU
-  int32_t halves = 0;               // kGated: as Halves numbers them
-  int32_t rms = 0;                  // kNorm: RMSNorm instead of LayerNorm
-  float epsilon = 1e-6f;            // kNorm
+  int32_t activation = 0;       // of the output: 0: none, 1: GELU (tanh), 2: GELU (erf)
+  int32_t activation_from = 0;  // first output channel that it applies to
+  ProducerAttributes producer;
 };
 
 // Inputs in the order of the op.
-enum SparseLinearInput : int32_t { kWeight = 1, kLoraDown, kBias, kFirst, kSecond };
+enum SparseLinearInput : int32_t { kWeight = 1, kLoraDown, kBias, kFirst };  // kFirst: of the producer
 
 template <Producer kProducer>
 struct SparseLinearNames;
@@ -52,26 +49,17 @@ struct SparseLinearNames<Producer::kGated> {
 template <Producer kProducer>
 struct SparseLinearOp : SparseLinearNames<kProducer> {
   using Attributes = SparseLinearAttributes;
-  static constexpr bool kNorm = kProducer == Producer::kNorm;
+  using OfProducer = ProducerFields<Attributes, kProducer>;
   static constexpr auto kInt = nvinfer1::PluginFieldType::kINT32;
-  static constexpr AttributeField kRms = {"rms", kInt, offsetof(Attributes, rms)};
-  static constexpr AttributeField kEpsilon = {"epsilon", nvinfer1::PluginFieldType::kFLOAT32,
-                                              offsetof(Attributes, epsilon)};
-  static constexpr AttributeField kProducerActivation = {"producer_activation", kInt,
-                                                         offsetof(Attributes, producer_activation)};
-  static constexpr AttributeField kHalves = {"halves", kInt, offsetof(Attributes, halves)};
   static constexpr AttributeField kFields[] = {
       {"rank", kInt, offsetof(Attributes, rank)},
       {"norm_scale", kInt, offsetof(Attributes, norm_scale)},
       {"activation", kInt, offsetof(Attributes, activation)},
       {"activation_from", kInt, offsetof(Attributes, activation_from)},
-      kNorm ? kRms : kProducerActivation,
-      kNorm ? kEpsilon : kHalves,
+      OfProducer::kFirst,
+      OfProducer::kSecond,
   };
-  // The last two are the producer's; TensorRT warns of fields that a node does not give.
-  static constexpr size_t kFieldCount = kProducer == Producer::kNone   ? 4
-                                        : kProducer == Producer::kGelu ? 5
-                                                                       : 6;
+  static constexpr size_t kFieldCount = 4 + OfProducer::kCount;
   using Inputs = std::array<Extents, sizeof(SparseLinearNames<kProducer>::kInputNames) / sizeof(const char*)>;
 
   static bool check_attributes(const Attributes& attributes);

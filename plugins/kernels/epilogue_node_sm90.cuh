@@ -27,6 +27,16 @@ constexpr bool comes_in_blocks() {
          is(cute::Int<kCount - 4>{}, cute::Int<0>{}, 0, 2 * (kCount - 4));
 }
 
+// A node's callbacks, made of a thread's elements' coordinates, relative to its first, the row and the column
+// of D of its first, and the node's parameters.
+template <template <class> class Callbacks, class Params, class... Args>
+CUTLASS_DEVICE auto callbacks_at(const cutlass::epilogue::fusion::ConsumerStoreArgs<Args...>& args,
+                                 const Params& params) {
+  const int row = cute::get<0>(args.problem_shape_mnkl) - int(cute::get<0>(args.residue_tCcD));
+  const int column = cute::get<1>(args.problem_shape_mnkl) - int(cute::get<1>(args.residue_tCcD));
+  return Callbacks<decltype(args.tCcD)>(args.tCcD, row, column, params);
+}
+
 // An epilogue node that takes its arguments as they are, and neither shared memory nor workspace.
 template <class NodeArguments>
 struct EpilogueNode : cutlass::epilogue::fusion::Sm90VisitorImpl<> {

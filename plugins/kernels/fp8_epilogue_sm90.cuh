@@ -115,9 +115,7 @@ struct Fp8Finish : EpilogueNode<Fp8FinishArguments<Element>> {
   template <bool kReferenceSource, class... Args>
   CUTLASS_DEVICE auto get_consumer_store_callbacks(
       const cutlass::epilogue::fusion::ConsumerStoreArgs<Args...>& args) {
-    const int row = cute::get<0>(args.problem_shape_mnkl) - int(cute::get<0>(args.residue_tCcD));
-    const int column = cute::get<1>(args.problem_shape_mnkl) - int(cute::get<1>(args.residue_tCcD));
-    return Callbacks<decltype(args.tCcD)>(args.tCcD, row, column, params);
+    return callbacks_at<Callbacks>(args, params);
   }
 };
 

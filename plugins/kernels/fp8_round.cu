@@ -10,6 +10,7 @@
 #include "fp8.h"
 #include "fp8_linear.h"
 #include "launch.h"
+#include "producer.h"
 #include "warp.h"
 
 namespace lynx {
@@ -307,23 +308,7 @@ cudaError_t launch_producer(Producer producer, const RoundArgs& args, cudaStream
 
 cudaError_t launch_fp8_round(const Fp8LinearParams& params, const RoundedOperand& out, cudaStream_t stream) {
   RoundArgs args{};
-  if (params.producer == Producer::kNorm) {
-    args.gain = static_cast<const uint16_t*>(params.gain);
-    args.shift = static_cast<const uint16_t*>(params.shift);
-    args.rows_per_gain = params.rows / params.gain_rows;
-    args.epsilon = params.epsilon;
-    args.rms = params.rms;
-  }
-  args.x = static_cast<const uint16_t*>(params.x);
-  args.x_stride = params.channels;
-  args.activation = params.producer_activation;
-  if (params.producer == Producer::kGated) {
-    args.gate = static_cast<const uint16_t*>(params.gate);
-    if (params.halves != Halves::kApart) args.x_stride *= 2;
-    // fault: half of the gate
-    if (params.halves == Halves::kXFirst) args.gate += params.channels;
-    if (params.halves == Halves::kGateFirst) args.x += params.channels;
-  }
+  set_producer(args, params);
   args.values = out.values;
   args.metadata = out.metadata;
   args.scale = out.scale;

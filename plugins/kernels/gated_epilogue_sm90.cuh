@@ -76,9 +76,7 @@ struct GatedStore : EpilogueNode<GatedStoreArguments<Element>> {
   template <bool kReferenceSource, class... Args>
   CUTLASS_DEVICE auto get_consumer_store_callbacks(
       const cutlass::epilogue::fusion::ConsumerStoreArgs<Args...>& args) {
-    const int row = cute::get<0>(args.problem_shape_mnkl) - int(cute::get<0>(args.residue_tCcD));
-    const int token = cute::get<1>(args.problem_shape_mnkl) - int(cute::get<1>(args.residue_tCcD));
-    return Callbacks<decltype(args.tCcD)>(args.tCcD, row, token, params);
+    return callbacks_at<Callbacks>(args, params);
   }
 };
 

@@ -7,6 +7,7 @@
 // their sums up.
 #pragma once
 
+#include "producer.h"
 #include "prune_low_rank.cuh"
 #include "prune_produce.cuh"
 #include "prune_select.cuh"
@@ -147,22 +148,7 @@ cudaError_t launch_for_rank(const PruneArgs& args, cudaStream_t stream) {
 
 PruneArgs args_of(const SparseLinearParams& params, const CompressedOperand& out) {
   PruneArgs args{};
-  if (params.producer == Producer::kNorm) {
-    args.gain = static_cast<const uint16_t*>(params.gain);
-    args.shift = static_cast<const uint16_t*>(params.shift);
-    args.rows_per_gain = params.rows / params.gain_rows;
-    args.epsilon = params.epsilon;
-    args.rms = params.rms;
-  }
-  args.x = static_cast<const uint16_t*>(params.x);
-  args.x_stride = params.channels;
-  args.activation = params.producer_activation;
-  if (params.producer == Producer::kGated) {
-    args.gate = static_cast<const uint16_t*>(params.gate);
-    if (params.halves != Halves::kApart) args.x_stride *= 2;
-    if (params.halves == Halves::kXFirst) args.gate += params.channels;
-    if (params.halves == Halves::kGateFirst) args.x += params.channels;
-  }
+  set_producer(args, params);
   args.lora_down = static_cast<const uint16_t*>(params.lora_down);
   args.values = static_cast<uint16_t*>(out.values);
   args.metadata = out.metadata;

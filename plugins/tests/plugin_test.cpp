@@ -473,7 +473,7 @@ void check_fp8_attributes() {
   refused(fp8_weight_creator, "out_channels", 100, "out_channels is 100, not a multiple of 8");
   refused(fp8_weight_creator, "out_channels", -8, "out_channels is -8, not a multiple of 8");
   refused(norm_fp8_weight_creator, "epsilon", 0, "epsilon is not positive");
-  refused(norm_fp8_creator, "rms", -1, "a flag is -1");
+  refused(norm_fp8_creator, "rms", -1, "rms is -1");
   auto attributes = fp8_problem(fp8_weight_creator).attributes;
   attributes.erase("out_channels");
   report(make(fp8_weight_creator, attributes) == nullptr && was_said("attribute out_channels is missing"),
