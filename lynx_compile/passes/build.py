@@ -213,11 +213,15 @@ def _serialize(
 def _in_thread(work: Callable[..., bool], *arguments: Any, stop: threading.Event | None = None) -> bool:
     """Run TensorRT in a second thread: Ctrl-C then reaches this one, and never Python code that TensorRT calls,
     where it would be swallowed. Leaving waits for TensorRT to stop, which ``stop`` may ask it to.
+
+    The parser lets no other thread run Python before it is done. If it began while its thread is still being started,
+    Ctrl-C would strike there, and an executor does not wait for a thread that it has not seen start: what TensorRT
+    reads was freed under it. So the thread is there before it gets the work.
     """
     with ThreadPoolExecutor(1, "tensorrt") as pool:
-        future = pool.submit(work, *arguments)
+        pool.submit(int).result()
         try:
-            return future.result()
+            return pool.submit(work, *arguments).result()
         except BaseException:
             if stop is not None:
                 stop.set()

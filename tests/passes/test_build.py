@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -344,3 +346,24 @@ def copy_first_node(graph: onnx.GraphProto, *, used: bool) -> None:
     graph.node.insert(1, twin)
     if used:
         graph.output.append(helper.make_tensor_value_info("twin.y", TensorProto.BFLOAT16, None))
+
+
+def test_ctrl_c_while_the_thread_of_tensorrt_starts_waits_for_it() -> None:
+    """Its parser holds the interpreter throughout, so that nothing else can come of a Ctrl-C meanwhile; what it reads
+    must not be freed before it has ended."""
+    ended, stop = threading.Event(), threading.Event()
+
+    def work() -> bool:
+        os.kill(os.getpid(), signal.SIGINT)  # before the thread that started this one goes on
+        stop.wait(0.5)
+        ended.set()
+        return True
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(0.5)  # as long as a thread may hold the interpreter
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build_module._in_thread(work, stop=stop)
+    finally:
+        sys.setswitchinterval(interval)
+    assert ended.is_set() and stop.is_set()
