@@ -187,9 +187,9 @@ def _compile_engine(
     lynx = stages.run(
         REWRITE,
         LynxOnnx,
-        lambda _: rewrite(
+        lambda progress: rewrite(
             dense, made.plan, made.weights, outputs.cache / "lynx" / outputs.onnx.name,
-            external=external, metadata_layout=layout,
+            external=external, metadata_layout=layout, progress=progress,
         ),
         *map(stages.key, (*made.stages, EXPORT)), made.plan, outputs.onnx.name, external, layout,
         reads=(*made.stages, EXPORT), published=True,

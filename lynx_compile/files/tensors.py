@@ -16,6 +16,7 @@ import torch
 
 from lynx_compile.files import disk
 from lynx_compile.files.atomic import atomic_file
+from lynx_compile.files.progress import Progress, no_progress
 
 
 def save_tensors(
@@ -54,7 +55,10 @@ class TensorSpec:
 
 
 def write_tensors(
-    path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None
+    path: Path,
+    specs: Sequence[TensorSpec],
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, tuple[int, int]]:
     """Write a safetensors file one tensor at a time; returns {name: (offset in the file, bytes)}.
 
@@ -80,11 +84,12 @@ def write_tensors(
     disk.require_room(path, 8 + len(text) + end)
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for spec in ordered:
+        for number, spec in enumerate(ordered, 1):
             tensor = spec.read().contiguous()
             assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec.name
             offsets[spec.name] = (file.tell(), tensor.nbytes)
             file.write(tensor.flatten().view(torch.uint8).numpy().data)
+            progress(f"wrote {spec.name}", number, len(ordered))
     return offsets
 
 

@@ -72,6 +72,7 @@ from lynx_compile.files.atomic import save_bytes
 from lynx_compile.files.digest import file_digest
 from lynx_compile.files.onnx_check import check_onnx
 from lynx_compile.files.ownership import PRODUCER
+from lynx_compile.files.progress import Progress, no_progress
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import TORCH_DTYPES, TensorSpec, read_external, refer, write_tensors
 from lynx_compile.ops.fp8_functions import (
@@ -232,6 +233,7 @@ def rewrite(
     *,
     external: bool = False,
     metadata_layout: MetadataLayout = 80,
+    progress: Progress = no_progress,
 ) -> LynxOnnx:
     """Write ``path`` (.onnx) and, beside it, NAME.safetensors from a dense file and compensated weights.
 
@@ -297,7 +299,7 @@ def rewrite(
     for in_file in rewritten.graph.node:
         if in_file.name in gated:
             note(in_file, gated[in_file.name])
-    _save(rewritten, dense.path.parent, everything, external_inputs, ops, path)
+    _save(rewritten, dense.path.parent, everything, external_inputs, ops, path, progress)
     left = tuple(DenseLinear(linear, reason) for linear, reason in refused.items())
     return LynxOnnx(
         path,
@@ -658,12 +660,13 @@ def _save(
     external_inputs: tuple[str, ...],
     ops: Iterable[str],
     path: Path,
+    progress: Progress,
 ) -> None:
     """Write all tensors into one safetensors file, refer to them from the model by offset, check and write it."""
     weights = path.with_name(f"{path.name.removesuffix('.onnx')}.safetensors")
     large = [initializer for initializer in model.graph.initializer if uses_external_data(initializer)]
     kept = [_kept(initializer, folder) for initializer in large]
-    offsets = write_tensors(weights, [*tensors, *kept], {"producer": PRODUCER})
+    offsets = write_tensors(weights, [*tensors, *kept], {"producer": PRODUCER}, progress)
     for initializer in large:
         refer(initializer, weights.name, *offsets[initializer.name])
         if initializer.name in external_inputs:

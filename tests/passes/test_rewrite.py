@@ -299,8 +299,16 @@ def test_half_precision_files_hold_the_rounded_weights(
 
 
 def test_external_weights_become_inputs_with_the_same_result(compiled: Compiled, tmp_path: Path) -> None:
-    lynx = rewrite(compiled.dense, compiled.plan, compiled.weights, tmp_path / "tiny.onnx", external=True)
+    shown: list[tuple[str, int, int]] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        shown.append((what, done, total))
+
+    path = tmp_path / "tiny.onnx"
+    lynx = rewrite(compiled.dense, compiled.plan, compiled.weights, path, external=True, progress=progress)
     tensors = load_file(lynx.weights_path)
+    assert {what.removeprefix("wrote ") for what, *_ in shown} == tensors.keys()
+    assert [done for _, done, _ in shown] == list(range(1, len(tensors) + 1))
     assert len(lynx.external_inputs) == 3 * len(lynx.nodes)
     feed = _feed(compiled.dit, torch.float32)
     bound = {name: tensors[name].numpy() for name in lynx.external_inputs}
