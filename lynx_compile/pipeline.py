@@ -34,6 +34,7 @@ from lynx_compile.passes.build import BUILD, BuiltEngine, build
 from lynx_compile.passes.calibrate import CALIBRATE, Statistics, Unkept, are_kept, calibrate, measurements
 from lynx_compile.passes.compensate import COMPENSATE, compensate
 from lynx_compile.passes.describe import describe
+from lynx_compile.passes.durations import Calls
 from lynx_compile.passes.export import EXPORT, DenseOnnx, export, referred
 from lynx_compile.passes.forecast import forecast
 from lynx_compile.passes.keep import keep
@@ -113,7 +114,7 @@ def compile(
             log.info("%s", line)
         manifests = []
         for way in ways:
-            part = outputs.part(_part_name(way, ways))
+            part = outputs.part(recordings.part_name(way, ways))
             with claimed(part, recipe.files, recipe.checkpoint):
                 if fresh:
                     _forget(part)
@@ -128,14 +129,6 @@ def _forget(outputs: Outputs) -> None:
         return
     for name in ("recording", "statistics", "weights", "tuned"):
         shutil.rmtree(outputs.cache / name, ignore_errors=True)
-
-
-def _part_name(way: Group, ways: tuple[Group, ...]) -> str:
-    """The component where there are several, and the number of the way where it is called in several."""
-    components = {other.component for other in ways}
-    of_its_own = [other for other in ways if other.component == way.component]
-    names = [way.component] * (len(components) > 1) + [str(way.index)] * (len(of_its_own) > 1)
-    return ".".join(names)
 
 
 def _recording(recipe: Recipe, opened: Opened, outputs: Outputs, stages: Stages) -> Recording:
@@ -253,7 +246,7 @@ def _decide(
     plan = None if found.open else found.plan({})
     if judged is not None and plan is None:
         require_speed(found, judged)
-    _foresee(recipe, dit, everything, target, outputs)
+    _foresee(recipe, dit, everything, Calls.of(recording, dit.calls, dit.groups), target, outputs)
     measured = (
         dit.digest, *recorded, recipe.calibration.tokens_per_call, recipe.calibration.seed,
         recipe.sparsity.uses_norm_scale, recipe.sparsity.needs_moments, measurements(everything),
@@ -357,13 +350,14 @@ def _forms(nodes: Sequence[SparseGroup]) -> tuple[tuple[tuple[str, ...], Form], 
     return tuple((tuple(linear.path for linear in node.linears), node.form) for node in nodes)
 
 
-def _foresee(recipe: Recipe, dit: DiT, plan: SparsityPlan, target: Target, outputs: Outputs) -> None:
+def _foresee(
+    recipe: Recipe, dit: DiT, plan: SparsityPlan, calls: Calls, target: Target, outputs: Outputs
+) -> None:
     """Say what the stages will take, and refuse what this machine has not."""
-    expected = forecast(recipe, dit.checkpoint, target, outputs.folder, plan)
+    expected = forecast(recipe, dit.checkpoint, target, outputs, plan, calls)
     for line in expected.describe():
         log.info("expected: %s", line)
-    files = [path for path in (*outputs.cache.rglob("*"), *outputs.files) if path.is_file()]
-    expected.require(outputs.folder, sum(path.stat().st_size for path in files))
+    expected.require(outputs.folder)
 
 
 def _dense(dit: DiT, path: Path) -> DenseOnnx:

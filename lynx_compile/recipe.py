@@ -243,8 +243,8 @@ class Calibration(Section):
     """Of each sample and call at most so many tokens, drawn at random, are measured. In all there should be 10 or 20
     for each channel of the widest linear."""
     memory_gib: Annotated[float, Field(gt=0)] = 8.0
-    """Most memory that moments take at once; layers that do not fit are measured in further passes. Tuning holds its
-    calls in as much."""
+    """Most memory that moments take at once; those of more are solved part by part, and not kept on disk.
+    Tuning holds its calls in as much."""
 
     @field_validator("memory_gib", mode="before")
     @classmethod

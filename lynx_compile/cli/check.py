@@ -20,7 +20,7 @@ def check(
     settings: Settings = None,
     device: Device = None,
 ) -> None:
-    """Say what compiling will take of memory and disk.
+    """Say what compiling will take of memory, disk and time.
 
     And whether this machine has it. Nothing is run, downloaded or written. Once a compilation has recorded the
     pipeline's calls, its linears are known and the figures are closer.

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -91,6 +92,8 @@ class DiT:
         self.__dict__.pop("module", None)
         self.__dict__.pop("_streamed", None)
         gc.collect()  # a module and its hooks refer to each other
+        with suppress(OSError, AttributeError):  # glibc keeps what was freed between what was not
+            ctypes.CDLL(None).malloc_trim(0)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -141,6 +141,14 @@ class Group:
     calls_made: int
 
 
+def part_name(way: Group, ways: tuple[Group, ...]) -> str:
+    """The component where there are several, and the number of the way where it is called in several."""
+    components = {other.component for other in ways}
+    of_its_own = [other for other in ways if other.component == way.component]
+    names = [way.component] * (len(components) > 1) + [str(way.index)] * (len(of_its_own) > 1)
+    return ".".join(names)
+
+
 @dataclass(frozen=True)
 class Recording:
     """Recorded calls, read from ``folder`` when they are asked for."""

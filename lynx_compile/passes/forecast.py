@@ -6,13 +6,17 @@ Activations are not counted: they are small beside the weights, but for calls si
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lynx_compile.errors import DiskFullError, OutOfMemoryError
 from lynx_compile.files.disk import free_bytes
+from lynx_compile.files.outputs import Outputs
 from lynx_compile.models.blocks import block_paths
 from lynx_compile.models.checkpoint import Checkpoint
 from lynx_compile.models.dtypes import DTYPES
@@ -20,17 +24,32 @@ from lynx_compile.models.onnx_source import OnnxSource
 from lynx_compile.models.place import on_gpu
 from lynx_compile.models.streamed import free_memory, has_room
 from lynx_compile.passes.calibrate import measurements
+from lynx_compile.passes.durations import Calls, seconds_of_stages
+from lynx_compile.passes.lanes import COPIES
 from lynx_compile.passes.select import MEASURED_FP8_GPUS, SparsityPlan
+from lynx_compile.passes.sensitivity import AT_ONCE
 from lynx_compile.passes.speed_table import Form
 from lynx_compile.passes.target import Target
+from lynx_compile.passes.tune import SMALL
 from lynx_compile.recipe import Recipe
 
 GIB = 2**30
 PROCESS = int(0.55 * GIB)  # torch, diffusers, ONNX and TensorRT, with nothing loaded
+GRAPH = 6 << 20  # of a block while it is traced: all 57 of FLUX.1-dev took 0.87 GiB with the process
 FLOAT, HALF = 4, 2  # bytes
 BUILDER = GIB  # TensorRT, besides the constants that it holds twice
-WORK_ON_A_NODE = 4  # times its float32 weights: they, what is made of them, masks and what is in between
-WORK_ON_A_MOMENT = 4  # times: the moments, a factor of them, and its inverse
+PACKING = 2.0  # times a node's float32 weights: they, and what is written of them
+TUNING = 16  # bytes for each weight of a block that is tuned: it, its gradient and Adam's two moments
+WORK_ON_THE_LARGEST = 3.0  # the same, where the largest weights are kept and nothing is solved
+# What a solve holds, as measured, while it works on weights and while it factorises moments: so many times the float32
+# weights of its node, and so many times K x K.
+WORK = {
+    Form("weight"): ((9.0, 2.0), (2.0, 5.6)),
+    Form("weight", fp8=True): ((9.0, 2.0), (3.0, 5.7)),
+    Form("none", fp8=True): ((6.5, 2.5), (2.0, 4.2)),
+    Form("activation"): ((8.0, 6.0), (3.0, 8.5)),
+    Form("activation", fp8=True): ((7.0, 6.0), (3.0, 7.5)),
+}
 BYTES_OF_A_WEIGHT = {  # in the rewritten file; 4 bits of metadata for every four
     Form("activation"): 2.0,
     Form("weight"): 1 + 1 / 8,
@@ -42,12 +61,35 @@ BYTES_OF_A_WEIGHT = {  # in the rewritten file; 4 bits of metadata for every fou
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a stage takes: anonymous memory of the host and memory of the GPU while it runs; disk from then on."""
+    """Bytes that a stage takes: anonymous memory of the host and memory of the GPU while it runs; disk from then on.
+
+    ``seconds``: None where they cannot be told. ``there``: bytes of the disk that an earlier run has left.
+    ``is_done``: whether that run finished the stage; it does not run again if what it depends on is unchanged.
+    """
 
     stage: str
     host: int
     gpu: int
     disk: int
+    seconds: float | None = None
+    there: int = 0
+    is_done: bool = False
+
+    @property
+    def left_seconds(self) -> float:
+        """As far as they can be told."""
+        if self.is_done or self.seconds is None:
+            return 0.0
+        return self.seconds * (1 - min(self.there / max(self.disk, 1), 1.0))
+
+    @property
+    def words(self) -> str:
+        return (
+            f"{self.stage:<11} {self.host / GIB:6.2f} GiB of memory"
+            + (f", {self.gpu / GIB:.1f} GiB on the GPU" if self.gpu else "")
+            + f", {self.disk / GIB:6.1f} GiB of disk, "
+            + ("an earlier run has done it" if self.is_done else _time_in_words(self.seconds))
+        )
 
 
 @dataclass(frozen=True)
@@ -68,8 +110,8 @@ class Forecast:
 
     @property
     def disk(self) -> int:
-        """Of all stages together: what they leave stays in the cache."""
-        return sum(need.disk for need in self.needs)
+        """That all stages together still take: what they leave stays in the cache."""
+        return sum(max(need.disk - need.there, 0) for need in self.needs)
 
     def describe(self) -> list[str]:
         """Lines for the user."""
@@ -77,32 +119,34 @@ class Forecast:
             f"{self.parameters / 1e9:.2f} billion parameters, {self.changed / 1e9:.2f} of them in linears that "
             f"change{'; loaded block by block' if self.streamed else ''}"
         ]
-        lines += [
-            f"{need.stage:<11} {need.host / GIB:6.1f} GiB of memory"
-            + (f", {need.gpu / GIB:.1f} GiB on the GPU" if need.gpu else "")
-            + f", {need.disk / GIB:6.1f} GiB of disk"
-            for need in self.needs
-        ]
-        free = "" if self.free_disk is None else f", of which {self.free_disk / GIB:.1f} are free"
-        return [*lines, f"{self.disk / GIB:.1f} GiB of disk in all{free}"]
+        lines += [need.words for need in self.needs]
+        there = sum(min(need.there, need.disk) for need in self.needs)
+        left = f", besides {there / GIB:.1f} GiB that an earlier run has left" if there else ""
+        free = "" if self.free_disk is None else f"; {self.free_disk / GIB:.1f} GiB are free"
+        told = sum(need.left_seconds for need in self.needs)
+        others = [need.stage for need in self.needs if need.seconds is None and not need.is_done]
+        more = f", and what {' and '.join(others)} takes" if others else ""
+        lines.append(f"{self.disk / GIB:.1f} GiB of disk in all{left}{free}")
+        return lines if len(others) == len(self.needs) else [*lines, f"{_time_in_words(told)} in all{more}"]
 
-    def require(self, folder: Path, there: int = 0) -> None:
+    def require(self, folder: Path) -> None:
         """Refuse what cannot end well.
 
         Args:
-            folder: that of the outputs. there: bytes of them that an earlier run has left.
+            folder: that of the outputs.
 
         Raises:
             DiskFullError: there is no room for all stages. OutOfMemoryError: no memory for one.
         """
-        if self.free_disk is not None and self.disk - there > self.free_disk:
+        if self.free_disk is not None and self.disk > self.free_disk:
             raise DiskFullError(
                 f"The compilation takes about {self.disk / GIB:.1f} GiB of disk, and "
                 f"{self.free_disk / GIB:.1f} GiB are free in {folder}.",
                 "Free some space, or choose another output or --cache.",
             )
-        worst = max(self.needs, key=lambda need: need.host)
-        if self.free_host is not None and worst.host > self.free_host:
+        left = [need for need in self.needs if not need.is_done]
+        worst = max(left, key=lambda need: need.host, default=None)
+        if worst is not None and self.free_host is not None and worst.host > self.free_host:
             raise OutOfMemoryError(
                 f"Stage '{worst.stage}' takes about {worst.host / GIB:.1f} GiB of memory, and "
                 f"{self.free_host / GIB:.1f} GiB are free.",
@@ -111,18 +155,28 @@ class Forecast:
             )
 
 
+def _time_in_words(seconds: float | None) -> str:
+    if seconds is None:
+        return "time unknown"
+    if seconds < 90:
+        return f"about {max(round(seconds), 1)} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+
+
 def forecast(
     recipe: Recipe,
     checkpoint: Checkpoint | OnnxSource,
     target: Target,
-    folder: Path,
+    outputs: Outputs,
     plan: SparsityPlan | None = None,
+    calls: Calls | None = None,
 ) -> Forecast:
     """The needs of one engine, on this machine.
 
     Args:
-        folder: of the outputs, whose disk counts.
+        outputs: whose folder's disk counts, and what an earlier run has left there.
         plan: of the recorded calls; None: all linears of blocks count as sparse, each by itself, which is at most.
+        calls: those that were recorded; without them there are no times, and activations do not count.
     """
     dtype, with_gpu = DTYPES[recipe.model.dtype], on_gpu()
     place = (dtype, "cuda") if with_gpu else (torch.float32, "cpu")
@@ -131,53 +185,125 @@ def forecast(
     sizes = _sizes(checkpoint, recipe, target, plan)
     budget = int(recipe.calibration.memory_gib * GIB)
     module = _loaded(checkpoint, sizes, *place, streamed)
-    copied = 0 if stored and _is_stored(checkpoint, dtype) else HALF * sizes.parameters
-    node, square = sizes.largest, sizes.square
-    work = WORK_ON_A_NODE * node + WORK_ON_A_MOMENT * square
+    copied = 0 if stored and _is_stored(checkpoint, dtype) else dtype.itemsize * sizes.parameters
+    judged = recipe.budget is not None and recipe.sparsity.needs_moments and stored
     tuned = recipe.sparsity.needs_moments and (
-        recipe.compensation.tune == "blockwise" or (recipe.compensation.tune == "auto" and with_gpu)
+        recipe.compensation.tune in ("blockwise", "end_to_end")
+        or (recipe.compensation.tune == "auto" and (with_gpu or sizes.changed <= SMALL))
     )
-    written = sizes.lynx + HALF * (sizes.parameters - sizes.changed)
+    written = sizes.lynx + dtype.itemsize * (sizes.parameters - sizes.changed)
     embedded = recipe.engine.weights == "embedded" and target.name != "torch"
     engine = written if embedded else 0
+    kept = sizes.moments <= budget
+    run = module + _activations(calls, place[0])
+    side_by_side = _between_blocks(calls, place[0], budget)
+    by_block = run + sizes.block_moments + side_by_side(2)
+    measured = run + sizes.moments if kept and not streamed else by_block
+    in_floats = FLOAT * sizes.node_weights
+    probed = in_floats if in_floats <= budget else AT_ONCE * sizes.largest
+    tuning = place[0].itemsize * sizes.largest_block + TUNING * sizes.block_changed
     needs = [
-        Need("calibrate", *_split(with_gpu, module + min(sizes.moments, budget)), sizes.moments),
-        Need("compensate", *_split(with_gpu, work), sizes.solved),
-        Need("tune", *_split(with_gpu, module + budget), 2 * sizes.solved),
-        Need("export", PROCESS + copied, 0, copied),
-        Need("rewrite", PROCESS + WORK_ON_A_NODE * node // 2, 0, written),
+        Need("calibrate", *_split(with_gpu, measured), sizes.moments),
+        Need("compensate", *_split(with_gpu, sizes.solve + (0 if kept else measured)), sizes.solved),
+        Need("sensitivity", *_split(with_gpu, 2 * run - module + probed), 0),
+        Need("tune", *_split(with_gpu, 2 * run - module + side_by_side(COPIES) + tuning), 2 * sizes.solved),
+        Need("verify", *_split(with_gpu, run + place[0].itemsize * sizes.changed), 0),
+        Need("export", PROCESS + GRAPH * sizes.blocks + copied, 0, copied),
+        Need("rewrite", PROCESS + int(PACKING * sizes.largest), 0, written),
         Need("build", PROCESS + (BUILDER + 2 * engine if target.name != "torch" else 0), 0, engine),
     ]
-    skipped = {"calibrate"} if not recipe.sparsity.needs_moments else set()
+    skipped = {"calibrate"} if not recipe.sparsity.needs_moments or not kept else set()
     skipped |= set() if tuned else {"tune"}
+    skipped |= set() if judged else {"sensitivity", "verify"}
+    times: dict[str, float] = {}
+    if plan is not None and calls is not None:
+        times = seconds_of_stages(
+            recipe, plan, calls, judged=judged, blocks=sizes.blocks, written=written
+        )  # fmt: skip
+        if not kept:
+            times["compensate"] += times["calibrate"]
+        if target.name == "torch":
+            times["build"] = 1.0
     return Forecast(
         parameters=sizes.parameters,
         changed=sizes.changed,
         streamed=streamed,
-        needs=tuple(need for need in needs if need.stage not in skipped),
-        free_disk=free_bytes(next(path for path in (folder, *folder.parents) if path.exists())),
+        needs=tuple(
+            replace(need, seconds=times.get(need.stage), **_left(outputs, need.stage))
+            for need in needs
+            if need.stage not in skipped
+        ),
+        free_disk=free_bytes(
+            next(path for path in (outputs.folder, *outputs.folder.parents) if path.exists())
+        ),
         free_host=free_memory("cpu"),
         free_gpu=free_memory("cuda") if with_gpu else None,
     )
+
+
+FOLDERS = {  # of the cache, in which stages write
+    "calibrate": "statistics",
+    "compensate": "weights",
+    "tune": "tuned",
+    "export": "dense",
+    "rewrite": "lynx",
+    "build": "engine",
+}
+
+
+def _left(outputs: Outputs, stage: str) -> dict[str, Any]:
+    """What an earlier run has left of a stage: bytes, and whether it was done; its files may have been published."""
+    folder = outputs.cache / FOLDERS[stage] if stage in FOLDERS else None
+    published = {"rewrite": (outputs.onnx, outputs.weights), "build": (outputs.engine, outputs.plugin)}
+    is_done = (outputs.cache / f"{stage}.stamp.json").exists()
+    files = [] if folder is None else [path for path in folder.rglob("*") if path.is_file()]
+    files += [path for path in published.get(stage, ()) if is_done and path.exists()]
+    return {"there": sum(path.stat().st_size for path in files), "is_done": is_done}
+
+
+def _between_blocks(calls: Calls | None, dtype: torch.dtype, budget: int) -> Callable[[int], int]:
+    """Bytes of the calls that wait between two blocks, of so many copies each: what the budget holds, at most."""
+    if calls is None:
+        return lambda copies: budget
+    of_all = dtype.itemsize * calls.state * (calls.fitted + calls.held_out)
+    return lambda copies: min(budget, copies * of_all)
+
+
+def _activations(calls: Calls | None, dtype: torch.dtype) -> int:
+    """Bytes of a block's in one call: what its linears read and return."""
+    if calls is None:
+        return 0
+    blocks: Counter[str] = Counter()
+    for group in calls.groups:
+        block = ".".join(group.name.split(".")[:2])
+        width = group.in_channels + sum(linear.out_channels for linear in group.linears)
+        blocks[block] += dtype.itemsize * group.tokens * width
+    return max(blocks.values(), default=0)
 
 
 @dataclass(frozen=True)
 class _Sizes:
     """Numbers of weights, and bytes of what stages make of them.
 
-    ``largest``: float32 bytes of the largest node. ``square``: of the largest moments. ``moments``: of all.
-    ``solved``: of what ``compensate`` writes. ``lynx``: of the rewritten weights.
+    ``solve``: of what solving the worst node takes. ``largest``: float32 bytes of the largest node.
+    ``moments``: of all, and ``block_moments`` of the worst block. ``block_changed``: weights of a block that change, at
+    most. ``solved``: of what ``compensate`` writes. ``lynx``: of the rewritten weights.
+    ``node_weights``: numbers in all nodes that could be.
     """
 
     parameters: int
     changed: int
+    blocks: int
     largest_block: int
+    block_changed: int
     outside: int
     largest: int
-    square: int
+    solve: int
     moments: int
+    block_moments: int
     solved: int
     lynx: int
+    node_weights: int
 
 
 @dataclass(frozen=True)
@@ -192,25 +318,20 @@ class _Node:
     def rows(self) -> int:
         return sum(rows for _, rows in self.linears)
 
+    def solve_bytes(self, *, needs_moments: bool) -> int:
+        """That solving it takes at most, its weights and moments included."""
+        phases = WORK[self.form] if needs_moments else ((WORK_ON_THE_LARGEST, 0.0),)
+        most = max(weights * self.rows + square * self.channels for weights, square in phases)
+        return int(FLOAT * self.channels * most)
+
 
 def _sizes(
     checkpoint: Checkpoint | OnnxSource, recipe: Recipe, target: Target, plan: SparsityPlan | None
 ) -> _Sizes:
     module = checkpoint.build("meta", torch.bfloat16)
     of_blocks = {path: _count(module.get_submodule(path)) for path in block_paths(module)}
-    parameters = _count(module)
-    if plan is None:
-        nodes, moments = _every_linear(module, recipe, target)
-    else:
-        nodes = [
-            _Node(
-                tuple((linear.path, linear.out_channels) for linear in group.linears),
-                group.in_channels,
-                Form(group.operand, group.fp8),
-            )
-            for group in plan.groups
-        ]
-        moments = [one.bytes for one in measurements(plan)] if recipe.sparsity.needs_moments else []
+    parameters, needs = _count(module), recipe.sparsity.needs_moments
+    nodes, moments = _every_linear(module, recipe, target) if plan is None else _planned(plan)
     changed = {path: rows * node.channels for node in nodes for path, rows in node.linears}
     bytes_of = {  # of candidates, the largest
         path: max(BYTES_OF_A_WEIGHT[node.form] for node in nodes if path in dict(node.linears))
@@ -219,18 +340,45 @@ def _sizes(
     return _Sizes(
         parameters=parameters,
         changed=sum(changed.values()),
+        blocks=len(of_blocks),
         largest_block=max(of_blocks.values(), default=0),
+        block_changed=_most_in_a_block(changed, of_blocks),
         outside=parameters - sum(of_blocks.values()),
         largest=max((FLOAT * node.rows * node.channels for node in nodes), default=0),
-        square=max(moments, default=0),
-        moments=sum(moments),
+        solve=max((node.solve_bytes(needs_moments=needs) for node in nodes), default=0),
+        moments=sum(moments.values()) if needs else 0,
+        block_moments=_most_in_a_block(moments, of_blocks) if needs else 0,
         solved=sum(node.rows * node.channels * (1 if node.form.fp8 else HALF) for node in nodes),
         lynx=int(sum(changed[path] * most for path, most in bytes_of.items())),
+        node_weights=sum(node.rows * node.channels for node in nodes),
     )
 
 
-def _every_linear(module: torch.nn.Module, recipe: Recipe, target: Target) -> tuple[list[_Node], list[int]]:
-    """Every linear of the blocks by itself, and the bytes of its moments."""
+def _most_in_a_block(sizes: Mapping[str, int], blocks: Iterable[str]) -> int:
+    """Of what belongs to modules, by path, the most of any block; what is in none counts as one."""
+    found: Counter[str] = Counter()
+    for path, size in sizes.items():
+        found[next((block for block in blocks if path.startswith(f"{block}.")), "")] += size
+    return max(found.values(), default=0)
+
+
+def _planned(plan: SparsityPlan) -> tuple[list[_Node], dict[str, int]]:
+    """The plan's nodes, and the bytes of the moments of what they read, by the path of a reader."""
+    nodes = [
+        _Node(
+            tuple((linear.path, linear.out_channels) for linear in group.linears),
+            group.in_channels,
+            group.form,
+        )
+        for group in plan.groups
+    ]
+    return nodes, {one.path: one.bytes for one in measurements(plan)}
+
+
+def _every_linear(
+    module: torch.nn.Module, recipe: Recipe, target: Target
+) -> tuple[list[_Node], dict[str, int]]:
+    """The same for every linear of the blocks by itself."""
     fp8 = any(recipe.sparsity.precisions(bool(target.gpus) and set(target.gpus) <= set(MEASURED_FP8_GPUS)))
     form = Form("activation" if "weight" not in recipe.sparsity.operands else "weight", fp8)
     nodes = [
@@ -239,8 +387,8 @@ def _every_linear(module: torch.nn.Module, recipe: Recipe, target: Target) -> tu
         for path, linear in module.get_submodule(block).named_modules()
         if isinstance(linear, torch.nn.Linear)
     ]
-    moments = [FLOAT * node.channels**2 * (3 if form.operand == "activation" else 1) for node in nodes]
-    return nodes, moments if recipe.sparsity.needs_moments else []
+    squares = 3 if form.operand == "activation" else 1
+    return nodes, {node.linears[0][0]: FLOAT * node.channels**2 * squares for node in nodes}
 
 
 def _count(module: torch.nn.Module) -> int:

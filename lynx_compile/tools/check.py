@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from lynx_compile.files.outputs import Outputs
@@ -11,14 +12,15 @@ from lynx_compile.models.dit import find_groups
 from lynx_compile.models.dtypes import DTYPES
 from lynx_compile.models.opened import open_model
 from lynx_compile.models.source import download_bytes
+from lynx_compile.passes.durations import Calls
 from lynx_compile.passes.forecast import forecast
 from lynx_compile.passes.select import candidates, require_fp8
 from lynx_compile.passes.target import target_of
 from lynx_compile.recipe import Model, Recipe
 
 
-def check(recipe: Recipe, output: Path) -> list[str]:
-    """Lines for the user. Nothing is downloaded; a model that is not here yet is only counted.
+def check(recipe: Recipe, output: Path) -> Iterator[str]:
+    """Lines for the user, all of them before a refusal. Nothing is downloaded; what is not here yet is only counted.
 
     Raises:
         InputError: the recipe or the model is wrong, or the GPUs do not fit.
@@ -27,30 +29,31 @@ def check(recipe: Recipe, output: Path) -> list[str]:
     outputs = Outputs.of(output.resolve())
     target = target_of(recipe.engine)
     require_fp8(recipe.sparsity, target.gpus)
-    lines = [f"{target.name} {target.version}, for {', '.join(target.gpus)}"]
+    yield f"{target.name} {target.version}, for {', '.join(target.gpus)}"
     if isinstance(recipe.model, Model) and recipe.checkpoint is None:
         missing = download_bytes(recipe.model.source, recipe.model.revision, recipe.model.variant)
         if missing:
-            return [
-                *lines,
-                f"{missing / 1e9:.1f} GB have to be downloaded first; check again when they are here.",
-            ]
+            yield f"{missing / 1e9:.1f} GB have to be downloaded first; check again when they are here."
+            return
     opened = open_model(recipe, outputs.cache / "converted")
     recorded = recipe.calibration.recording or outputs.cache / "recording"
     if not (Path(recorded) / "recording.json").exists():
-        lines.append(
-            "No call is recorded yet: every linear of the blocks is counted, so this is an upper bound."
+        yield (
+            "No call is recorded yet: every linear of the blocks is counted, so this is an upper bound, and no time is "
+            "known."
         )
         for checkpoint in opened.checkpoints.values():
-            lines += forecast(recipe, checkpoint, target, outputs.folder).describe()
-        return lines
+            yield from forecast(recipe, checkpoint, target, outputs).describe()
+        return
     recording = recordings.load(Path(recorded))
     by_speed = recipe.budget is None or not recipe.sparsity.needs_moments
-    for way in recording.ways():
+    ways = recording.ways()
+    for way in ways:
+        own = outputs if len(ways) == 1 else outputs.part(recordings.part_name(way, ways))
         checkpoint = opened.of(way.component)
         groups = find_groups(checkpoint, recording, way, DTYPES[recipe.model.dtype])
         plan = candidates(groups, recipe.sparsity, target.gpus, by_speed=by_speed).everything()
-        expected = forecast(recipe, checkpoint, target, outputs.folder, plan)
-        lines += expected.describe()
+        calls = Calls.of(recording, way, groups)
+        expected = forecast(recipe, checkpoint, target, own, plan, calls)
+        yield from expected.describe()
         expected.require(outputs.folder)
-    return lines

@@ -46,12 +46,16 @@ STEPS, WARM_UP = 10, 2  # that are timed, and before
 POOL = 2**24 + 43
 EVERY_S = 0.1  # memory is looked at
 BEFORE = "open"  # what the compiler does before its first stage: it digests the weights
+EXPECTED = re.compile(r"expected: (\w+) +([\d.]+) GiB of memory")
 STAGE = re.compile(r"INFO [\w.]+: (?P<stage>\w+): (?P<what>started|[\d.]+ s)$")
 
 
 @dataclass
 class Stage:
-    """What a stage took: wall time, processors' time, and the most memory of the process and of the GPU meanwhile."""
+    """What a stage took: wall time, processors' time, and the most memory of the process and of the GPU meanwhile.
+
+    ``expected``: anonymous memory, as the compiler had said before; None of what it says nothing of.
+    """
 
     name: str
     seconds: float = 0.0
@@ -59,6 +63,7 @@ class Stage:
     anonymous: int = 0
     resident: int = 0
     gpu: int = 0
+    expected: int | None = None
 
 
 def write_model(model: FullSize, folder: Path) -> int:
@@ -114,14 +119,14 @@ def write_recording(model: FullSize, folder: Path, calls: int) -> Recording:
     )
 
 
-def write_recipe(folder: Path, sections: Mapping[str, Mapping[str, Any]]) -> Path:
-    """A recipe for ``folder``'s model and recording."""
-    recipe: dict[str, dict[str, Any]] = {
+def write_recipe(folder: Path, sections: Mapping[str, Any]) -> Path:
+    """A recipe for ``folder``'s model and recording, with other sections, or ``budget: false``."""
+    recipe: dict[str, Any] = {
         "model": {"source": "model", "dtype": "bf16"},
         "calibration": {"recording": "recording"},
     }
     for name, section in sections.items():
-        recipe[name] = recipe.get(name, {}) | dict(section)
+        recipe[name] = {**recipe.get(name, {}), **section} if isinstance(section, Mapping) else section
     path = folder / "recipe.yaml"
     save_text(path, yaml.safe_dump(recipe, sort_keys=False))
     return path
@@ -156,6 +161,10 @@ def run(recipe: Path, output: Path, limit_s: float | None = None) -> tuple[int, 
             now.seconds += EVERY_S
             elapsed = time.monotonic() - start
             now.seconds += elapsed - sum(stage.seconds for stage in stages)
+    log = output.with_suffix(".log")
+    expected = dict(EXPECTED.findall(log.read_text(encoding="utf-8"))) if log.exists() else {}
+    for stage in stages:
+        stage.expected = int(2**30 * float(expected[stage.name])) if stage.name in expected else None
     return process.returncode, stages
 
 
@@ -260,11 +269,14 @@ def _with_earlier(folder: Path, stages: list[Stage], *, ended: bool) -> list[Sta
 
 def table(stages: list[Stage]) -> str:
     """Minutes and memory by stage, as Markdown."""
-    head = ("stage", "minutes", "CPU minutes", "anonymous, GiB", "resident, GiB", "GPU, GiB")
+    head = ("stage", "minutes", "CPU minutes", "anonymous, GiB", "expected", "resident, GiB", "GPU, GiB")
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for stage in stages:
         times = [f"{seconds / 60:.2f}" for seconds in (stage.seconds, stage.cpu_seconds)]
-        sizes = [f"{size / 2**30:.2f}" for size in (stage.anonymous, stage.resident, stage.gpu)]
+        sizes = [
+            "" if size is None else f"{size / 2**30:.2f}"
+            for size in (stage.anonymous, stage.expected, stage.resident, stage.gpu)
+        ]
         if stage.seconds >= 0.5:
             lines.append(f"| {' | '.join([stage.name, *times, *sizes])} |")
     return "\n".join(lines)

@@ -14,12 +14,14 @@ from diffusers import FluxTransformer2DModel
 
 from lynx_compile import cli
 from lynx_compile.errors import DiskFullError, OutOfMemoryError
+from lynx_compile.files.outputs import Outputs
 from lynx_compile.models.checkpoint import open_checkpoint
 from lynx_compile.passes import forecast as forecasts
+from lynx_compile.passes.durations import Calls
 from lynx_compile.passes.forecast import forecast
 from lynx_compile.passes.select import candidates
 from lynx_compile.passes.target import Target, target_of
-from lynx_compile.recipe import Recipe, load_recipe
+from lynx_compile.recipe import Budget, Recipe, load_recipe
 from tests.conftest import FLUX_DEV, open_dit
 
 
@@ -38,7 +40,8 @@ def test_the_disk_is_what_a_compilation_leaves(recipe: Recipe, compiled_tiny: Pa
     dit, _ = open_dit(recipe)
     target = target_of(recipe.engine)
     plan = candidates(dit.groups, recipe.sparsity, target.gpus, by_speed=recipe.budget is None).everything()
-    found = forecast(recipe, dit.checkpoint, target, compiled_tiny.parent, plan)
+    outputs = Outputs.of(compiled_tiny.parent / "other.engine")
+    found = forecast(recipe, dit.checkpoint, target, outputs, plan)
     cache = compiled_tiny.with_suffix(".cache")
     left = {
         "calibrate": _size(cache / "statistics"),
@@ -48,24 +51,53 @@ def test_the_disk_is_what_a_compilation_leaves(recipe: Recipe, compiled_tiny: Pa
     for need in found.needs:
         if need.stage in left:
             assert need.disk == pytest.approx(left[need.stage], rel=0.3)
-    most = forecast(recipe, dit.checkpoint, target, compiled_tiny.parent)
+    most = forecast(recipe, dit.checkpoint, target, outputs)
     assert most.changed > found.changed and most.disk > found.disk
+    again = forecast(recipe, dit.checkpoint, target, Outputs.of(compiled_tiny), plan)
+    assert all(need.is_done for need in again.needs) and again.disk < 0.2 * found.disk
+    text = "\n".join(again.describe())
+    assert (
+        text.count("an earlier run has done it") == len(again.needs)
+        and "that an earlier run has left" in text
+    )
 
 
 def test_what_this_machine_has_not_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     dit, _ = open_dit(recipe)
-    found = forecast(recipe, dit.checkpoint, target_of(recipe.engine), tmp_path)
+    found = forecast(recipe, dit.checkpoint, target_of(recipe.engine), Outputs.of(tmp_path / "x.engine"))
     found.require(tmp_path)
     with pytest.raises(DiskFullError, match="of disk, and 0.0 GiB are free"):
         replace(found, free_disk=1000).require(tmp_path)
-    replace(found, free_disk=1000).require(tmp_path, there=found.disk)  # an earlier run's
+    left = tuple(replace(need, there=need.disk) for need in found.needs)
+    replace(found, needs=left, free_disk=0).require(tmp_path)  # an earlier run's
     with pytest.raises(OutOfMemoryError, match="Stage '.*' takes about .* GiB of memory"):
         replace(found, free_host=1000).require(tmp_path)
     assert [need.stage for need in found.needs] == ["calibrate", "compensate", "export", "rewrite", "build"]
 
 
+def test_moments_that_are_not_kept_take_no_disk_and_a_block_of_memory(recipe: Recipe, tmp_path: Path) -> None:
+    dit, recording = open_dit(recipe)
+    target, outputs = target_of(recipe.engine), Outputs.of(tmp_path / "x.engine")
+    plan = candidates(dit.groups, recipe.sparsity, target.gpus, by_speed=True).everything()
+    calls = Calls.of(recording, dit.calls, dit.groups)
+    kept = forecast(recipe, dit.checkpoint, target, outputs, plan, calls)
+    less = recipe.calibration.model_copy(update={"memory_gib": 1e-4})
+    recipe = recipe.model_copy(update={"calibration": less, "budget": Budget()})
+    unkept = forecast(recipe, dit.checkpoint, target, outputs, plan, calls)
+    assert [need.stage for need in unkept.needs] == [
+        "compensate", "sensitivity", "verify", "export", "rewrite", "build",
+    ]  # fmt: skip
+    assert kept.needs[0].disk > 0 and unkept.disk == kept.disk - kept.needs[0].disk
+    assert all(need.seconds for need in unkept.needs[:-1]) and unkept.needs[-1].seconds is None
+    assert unkept.describe()[-1].endswith(" in all, and what build takes")
+    twice = replace(calls, fitted=2 * calls.fitted)
+    longer = forecast(recipe, dit.checkpoint, target, outputs, plan, twice).needs[0]
+    assert longer.seconds is not None and unkept.needs[0].seconds is not None
+    assert unkept.needs[0].seconds < longer.seconds < 2 * unkept.needs[0].seconds  # the solves are the same
+
+
 def test_check_says_it_before_and_after_the_calls_are_recorded(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "tiny.engine"
     cli.app(["check", str(tiny / "tiny.yaml"), "-o", str(output)], standalone_mode=False)
@@ -75,9 +107,13 @@ def test_check_says_it_before_and_after_the_calls_are_recorded(
     shutil.copytree(recording.folder, output.with_suffix(".cache") / "recording")
     cli.app(["check", str(tiny / "tiny.yaml"), "-o", str(output)], standalone_mode=False)
     shown = capsys.readouterr().out
-    assert "No call" not in shown and "of disk in all" in shown
+    assert "No call" not in shown and "of disk in all" in shown and "about 1 s" in shown
     assert all(f"\n{stage} " in shown for stage in ("calibrate", "compensate", "export", "rewrite", "build"))
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.cache"]  # nothing else is written
+    monkeypatch.setattr("lynx_compile.passes.forecast.free_bytes", lambda folder: 1000)
+    with pytest.raises(DiskFullError):
+        cli.app(["check", str(tiny / "tiny.yaml"), "-o", str(output)], standalone_mode=False)
+    assert "\nbuild " in capsys.readouterr().out, "what it takes is said before"
 
 
 def test_what_flux_takes_is_what_its_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +135,8 @@ def test_what_flux_takes_is_what_its_page_says(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(forecasts, "free_memory", lambda _: 80 * 10**9)
     recipe = load_recipe(root / "engines" / "flux.yaml")
     target = Target("torch", "2", ("sm90",), 90, None)
-    found = forecast(recipe, open_checkpoint(tmp_path, "transformer"), target, tmp_path)
+    outputs = Outputs.of(tmp_path / "flux.engine")
+    found = forecast(recipe, open_checkpoint(tmp_path, "transformer"), target, outputs)
     page = (root / "docs" / "flux1-dev.md").read_text()
     gpu, disk = max(need.gpu for need in found.needs) / 2**30, found.disk / 2**30
     assert f"| {gpu:.0f} GiB: 22 of the model" in page

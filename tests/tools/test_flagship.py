@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flagship's command on models of one double and one single block, and what was foreseen of their memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "lynx_compile.tools.flagship"]
+RECIPE = {
+    "budget": False,
+    "calibration": {"tokens_per_call": 256},
+    "sparsity": {"operand": "weight"},
+    "compensation": {"tune": False},
+    "engine": {"backend": "torch"},
+}
+
+
+def _run(folder: Path, heads: int, *arguments: str) -> list[list[str]]:
+    """The rows of the table that it prints."""
+    config = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": heads}
+    given = ["--config", json.dumps(config), "--recipe", json.dumps(RECIPE)]
+    done = subprocess.run(
+        [*COMMAND, str(folder), *given, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def _holds(rows: list[list[str]]) -> None:
+    """Anonymous memory of every stage, of which something was said, within 30 % of that."""
+    found = {row[0]: (float(row[3]), float(row[4])) for row in rows if row[4]}
+    assert found.keys() >= {"calibrate", "compensate", "export"}
+    for stage, (measured, expected) in found.items():
+        assert measured == pytest.approx(expected, rel=0.3), (stage, found)
+
+
+def test_a_small_model(tmp_path: Path) -> None:
+    _holds(_run(tmp_path, 2, "--summary", str(tmp_path / "summary.json")))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {"compile.flux1_dev.cpu.peak_anon_gib", "compile.flux1_dev.cpu.minutes"} <= summary.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_at_the_width_of_flux(tmp_path: Path) -> None:
+    """An hour on two cores."""
+    _holds(_run(tmp_path, 24))
