@@ -49,5 +49,5 @@ def test_a_small_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_at_the_width_of_flux(tmp_path: Path) -> None:
-    """An hour on two cores."""
+    """Solves of 15360 channels: how long it takes on two cores was not measured."""
     _holds(_run(tmp_path, 24))
