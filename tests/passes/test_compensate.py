@@ -325,8 +325,9 @@ def test_moments_of_x_alone_are_those_that_come_with_the_pruned_ones() -> None:
     moments = Moments(K, torch.device("cpu"), pruned=False)
     for part in range(0, TOKENS, 700):
         moments.add(x[part : part + 700])
+    assert len(moments.scatter) == 1
     alone = moments.finish()
-    assert not isinstance(alone, PrunedStatistics) and len(moments.scatter) == 1
+    assert not isinstance(alone, PrunedStatistics) and not moments.scatter, "what is finished is held once"
     assert torch.equal(alone.xx, pruned.xx) and torch.equal(alone.x_mean, pruned.x_mean)
 
 

@@ -94,7 +94,7 @@ def test_the_command_takes_it(engine: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return SimpleNamespace(missed=())
 
     monkeypatch.setattr(compare, "compare", record)
-    monkeypatch.setattr(cli, "_show_comparison", lambda found: None)
+    monkeypatch.setattr("lynx_compile.cli.compare._show_comparison", lambda found: None)
     monkeypatch.setattr("sys.argv", ["lynx-compile", "compare", str(engine), "--with", "onnx"])
     with pytest.raises(SystemExit) as caught:
         cli.main()
