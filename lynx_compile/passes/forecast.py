@@ -204,7 +204,7 @@ def forecast(
     tuning = place[0].itemsize * sizes.largest_block + TUNING * sizes.block_changed
     needs = [
         Need("calibrate", *_split(with_gpu, measured), sizes.moments),
-        Need("compensate", *_split(with_gpu, sizes.solve + (0 if kept else measured)), sizes.solved),
+        Need("compensate", *_split(with_gpu, sizes.solve + (module if kept else measured)), sizes.solved),
         Need("sensitivity", *_split(with_gpu, 2 * run - module + probed), 0),
         Need("tune", *_split(with_gpu, 2 * run - module + side_by_side(COPIES) + tuning), 2 * sizes.solved),
         Need("verify", *_split(with_gpu, run + place[0].itemsize * sizes.changed), 0),
