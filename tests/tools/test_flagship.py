@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,14 +22,24 @@ RECIPE = {
     "engine": {"backend": "torch"},
 }
 
+ADDRESSES = 7 << 30  # of which torch's libraries and threads take 3
 
-def _run(folder: Path, heads: int, *arguments: str) -> list[list[str]]:
-    """The rows of the table that it prints."""
+
+def _run(
+    folder: Path,
+    heads: int,
+    *arguments: str,
+    recipe: Mapping[str, Any] = RECIPE,
+    addresses: int = resource.RLIM_INFINITY,
+) -> list[list[str]]:
+    """The rows of the table that it prints, in so many bytes of ``addresses`` (``ulimit -v``)."""
     config = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": heads}
-    given = ["--config", json.dumps(config), "--recipe", json.dumps(RECIPE)]
+    given = ["--config", json.dumps(config), "--recipe", json.dumps(recipe)]
     done = subprocess.run(
-        [*COMMAND, str(folder), *given, *arguments], capture_output=True, text=True, check=False
-    )
+        [*COMMAND, str(folder), *given, *arguments],
+        capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (addresses, addresses)),
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]
@@ -44,6 +57,17 @@ def test_a_small_model(tmp_path: Path) -> None:
     _holds(_run(tmp_path, 2, "--summary", str(tmp_path / "summary.json")))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {"compile.flux1_dev.cpu.peak_anon_gib", "compile.flux1_dev.cpu.minutes"} <= summary.keys()
+
+
+@pytest.mark.slow
+def test_the_width_of_flux_in_little_memory(tmp_path: Path) -> None:
+    """A double and a single block, 0.5 billion parameters: pruned, exported and rewritten within twice their bytes."""
+    recipe = {**RECIPE, "sparsity": {"operand": "weight", "method": "magnitude"}}
+    rows = _run(tmp_path, 24, recipe=recipe, addresses=ADDRESSES)
+    stages = [row[0] for row in rows]
+    assert {"compensate", "export", "rewrite"} <= set(stages)
+    weights = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
+    assert max(float(row[3]) for row in rows) * 2**30 < 2 * weights, rows
 
 
 @pytest.mark.slow
