@@ -37,7 +37,7 @@ from lynx_compile.models.trace import Baked, exportable
 from lynx_compile.models.weight_files import StoredTensor
 from lynx_compile.ops.functions import LINEAR_KEY, OPSET
 
-EXPORT = StageVersion("export", 6, ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir"))
+EXPORT = StageVersion("export", 7, ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir"))
 FOLDED_BYTES = (
     4096  # constants larger than this are weights; folding those would copy them and lose their names
 )
@@ -156,6 +156,7 @@ def export_module(
         outputs = list(results[-1].tensors)
         onnx_program = _translated(program, tuple(example.values()), list(example), outputs)
         _fold(onnx_program.model)
+        _index_in_int64(onnx_program.model)
         linears = {path for path, submodule in module.named_modules() if is_linear(submodule)}
         _mark_linears(onnx_program.model, linears)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -314,6 +315,17 @@ def _transposes_a_weight(node: onnx_ir.Node) -> bool:
         return False
     value = node.inputs[0].const_value
     return value is not None and value.nbytes > FOLDED_BYTES
+
+
+def _index_in_int64(model: onnx_ir.Model) -> None:
+    """GatherND takes no other indices, and torch's exporter hands it int32 as it is (Z-Image's rotary tables)."""
+    for node in tuple(model.graph):
+        indices = node.inputs[1] if node.op_type == "GatherND" else None
+        if indices is not None and indices.dtype == onnx_ir.DataType.INT32:
+            wide = onnx_ir.node("Cast", [indices], {"to": onnx_ir.DataType.INT64})
+            wide.outputs[0].dtype, wide.outputs[0].shape = onnx_ir.DataType.INT64, indices.shape
+            model.graph.insert_before(node, wide)
+            node.replace_input_with(1, wide.outputs[0])
 
 
 def _mark_linears(model: onnx_ir.Model, paths: set[str]) -> None:

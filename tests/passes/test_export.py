@@ -107,6 +107,26 @@ def test_a_failure_is_told_and_never_retried_strictly(tmp_path: Path) -> None:
         export_module(Nested(), {"cache": type("SomeCache", (), {})()}, tmp_path / "dense.onnx")
 
 
+class Looked(torch.nn.Module):
+    """A table too large to be folded, read by int32 as Z-Image reads its rotary tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(2048, 8))
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return x + self.table[ids]
+
+
+def test_int32_reads_a_table(tmp_path: Path) -> None:
+    given = {"x": torch.randn(3, 8), "ids": torch.tensor([5, 2047, 0], dtype=torch.int32)}
+    module = Looked()
+    dense = export_module(module, given, tmp_path / "dense.onnx")
+    session = onnxruntime.InferenceSession(dense.path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {name: tensor.numpy() for name, tensor in given.items()})
+    torch.testing.assert_close(torch.from_numpy(found), module(**given))
+
+
 class Wide(torch.nn.Module):
     """Weights that are large enough to be external data; ``table`` is in no file."""
 
