@@ -8,7 +8,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lynx_compile.errors import InputError, is_out_of_memory
 from lynx_compile.files.progress import Progress, no_progress
 from lynx_compile.files.tensors import TensorSpec, write_tensors
 from lynx_compile.models.checkpoint import Checkpoint
+from lynx_compile.models.pipeline_loader import reason
 from lynx_compile.models.weight_files import StoredTensor, read_headers
 from lynx_compile.recipe import Lora
 
@@ -53,9 +54,9 @@ def fold(
     changes: Changes = defaultdict(list)
     digest = hashlib.sha256()
     for lora in loras:
-        state, alphas, metadata = _read(lora, pipeline)
-        _add(digest, checkpoint, lora, state, alphas, metadata)
-        for name, added in _added(checkpoint, component, lora, state, alphas, metadata).items():
+        read = _read(lora, pipeline)
+        _add(digest, checkpoint, lora, read)
+        for name, added in _added(checkpoint, component, lora, read).items():
             changes[name].append((lora.scale, added))
     path = folder / f"{component}.{digest.hexdigest()[:24]}.{FOLDED}"
     for other in folder.glob(f"{component}.*.{FOLDED}"):
@@ -67,18 +68,21 @@ def fold(
             for name in changes
             if (stored := checkpoint.tensors[name])
         ]
-        _write(path, specs, progress)
+        write_tensors(
+            path, specs, progress=lambda what, done, total: progress(f"folding LoRAs: {what}", done, total)
+        )
     tensors: Mapping[str, StoredTensor] = {**checkpoint.tensors, **read_headers((path,))}
     names = tuple(f"{_named(lora)} x {lora.scale:g}" for lora in loras)
     return replace(checkpoint, files=(*checkpoint.files, path), tensors=tensors, loras=names)
 
 
-def _write(path: Path, specs: Sequence[TensorSpec], progress: Progress) -> None:
-    def counted(number: int, spec: TensorSpec) -> torch.Tensor:
-        progress(f"folding LoRAs into {spec.name}", number, len(specs))
-        return spec.read()
+@dataclass(frozen=True)
+class _Read:
+    """A LoRA's tensors in diffusers' own layout, its alphas and peft's description, where it has them."""
 
-    write_tensors(path, [replace(spec, read=partial(counted, n, spec)) for n, spec in enumerate(specs)])
+    state: Mapping[str, torch.Tensor]
+    alphas: Mapping[str, Any] | None
+    metadata: Mapping[str, Any] | None
 
 
 def _folded(
@@ -91,8 +95,7 @@ def _folded(
     return total.to(weight.dtype)
 
 
-def _read(lora: Lora, pipeline: type[Any]) -> tuple[dict[str, torch.Tensor], Any, Any]:
-    """A LoRA's tensors in diffusers' own layout, its alphas and peft's description, where it has them."""
+def _read(lora: Lora, pipeline: type[Any]) -> _Read:
     if not hasattr(pipeline, "lora_state_dict"):
         raise InputError(f"{pipeline.__name__} takes no LoRAs.", "Remove model.loras from the recipe.")
     path = Path(lora.source)
@@ -112,20 +115,15 @@ def _read(lora: Lora, pipeline: type[Any]) -> tuple[dict[str, torch.Tensor], Any
         if is_out_of_memory(error):
             raise
         raise InputError(
-            f"The LoRA {_named(lora)} cannot be read ({_reason(error)}).",
+            f"The LoRA {_named(lora)} cannot be read ({reason(error)}).",
             "Give a safetensors file that pipe.load_lora_weights takes, by its 'weight_name' where there are several.",
         ) from None
     state, *alphas, metadata = found
-    return state, (alphas[0] if alphas else None) or None, metadata
+    return _Read(state, (alphas[0] if alphas else None) or None, metadata)
 
 
 def _added(
-    checkpoint: Checkpoint,
-    component: str,
-    lora: Lora,
-    state: Mapping[str, torch.Tensor],
-    alphas: Mapping[str, Any] | None,
-    metadata: Mapping[str, Any] | None,
+    checkpoint: Checkpoint, component: str, lora: Lora, read: _Read
 ) -> dict[str, partial[torch.Tensor]]:
     """What a LoRA adds to which weights of the component, each computed when it is called."""
     try:
@@ -133,14 +131,14 @@ def _added(
     except ImportError:
         raise InputError("LoRAs are read by peft, which is not installed.", "pip install peft") from None
     # The denoiser's part is called after the pipeline's first one, whichever of several it is loaded into.
-    prefix = component if any(key.startswith(f"{component}.") for key in state) else "transformer"
-    if not any(key.startswith(f"{prefix}.") for key in state):
+    prefix = component if any(key.startswith(f"{component}.") for key in read.state) else "transformer"
+    if not any(key.startswith(f"{prefix}.") for key in read.state):
         raise InputError(
             f"The LoRA {_named(lora)} changes nothing in '{component}'.",
             "Name the component that it is for by 'component', or remove it.",
         )
     if other := [
-        key for key in state if key.startswith(f"{prefix}.") and "lora" not in key and "lokr" not in key
+        key for key in read.state if key.startswith(f"{prefix}.") and "lora" not in key and "lokr" not in key
     ]:
         raise InputError(
             f"The LoRA {_named(lora)} sets '{other[0]}', which is of no low rank.",
@@ -153,13 +151,17 @@ def _added(
     try:
         with _quietly():
             module.load_lora_adapter(
-                dict(state), prefix=prefix, network_alphas=alphas, metadata=metadata, low_cpu_mem_usage=True
+                dict(read.state),
+                prefix=prefix,
+                network_alphas=read.alphas,
+                metadata=read.metadata,
+                low_cpu_mem_usage=True,
             )
     except Exception as error:  # whatever diffusers and peft make of it
         if is_out_of_memory(error):
             raise
         raise InputError(
-            f"The LoRA {_named(lora)} does not fit '{component}' ({_reason(error)}).",
+            f"The LoRA {_named(lora)} does not fit '{component}' ({reason(error)}).",
             f"Give one that was made for a {checkpoint.class_name} of this size.",
         ) from None
     added: dict[str, partial[torch.Tensor]] = {}
@@ -184,21 +186,14 @@ def _delta(layer: Any, adapter: str) -> torch.Tensor:
     return found
 
 
-def _add(
-    digest: Any,
-    checkpoint: Checkpoint,
-    lora: Lora,
-    state: Mapping[str, torch.Tensor],
-    alphas: Mapping[str, Any] | None,
-    metadata: Mapping[str, Any] | None,
-) -> None:
+def _add(digest: Any, checkpoint: Checkpoint, lora: Lora, read: _Read) -> None:
     """What decides the folded weights; the checkpoint's files by place, size and time."""
     for path in checkpoint.files:
         status = path.stat()
         digest.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-    named = {name: float(value) for name, value in sorted((alphas or {}).items())}
-    digest.update(repr((lora.scale, named, sorted((metadata or {}).items()))).encode())
-    for name, tensor in sorted(state.items()):
+    named = {name: float(value) for name, value in sorted((read.alphas or {}).items())}
+    digest.update(repr((lora.scale, named, sorted((read.metadata or {}).items()))).encode())
+    for name, tensor in sorted(read.state.items()):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
@@ -216,7 +211,3 @@ def _quietly() -> Iterator[None]:
 
 def _named(lora: Lora) -> str:
     return f"{lora.source}/{lora.weight_name}" if lora.weight_name else lora.source
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -70,7 +70,7 @@ def load_pipeline(
         if is_out_of_memory(error):
             raise
         raise InputError(
-            f"The pipeline in {folder} cannot be loaded ({_reason(error)}).",
+            f"The pipeline in {folder} cannot be loaded ({reason(error)}).",
             "Fetch the whole checkpoint, as safetensors; pickles are never loaded.",
         ) from None
     return pipe.to(device or ("cuda" if on_gpu() else "cpu"))
@@ -110,7 +110,7 @@ def _index(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} cannot be read as JSON ({_reason(error)}).", "Fetch the checkpoint again."
+            f"{path} cannot be read as JSON ({reason(error)}).", "Fetch the checkpoint again."
         ) from None
     return values if isinstance(values, dict) else {}
 
@@ -135,5 +135,6 @@ def _is_missing(folder: Path, name: str, where: list[Any]) -> bool:
     return where == [None, None] or not (folder / name).is_dir()
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """The first line of somebody else's error, for a sentence of ours."""
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
