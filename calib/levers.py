@@ -28,6 +28,7 @@ from lynx_compile.passes.calibrate import Statistics, calibrate
 from lynx_compile.passes.compensate import compensate, dense_weights, load_weights
 from lynx_compile.passes.end_to_end import END_RATE, drawn_states, output_error
 from lynx_compile.passes.select import SparsityPlan, select
+from lynx_compile.passes.tune import samples_a_step
 from lynx_compile.recipe import Recipe, Sparsity, load_recipe
 from lynx_compile.solve.low_rank import low_rank
 from lynx_compile.solve.stacking import State
@@ -62,7 +63,7 @@ class Prepared:
     solved: Mapping[str, Rows]
     train: Sequence[State]
     held_out: Sequence[State]
-    states: int
+    samples: int
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +71,7 @@ class Prepared:
 
     def error(self, linears: Mapping[str, TunedLinear]) -> float:
         with substituted(self.dit.module, linears):
-            return output_error(self.dit.module, self.held_out, self.states)
+            return output_error(self.dit.module, self.held_out, self.samples)
 
     def linears(self, rows: Mapping[str, Rows] | None = None) -> dict[str, TunedLinear]:
         return all_linears(self.files, rows or self.solved, self.device)
@@ -127,10 +128,10 @@ def prepare(path: Path, folder: Path) -> Prepared:
     statistics = calibrate(dit, plan, recording, recipe, folder / "statistics", no_progress)
     paths = compensate(dit, plan, statistics, sparsity, folder / "weights", no_progress)
     files = dict(zip(plan.groups, paths, strict=True))
-    states = max(2, (16384 if torch.cuda.is_available() else 2048) // max(g.tokens for g in plan.groups))
-    train, held_out = drawn_states(dit, recording, recipe, states)
+    samples = samples_a_step(dit, plan.groups, recording)
+    train, held_out = drawn_states(dit, recording, recipe, samples)
     dit.module.requires_grad_(False)
-    return Prepared(recipe, folder, dit, plan, statistics, files, _rows_of(paths), train, held_out, states)
+    return Prepared(recipe, folder, dit, plan, statistics, files, _rows_of(paths), train, held_out, samples)
 
 
 def _rows_of(paths: Sequence[Path]) -> dict[str, Rows]:
@@ -199,7 +200,7 @@ def psnr_of(prepared: Prepared, linears: Mapping[str, TunedLinear]) -> float:
 
 def tune(prepared: Prepared, linears: Mapping[str, TunedLinear], minutes: float, steps: int) -> float:
     """The held-out error after tuning end to end."""
-    effort = Effort(steps, 60 * minutes, prepared.states, 0, END_RATE)
+    effort = Effort(steps, 60 * minutes, prepared.samples, 0, END_RATE)
 
     def after_step(what: str, done: int, total: int) -> None:
         choosing = [linear for linear in linears.values() if isinstance(linear, Reselecting)]
@@ -213,7 +214,7 @@ def tune(prepared: Prepared, linears: Mapping[str, TunedLinear], minutes: float,
             prepared.dit.module, linears.values(), prepared.train, prepared.held_out, effort, after_step
         )
         logging.info("%s", outcome)
-        return output_error(prepared.dit.module, prepared.held_out, prepared.states)
+        return output_error(prepared.dit.module, prepared.held_out, prepared.samples)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
 from lynx_compile.passes.block_weights import Files, all_linears, substituted
 from lynx_compile.passes.select import SparsityPlan
-from lynx_compile.passes.states import calls_within, drawn_calls, states_of
+from lynx_compile.passes.states import calls_within, drawn_calls, samples_of, states_of
 from lynx_compile.recipe import Recipe
 from lynx_compile.solve.stacking import State, batches, joined, outputs_of, parted
 from lynx_compile.solve.tune import Effort, Outcome, Rows, Shelf, fit
@@ -76,43 +76,47 @@ def end_to_end(
 
     A run that was stopped goes on with what it left in the file ``shelf`` for the same ``key``.
     """
-    train, held_out = drawn_states(dit, recording, recipe, effort.states)
+    train, held_out = drawn_states(dit, recording, recipe, effort.samples)
     device = dit.device
     dit.module.requires_grad_(False)
     with substituted(dit.module, all_linears(files, solved, device)):
-        compensated = output_error(dit.module, held_out, effort.states)
+        compensated = output_error(dit.module, held_out, effort.samples)
     paper = recipe.sparsity.method == "paper"  # which trains its low rank alone
     linears = all_linears(files, rows, device, low_rank_alone=paper)
-    with substituted(dit.module, linears), _checkpointing(dit, files, effort.states):
-        given = output_error(dit.module, held_out, effort.states)
+    with substituted(dit.module, linears), _checkpointing(dit, files, effort.samples, recording):
+        given = output_error(dit.module, held_out, effort.samples)
         outcome = fit(dit.module, linears.values(), train, held_out, effort, progress, _on_disk(shelf, key))
-        tuned = output_error(dit.module, held_out, effort.states)
+        tuned = output_error(dit.module, held_out, effort.samples)
     found = {path: linear.rows() for path, linear in linears.items()}
     return found, Whole(outcome, compensated, given, tuned)
 
 
 def drawn_states(
-    dit: DiT, recording: Recording, recipe: Recipe, most: int
+    dit: DiT, recording: Recording, recipe: Recipe, samples: int
 ) -> tuple[list[State], list[State]]:
     """Calls that ``calibration.memory_gib`` holds, with the dense model's results: to tune on, and held out.
 
-    ``most`` may run as one.
+    ``samples``: that may run as one.
     """
     calls = dit.calls.calls
     out = recording.held_out(calls)
     chosen = drawn_calls(calls, out, recipe.calibration.seed)
     chosen = chosen[: calls_within(recording, [calls[n] for n in chosen], recipe.calibration.memory_gib)]
-    states = with_targets(dit, states_of(dit, recording, [calls[n] for n in chosen]), most)
-    pairs = list(zip(chosen, states, strict=True))
-    return [state for n, state in pairs if n not in out], [state for n, state in pairs if n in out]
+    parts = states_of(dit, recording, [calls[n] for n in chosen])
+    kinds = [
+        [state for n, states in zip(chosen, parts, strict=True) if (n in out) == is_out for state in states]
+        for is_out in (False, True)
+    ]
+    train, held_out = (with_targets(dit, states, samples) for states in kinds)
+    return train, held_out
 
 
 @torch.no_grad()
-def output_error(module: torch.nn.Module, states: Sequence[State], most: int) -> float:
-    """|y - y_dense| / |y_dense| over all states; ``most`` may run as one."""
+def output_error(module: torch.nn.Module, states: Sequence[State], samples: int) -> float:
+    """|y - y_dense| / |y_dense| over all states; so many ``samples`` may run as one."""
     lost = whole = 0.0
     device = next(module.parameters()).device
-    for batch in batches(states, most):
+    for batch in batches(states, samples):
         given, rows = [(state.args, state.kwargs, state.targets) for state in batch], batch[0].rows
         args, kwargs, targets = joined(given, rows, device)
         for result, target in zip(outputs_of(module(*args, **kwargs)), targets, strict=True):
@@ -122,11 +126,11 @@ def output_error(module: torch.nn.Module, states: Sequence[State], most: int) ->
 
 
 @torch.no_grad()
-def with_targets(dit: DiT, states: Sequence[State], most: int) -> list[State]:
+def with_targets(dit: DiT, states: Sequence[State], samples: int) -> list[State]:
     """The states with what the dense model returns."""
     device = dit.device
     made: dict[int, State] = {}
-    for batch in batches(states, most):
+    for batch in batches(states, samples):
         args, kwargs = joined([(state.args, state.kwargs) for state in batch], batch[0].rows, device)
         targets = parted(
             tree_map(torch.Tensor.cpu, outputs_of(dit.module(*args, **kwargs))), len(batch), batch[0].rows
@@ -136,13 +140,14 @@ def with_targets(dit: DiT, states: Sequence[State], most: int) -> list[State]:
 
 
 @contextmanager
-def _checkpointing(dit: DiT, files: Files, states: int) -> Iterator[None]:
+def _checkpointing(dit: DiT, files: Files, samples: int, recording: Recording) -> Iterator[None]:
     """Blocks keep what they are given alone meanwhile, where memory does not hold more and the model can."""
     read = sum(
         group.tokens * (group.in_channels + sum(linear.out_channels for linear in group.linears))
         for group in files
     )
-    if KEPT * states * read * dit.dtype.itemsize < _free_bytes(dit) / 3 or not can_recompute(dit.module):
+    calls = samples / samples_of(recording, dit.calls.calls[0])
+    if KEPT * calls * read * dit.dtype.itemsize < _free_bytes(dit) / 3 or not can_recompute(dit.module):
         yield
         return
     log.info("end to end with gradient checkpointing")

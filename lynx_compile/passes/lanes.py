@@ -57,8 +57,8 @@ class Lane:
 
 
 @contextmanager
-def lanes(dit: DiT, recording: Recording, recipe: Recipe, together: int = 1) -> Iterator[list[Lane]]:
-    """Lanes for all calls that there is memory for, of at most ``together`` each, come to their first block."""
+def lanes(dit: DiT, recording: Recording, recipe: Recipe, samples: int = 1) -> Iterator[list[Lane]]:
+    """Lanes for all calls that there is memory for, of so many ``samples`` each, come to their first block."""
     calls = dit.calls.calls
     held_out = recording.held_out(calls)
     size, sizes = _at_first_block(dit, recording)
@@ -69,11 +69,16 @@ def lanes(dit: DiT, recording: Recording, recipe: Recipe, together: int = 1) -> 
             "tuning block by block on %d of %d calls, which fit calibration.memory_gib", most, len(calls)
         )
     chosen = chosen[:most]
-    states = states_of(dit, recording, [calls[number] for number in chosen])
+    states_by_call = states_of(dit, recording, [calls[number] for number in chosen])
     parts = []
     for is_out in (False, True):
-        kind = [state for n, state in zip(chosen, states, strict=True) if (n in held_out) == is_out]
-        for batch in batches(kind, together):
+        kind = [
+            state
+            for n, states in zip(chosen, states_by_call, strict=True)
+            if (n in held_out) == is_out
+            for state in states
+        ]
+        for batch in batches(kind, samples):
             parts += [(is_out, part) for part in _cut(batch, sizes)]
     runs = [partial(_run, dit, part) for is_out, part in parts for _ in range(3 if is_out else 2)]
     with walks(dit.module, runs) as made:
@@ -121,11 +126,11 @@ def _cut(batch: list[State], sizes: set[int]) -> Iterator[list[State]]:
 
 def _at_first_block(dit: DiT, recording: Recording) -> tuple[int, set[int]]:
     """Of a call that has come to the first block: the bytes that it is given there, and all first sizes of tensors."""
-    (state,) = states_of(dit, recording, dit.calls.calls[:1])
-    run: Callable[[], Any] = partial(_run, dit, [state])
+    (states,) = states_of(dit, recording, dit.calls.calls[:1])
+    run: Callable[[], Any] = partial(_run, dit, states[:1])
     with walks(dit.module, [run]) as (walk,):
         walk.start()
         given = tree_leaves((walk.at.args, walk.at.kwargs)) if walk.at else []
     tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
     size = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-    return max(size, 1), {tensor.shape[0] for tensor in tensors if tensor.ndim}
+    return max(size * len(states), 1), {tensor.shape[0] for tensor in tensors if tensor.ndim}

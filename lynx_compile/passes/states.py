@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 
@@ -51,15 +50,24 @@ def weight_of(call: Call, last: int) -> float:
     return 2 - call.step / max(last, 1)
 
 
-def states_of(dit: DiT, recording: Recording, calls: Sequence[Call]) -> list[State]:
-    """The calls as the module is given them, on the CPU, with no targets yet.
+def samples_of(recording: Recording, call: Call) -> int:
+    """The batch of a call: the rows of what it returns."""
+    results = recording.signature(call).results
+    return results[0][0] if results and results[0] else 1
 
-    Calls are of one kind where they agree in shapes, and in every tensor that is not the batch's, such as positions;
-    of none if the module does not treat a batch's rows alike.
+
+def states_of(dit: DiT, recording: Recording, calls: Sequence[Call]) -> list[tuple[State, ...]]:
+    """Each call as the module is given it, on the CPU, with no targets yet.
+
+    A call of a batch is cut into several states (``rows_of_a_part``): of many of them a step draws from all steps of
+    the pipeline, where a few whole calls would each be of one. States are of one kind where they agree in shapes, and
+    in every tensor that is not the batch's, such as positions; of none, and whole calls, if the module does not treat
+    a batch's rows alike.
     """
     cpu, last = torch.device("cpu"), max(call.step for call in dit.calls.calls)
     stored: dict[str, torch.Tensor] = {}  # what calls share is held once
-    found = []
+    whole = []
+    parts = []
     for call in calls:
         signature = recording.signature(call)
         tensors = {
@@ -69,23 +77,47 @@ def states_of(dit: DiT, recording: Recording, calls: Sequence[Call]) -> list[Sta
         args, kwargs = given(dit, dict(unflatten(signature.structure, tensors)), cpu)
         state = State(args, kwargs, (), weight_of(call, last))
         if signature.results and signature.results[0]:
-            rows = signature.results[0][0]
+            rows = samples_of(recording, call)
             own = {name for name, shape in signature.shapes.items() if shape and shape[0] == rows}
             shared = tuple((name, blob) for name, blob in call.blobs.items() if name not in own)
-            state = replace(state, kind=(tuple(signature.shapes.items()), shared), rows=rows)
-        found.append(state)
-    if not rows_are_alike(dit.module, found):
+            shapes = tuple((name, shape[name in own :]) for name, shape in signature.shapes.items())
+            state = replace(state, kind=(rows_of_a_part(rows), shapes, shared), rows=rows)
+        whole.append(state)
+        parts.append(tuple(_cut(state)))
+    if not rows_are_alike(dit.module, [part for call in parts for part in call]):
         log.info("the model's calls cannot be joined to one: they run one after the other")
-        return [replace(state, kind=None) for state in found]
-    return found
+        return [(replace(state, kind=None),) for state in whole]
+    return parts
+
+
+def rows_of_a_part(rows: int) -> int:
+    """Of the states that a call of so many rows is cut into: the fewest that divide it, but two.
+
+    A single row would have the shape of what a batch shares, such as positions [1, tokens, axes].
+    """
+    return next((part for part in range(2, rows) if rows % part == 0), rows)
+
+
+def _cut(state: State) -> Iterator[State]:
+    rows = rows_of_a_part(state.rows)
+    for args, kwargs in parted((state.args, state.kwargs), state.rows // rows, rows):
+        yield replace(state, args=args, kwargs=kwargs, rows=rows)
 
 
 @torch.no_grad()
 def rows_are_alike(module: Callable[..., object], states: Sequence[State]) -> bool:
-    """Whether two calls of a kind make the same as one call as each alone; true where there are no two."""
+    """Whether two calls of a kind make the same as one call as each alone; true where there are no two.
+
+    The first of a kind and the last: parts of one call follow each other, and have its step in common.
+    """
     device = next(module.parameters()).device if isinstance(module, torch.nn.Module) else None
+    first: dict[Hashable, State] = {}
+    last: dict[Hashable, State] = {}
+    for state in states:
+        first.setdefault(state.kind, state)
+        last[state.kind] = state
     pair = next(
-        (two for two in pairwise(states) if two[0].kind is not None and two[0].kind == two[1].kind), None
+        ((one, last[kind]) for kind, one in first.items() if kind is not None and last[kind] is not one), None
     )
     if pair is None:
         return True
@@ -96,7 +128,7 @@ def rows_are_alike(module: Callable[..., object], states: Sequence[State]) -> bo
         return outputs_of(module(*args, **kwargs))
 
     try:
-        together = parted(run(pair), 2, rows)
+        together, alone = parted(run(pair), 2, rows), [run([state]) for state in pair]
     except (
         RuntimeError,
         ValueError,
@@ -106,12 +138,11 @@ def rows_are_alike(module: Callable[..., object], states: Sequence[State]) -> bo
     ) as error:  # whatever a module says of a shape
         log.debug("calls as one: %s", error)
         return False
-    for state, made in zip(pair, together, strict=True):
-        alone = run([state])
-        if [t.shape for t in alone] != [t.shape for t in made]:
+    for one, made in zip(alone, together, strict=True):
+        if [t.shape for t in one] != [t.shape for t in made]:
             return False
         if any(
-            (a.float() - b.float()).norm() > SAME * a.float().norm() for a, b in zip(alone, made, strict=True)
+            (a.float() - b.float()).norm() > SAME * a.float().norm() for a, b in zip(one, made, strict=True)
         ):
             return False
     return True

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,19 +43,18 @@ from lynx_compile.passes.calibrate import Statistics, Unkept
 from lynx_compile.passes.compensate import expected_errors, load_weights, save_weights
 from lynx_compile.passes.end_to_end import END_RATE, Whole, end_to_end, fits
 from lynx_compile.passes.lanes import Lane, lanes, where
-from lynx_compile.passes.select import SparsityPlan
-from lynx_compile.passes.states import rows_are_alike
+from lynx_compile.passes.select import SparseGroup, SparsityPlan
+from lynx_compile.passes.states import rows_are_alike, samples_of
 from lynx_compile.recipe import Recipe
 from lynx_compile.solve.stacking import State
 from lynx_compile.solve.tune import RATE, Effort, Outcome, Rows, TunedLinear, fit
 
-TUNE = StageVersion("tune", 2, ("torch", "diffusers", "transformers"))
+TUNE = StageVersion("tune", 3, ("torch", "diffusers", "transformers"))
 SMALL = 20_000_000  # weights that are tuned without a GPU: minutes on one core
-TOKENS_A_STEP = 2048  # at least, in whole calls
+TOKENS_A_STEP = 2048  # at least, in whole samples
 TOKENS_A_STEP_ON_GPU = 16384  # fewer do not keep it busy
 BLOCKWISE = 0.5  # of the time, where tuning goes on end to end
 END_STEPS = 4  # times the steps of a block, at most
-CALLS_A_STEP = 2  # at least: of one alone the step is that of its own time
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,13 @@ def reaches_end(dit: DiT, plan: SparsityPlan, recipe: Recipe) -> bool:
     return tune == "end_to_end" or (tune == "auto" and has_room)
 
 
+def samples_a_step(dit: DiT, groups: Iterable[SparseGroup], recording: Recording) -> int:
+    """How many of the batches' samples a step of tuning takes."""
+    tokens = max(group.tokens for group in groups) / samples_of(recording, dit.calls.calls[0])
+    wanted = TOKENS_A_STEP_ON_GPU if dit.device.type == "cuda" else TOKENS_A_STEP
+    return math.ceil(wanted / tokens)
+
+
 def tune(
     dit: DiT,
     plan: SparsityPlan,
@@ -123,10 +130,11 @@ def tune(
     files = dict(zip(plan.groups, weights, strict=True))
     has_end = reaches_end(dit, plan, recipe)
     seconds = 60 * recipe.compensation.minutes
+    samples = samples_a_step(dit, files, recording)
     tuner = _Tuner(
-        dit, files, recipe, seconds * (BLOCKWISE if has_end else 1), folder / "blocks", key, progress
+        dit, files, recipe, samples, seconds * (BLOCKWISE if has_end else 1), folder / "blocks", key, progress
     )
-    with lanes(dit, recording, recipe, tuner.states) as calls:
+    with lanes(dit, recording, recipe, samples) as calls:
         while (block := where(calls)) is not None:
             with dit.resident(block):
                 tuner.pass_block(block, calls)
@@ -140,7 +148,7 @@ def tune(
         effort = Effort(
             steps=END_STEPS * recipe.compensation.steps,
             seconds=max(seconds - tuner.spent, 1.0),
-            states=tuner.states,
+            samples=samples,
             seed=recipe.calibration.seed,
             rate=END_RATE,
         )
@@ -200,13 +208,15 @@ class _Tuner:
         dit: DiT,
         files: Files,
         recipe: Recipe,
+        samples: int,
         seconds: float,
         folder: Path,
         key: str,
         progress: Progress,
     ) -> None:
         self.outcomes: dict[str, Outcome] = {}
-        self._dit, self._files, self._recipe, self._seconds = dit, files, recipe, seconds
+        self._dit, self._files, self._recipe = dit, files, recipe
+        self._samples, self._seconds = samples, seconds
         self._folder, self._key, self._progress = folder, key, progress
         self._device = dit.device
         self._paths = [
@@ -235,13 +245,6 @@ class _Tuner:
         made = self._with(path, self._tuned(path, compensated, states[False], states[True]))
         for lane in calls:
             lane.tuned.go_on(_through(made, lane.tuned))
-
-    @property
-    def states(self) -> int:
-        """How many calls a step takes."""
-        tokens = max(group.tokens for group in self._files)
-        wanted = TOKENS_A_STEP_ON_GPU if self._device.type == "cuda" else TOKENS_A_STEP
-        return max(CALLS_A_STEP, -(-wanted // tokens))
 
     @property
     def spent(self) -> float:
@@ -289,7 +292,7 @@ class _Tuner:
         return Effort(
             steps=self._recipe.compensation.steps,
             seconds=max(self._seconds - self.spent, 0.0) / left,
-            states=self.states,
+            samples=self._samples,
             seed=self._recipe.calibration.seed + self._paths.index(path),
             rate=RATE,
         )

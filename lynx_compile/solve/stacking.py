@@ -21,8 +21,8 @@ T = TypeVar("T")
 class State:
     """What a module is given in one call, what it should return (``outputs_of`` that), and how much that counts.
 
-    ``rows``: its batch. ``kind``: states of one kind may be joined: their tensors of ``rows`` in front belong to the
-    call, all others are the same in both, or at least equal. None: it runs alone.
+    ``rows``: its batch. ``kind``: states of one kind have as many rows and may be joined: their tensors of ``rows`` in
+    front belong to the call, all others are the same in both, or at least equal. None: it runs alone.
     """
 
     args: tuple[Any, ...]
@@ -40,14 +40,15 @@ def outputs_of(result: Any) -> tuple[torch.Tensor, ...]:
     )
 
 
-def batches(states: Sequence[State], most: int) -> list[list[State]]:
-    """The states by calls that they can be joined to, of at most ``most`` each, in their order within a kind."""
+def batches(states: Sequence[State], samples: int) -> list[list[State]]:
+    """The states by calls that they can be joined to, in their order within a kind: of so many ``samples`` each (the
+    rows of their batches) or fewer, but of one state at least."""
     order = {state.kind: number for number, state in reversed(list(enumerate(states)))}
     ordered = sorted(states, key=lambda state: order[state.kind])
     found = []
     for kind, members in groupby(ordered, key=lambda state: state.kind):
         together = list(members)
-        size = 1 if kind is None else most
+        size = 1 if kind is None else max(samples // together[0].rows, 1)
         found += [together[start : start + size] for start in range(0, len(together), size)]
     return found
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Literal
 
 import torch
@@ -28,6 +27,7 @@ from lynx_compile.solve.stacking import State, batches, joined, outputs_of
 RATE = 0.005  # of a tensor's rms that Adam moves its elements in a step, at first; it falls to 0 along a half cosine
 LOOK_EVERY = 25  # steps between two looks at the held-out error
 LEAST_HELD_OUT = 8  # states that a look is at; else so many that it takes a tenth of the time
+LEAST_STATES = 2  # of a step: of one alone it is that of its own time
 SLOWER = 3  # times, after a look that finds it no lower
 MOST_WORSE = 5  # such looks in a row end it
 SAVE_EVERY = 120  # seconds, at least, between what a stopped run could go on with
@@ -144,14 +144,14 @@ def _straight_through(value: torch.Tensor, rounded: torch.Tensor) -> torch.Tenso
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to tune a module: at most so many ``steps`` of ``states`` each, and about so many ``seconds``.
+    """How long to tune a module: at most so many ``steps`` of ``samples`` each, and about so many ``seconds``.
 
     ``rate``: of a tensor's rms that Adam moves its elements in a step, at first; it falls to 0 along a half cosine.
     """
 
     steps: int
     seconds: float
-    states: int
+    samples: int
     seed: int
     rate: float = RATE
 
@@ -193,7 +193,7 @@ def fit(
     """
     linears = tuple(linears)
     if not train or not _parameters(linears):
-        error = block_error(module, held_out, effort.states)
+        error = block_error(module, held_out, effort.samples)
         return Outcome(error, error, 0, 0.0)
     with differentiable_attention():
         run = _Fit(module, linears, train, held_out, effort, shelf)
@@ -219,7 +219,7 @@ class _Fit:
     ) -> None:
         self._start, self._saved = time.monotonic(), time.monotonic()
         self._module, self._effort, self._shelf = module, effort, shelf
-        self._held_out = held_out[: max(LOOK_EVERY * effort.states // 3, LEAST_HELD_OUT)]
+        self._held_out = _taken(iter(held_out), LOOK_EVERY * effort.samples // 3, LEAST_HELD_OUT)
         self._parameters = _parameters(linears)
         self._sizes = [_size(parameter, linears) for parameter in self._parameters]
         self._adam = self._fresh_adam()
@@ -229,19 +229,19 @@ class _Fit:
         if (saved := shelf.load()) is not None:
             self._take_up(saved)
         else:
-            self.best = self.before = block_error(module, self._held_out, effort.states)
+            self.best = self.before = block_error(module, self._held_out, effort.samples)
 
     def take_step(self) -> None:
         for group, size in zip(self._adam.param_groups, self._sizes, strict=True):
             group["lr"] = self._rate * size * (1 + math.cos(math.pi * self.step / self.total)) / 2
         self._adam.zero_grad()
-        for batch in batches(list(islice(self._draw, self._effort.states)), self._effort.states):
+        for batch in batches(self._drawn(), self._effort.samples):
             _loss(self._module, batch).sum().backward()
         self._adam.step()
         self.step += 1
 
     def look(self) -> None:
-        error = block_error(self._module, self._held_out, self._effort.states)
+        error = block_error(self._module, self._held_out, self._effort.samples)
         if error < self.best:
             self.best, self.worse = error, 0
             _restore(self._kept, self._parameters)
@@ -256,6 +256,9 @@ class _Fit:
     def finish(self) -> Outcome:
         _restore(self._parameters, self._kept)
         return Outcome(self.before, self.best, self.step, time.monotonic() - self._start)
+
+    def _drawn(self) -> list[State]:
+        return _taken(self._draw, self._effort.samples, LEAST_STATES)
 
     def _fresh_adam(self) -> torch.optim.Adam:
         groups = [{"params": [parameter]} for parameter in self._parameters]
@@ -275,8 +278,8 @@ class _Fit:
         self.step, self.worse = int(step), int(worse)
         self._start -= spent
         self.total = min(self._effort.steps, max(int(step * self._effort.seconds / spent), self.step))
-        for _ in range(self.step * self._effort.states):
-            next(self._draw)
+        for _ in range(self.step):
+            self._drawn()
         for number, parameter in enumerate(self._parameters):
             _restore([parameter, self._kept[number]], [saved[f"now.{number}"], saved[f"best.{number}"]])
             state = {name: saved.get(f"{name}.{number}") for name in ("step", "exp_avg", "exp_avg_sq")}
@@ -297,12 +300,12 @@ def differentiable_attention() -> Iterator[None]:
 
 
 @torch.no_grad()
-def block_error(module: torch.nn.Module, states: Sequence[State], most: int = 1) -> float:
+def block_error(module: torch.nn.Module, states: Sequence[State], samples: int = 1) -> float:
     """What the loss is the square of: the relative error of the module's results, as the states' weights have it.
 
-    ``most``: states that may be joined to one call.
+    ``samples``: of states that may be joined to one call.
     """
-    squares = sum(float(_loss(module, batch).sum()) for batch in batches(states, most))
+    squares = sum(float(_loss(module, batch).sum()) for batch in batches(states, samples))
     elements = sum(state.weight * sum(t.numel() for t in state.targets) for state in states)
     return float((squares / max(elements, 1)) ** 0.5)
 
@@ -330,6 +333,17 @@ def _loss(module: torch.nn.Module, states: Sequence[State]) -> torch.Tensor:
 def _parameters(linears: Sequence[TunedLinear]) -> list[torch.nn.Parameter]:
     """Each once: the linears of a node share one."""
     return list(dict.fromkeys(p for linear in linears for p in linear.parameters() if p.requires_grad))
+
+
+def _taken(states: Iterator[State], samples: int, least: int) -> list[State]:
+    """The next of them, until they are so many samples, and at least so many states; fewer where they end."""
+    found: list[State] = []
+    while len(found) < least or sum(state.rows for state in found) < samples:
+        state = next(states, None)
+        if state is None:
+            break
+        found.append(state)
+    return found
 
 
 def _drawn(states: Sequence[State], seed: int) -> Iterator[State]:

@@ -11,7 +11,14 @@ import torch
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
 from lynx_compile.passes.calibrate import replay
-from lynx_compile.passes.states import calls_within, drawn_calls, rows_are_alike, states_of
+from lynx_compile.passes.states import (
+    calls_within,
+    drawn_calls,
+    rows_are_alike,
+    rows_of_a_part,
+    samples_of,
+    states_of,
+)
 from lynx_compile.recipe import load_recipe
 from lynx_compile.solve.stacking import State, batches, joined, parted
 from tests.conftest import open_dit
@@ -25,7 +32,7 @@ def opened(tiny: Path) -> tuple[DiT, Recording]:
 def test_joined_calls_return_what_each_returns(opened: tuple[DiT, Recording]) -> None:
     dit, recording = opened
     calls = dit.calls.calls[:5]
-    (batch,) = batches(states_of(dit, recording, calls), 5)
+    (batch,) = batches([state for call in states_of(dit, recording, calls) for state in call], 10)
     args, kwargs = joined([(state.args, state.kwargs) for state in batch], 2)
     assert kwargs["hidden_states"].shape == (10, 64, 4) and kwargs["img_ids"].shape == (64, 3)
     with torch.no_grad():
@@ -34,8 +41,37 @@ def test_joined_calls_return_what_each_returns(opened: tuple[DiT, Recording]) ->
         assert torch.allclose(made, replay(dit, recording.arguments(call))[0], atol=1e-5)
 
 
+def test_a_call_of_a_batch_is_cut_into_parts_of_two(tiny: Path) -> None:
+    """So that a step of tuning has many steps of the pipeline; what a part returns is its share of the whole's."""
+    recipe = load_recipe(tiny / "tiny.yaml")
+    calibration = recipe.calibration.model_copy(update={"samples": 6, "batch": 6})
+    dit, recording = open_dit(recipe.model_copy(update={"calibration": calibration}))
+    call = dit.calls.calls[0]
+    (parts,) = states_of(dit, recording, [call])
+    assert [part.rows for part in parts] == [2, 2, 2] and samples_of(recording, call) == 6
+    assert all(part.kind == parts[0].kind is not None for part in parts)
+    assert all(part.kwargs["img_ids"].shape == (64, 3) for part in parts)
+    with torch.no_grad():
+        found = torch.cat([dit.module(*part.args, **part.kwargs)[0] for part in parts])
+    assert torch.allclose(found, replay(dit, recording.arguments(call))[0], atol=1e-5)
+
+
+def test_a_call_stays_whole_where_its_parts_would_be_others(tiny: Path) -> None:
+    """A batch of 4, and 4 tokens of text, whose positions nothing tells from what belongs to the batch."""
+    recipe = load_recipe(tiny / "tiny.yaml")
+    calibration = recipe.calibration.model_copy(update={"samples": 4, "batch": 4})
+    dit, recording = open_dit(recipe.model_copy(update={"calibration": calibration}))
+    ((whole,),) = states_of(dit, recording, dit.calls.calls[:1])
+    assert (whole.rows, whole.kind) == (4, None)
+
+
+@pytest.mark.parametrize(("rows", "part"), [(1, 1), (2, 2), (3, 3), (7, 7), (10, 2), (15, 3), (64, 2)])
+def test_parts_divide_a_call(rows: int, part: int) -> None:
+    assert rows_of_a_part(rows) == part
+
+
 def test_first_steps_count_more(opened: tuple[DiT, Recording]) -> None:
-    states = states_of(*opened, opened[0].calls.calls[:4])
+    states = [state for (state,) in states_of(*opened, opened[0].calls.calls[:4])]
     assert [state.weight for state in states] == sorted((state.weight for state in states), reverse=True)
     assert states[0].weight > states[3].weight > 0
 
