@@ -132,7 +132,8 @@ inline Problem fp8_linear(const Fp8Case& c) {
   bias.fill([&](int64_t) { return normal(random); });
   Values first(c.type, {c.batch, norm ? 1 : gated ? c.length : 0, c.channels});  // gain, or the gate
   Values second(c.type, {c.batch, norm ? 1 : 0, c.channels});                    // shift
-  first.fill([&](int64_t) { return 1.0 + 0.05 * normal(random); });
+  // A gate of both signs: GELU and SiLU leave large numbers nearly as they are.
+  first.fill([&](int64_t i) { return (gated && i % 2 ? -1.0 : 1.0) * (1.0 + 0.05 * normal(random)); });
   second.fill([&](int64_t) { return 0.05 * normal(random); });
 
   std::vector<std::vector<double>> dense;
