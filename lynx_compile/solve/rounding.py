@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from lynx_compile.ops.fp8 import Rounded, round_rows, to_e4m3
+from lynx_compile.solve.replayed import replayed
 
 PASSES = 4  # over all columns; as many again gain a few per cent
 SCALES = 8  # tried for every row, within a factor of 2: e4m3 repeats itself beyond that
@@ -69,13 +70,34 @@ def _descend(
     for _ in range(PASSES):
         for first in range(0, len(values), ROUNDED_AT_ONCE):
             block = slice(first, first + ROUNDED_AT_ONCE)
-            before = values[block].clone()
-            own = gradient[block].clone()
-            for j in range(len(before)):
-                at = first + j
-                wanted = values[at] + own[j] / diagonal[at]
-                rounded = torch.where(kept[at], to_e4m3(wanted / scale).float() * scale, 0.0)
-                own.addr_(metric[block, at], rounded - values[at], alpha=-1)
-                values[at] = rounded
-            gradient -= metric[:, block] @ (values[block] - before)
+            (moved,) = replayed(
+                _descend_block,
+                values[block],
+                gradient[block],
+                metric[block, block],
+                diagonal[block],
+                kept[block],
+                scale,
+            )
+            change = moved - values[block]
+            values[block] = moved
+            gradient -= metric[:, block] @ change
     return to_e4m3((values / scale).T.contiguous())
+
+
+def _descend_block(
+    values: torch.Tensor,
+    gradient: torch.Tensor,
+    metric: torch.Tensor,
+    diagonal: torch.Tensor,
+    kept: torch.Tensor,
+    scale: torch.Tensor,
+) -> tuple[torch.Tensor]:
+    """The values of some columns [B, N], one after the other; ``gradient`` [B, N], ``metric`` [B, B]: of these."""
+    values, gradient = values.clone(), gradient.clone()
+    for j in range(len(values)):
+        wanted = values[j] + gradient[j] / diagonal[j]
+        rounded = torch.where(kept[j], to_e4m3(wanted / scale).float() * scale, 0.0)
+        gradient.addr_(metric[:, j], rounded - values[j], alpha=-1)
+        values[j] = rounded
+    return (values,)

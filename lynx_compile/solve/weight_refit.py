@@ -17,6 +17,7 @@ import torch
 from lynx_compile.ops.sparse_linear import GROUP, keep_mask
 from lynx_compile.solve.linalg import cholesky
 from lynx_compile.solve.moments import LayerStatistics
+from lynx_compile.solve.replayed import replayed
 
 EXACT_CHANNELS = 1024
 SOLVED_AT_ONCE = 64  # rows of W; each brings a K/2 x K/2 system
@@ -87,13 +88,14 @@ def sweep(weight: torch.Tensor, covariance: torch.Tensor, ridge: float, name: st
     swept = weight.T.clone()  # [K, N]: a column of W is a contiguous row
     for start in range(0, len(swept), SWEPT_AT_ONCE):
         end = min(start + SWEPT_AT_ONCE, len(swept))
-        errors = _sweep_block(swept[start:end], factor[start:end, start:end])
+        swept[start:end], errors = replayed(_sweep_block, swept[start:end], factor[start:end, start:end])
         swept[end:] -= factor[start:end, end:].T @ errors
     return swept.T.contiguous()
 
 
-def _sweep_block(columns: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Prune ``columns`` [B, N] in place; their errors [B, N], each divided by its diagonal element of ``factor``."""
+def _sweep_block(columns: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prune ``columns`` [B, N] in place; these, and their errors [B, N], each divided by its diagonal element of
+    ``factor``."""
     errors = torch.zeros_like(columns)
     diagonal = factor.diagonal()
     for j in range(len(columns)):
@@ -104,7 +106,7 @@ def _sweep_block(columns: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         errors[j] = (columns[j] - kept) / diagonal[j]
         columns[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
         columns[j] = kept
-    return errors
+    return columns, errors
 
 
 def _inverse_factor(covariance: torch.Tensor, ridge: float, name: str) -> torch.Tensor:
