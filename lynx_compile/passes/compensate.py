@@ -244,7 +244,7 @@ def expected_errors(
         changed = changed * solved.weight_scale[:, None]
     if group.operand == "activation":
         assert isinstance(moments, PrunedStatistics), "calibrate gathers them for every node that prunes"
-        lora_up = collapse_low_rank(solved.weight, channels, rank)
+        lora_up = collapse_low_rank(solved.weight, channels, rank).float()
         lost = _lost_squares(weight, changed, solved.lora_down[:rank], lora_up, offset, moments)
         noise = moments.s_rounding
     else:
