@@ -30,7 +30,7 @@ from lynx_compile.passes.states import weight_of
 from lynx_compile.solve.tune import TunedLinear
 
 SELECT = StageVersion("select", 1, ("torch", "diffusers", "transformers"))
-VERIFY = StageVersion("verify", 1, ("torch", "diffusers", "transformers"))
+VERIFY = StageVersion("verify", 2, ("torch", "diffusers", "transformers"))
 CALLS = 64  # held out, that are measured at most
 QUARTERS = 4  # ranges of denoising steps that errors are told by
 ROOM = 0.75  # of the limit: an error below it leaves room that is worth a word
@@ -47,7 +47,8 @@ log = logging.getLogger(__name__)
 class AtSteps:
     """Relative error of the model's output at the denoising steps from ``first`` to ``last``.
 
-    ``predicted`` and ``solved``: of the solved weights. ``tuned``: None where nothing was tuned.
+    ``predicted`` and ``solved``: of the solved weights. ``tuned``: None where nothing was tuned, or where the solved
+    weights were taken, which can err less than weights that were tuned with more linears changed.
     """
 
     first: int
@@ -110,11 +111,16 @@ def verify(
     key, value = selection.limit
     held_out = HeldOut(dit, recording, progress)
     at = held_out.device, held_out.dtype
-    weights = {**solved, **(tuned or {})}
+    all_tuned: Weights | None = None if tuned is None else {**solved, **tuned}
     start, drawn = taken, None
     while True:
         plan = selection.plan(taken)  # refuses one in which nothing changes
+        weights = solved if all_tuned is None else all_tuned
         squares = held_out.squares(linears_of(selection, taken, weights, *at))
+        if all_tuned is not None and taken < start:
+            before = held_out.squares(linears_of(selection, taken, solved, *at))
+            if held_out.error(before) < held_out.error(squares):
+                weights, squares = solved, before
         error = held_out.error(squares)
         if psnr is not None:
             drawn = psnr(linears_of(selection, taken, weights, torch.device("cpu")))
@@ -135,10 +141,14 @@ def verify(
             f", PSNR {drawn:.1f} dB" if drawn is not None else "", fewer,
         )  # fmt: skip
         taken = fewer
-    before = squares if tuned is None else held_out.squares(linears_of(selection, taken, solved, *at))
+    is_tuned = weights is not solved
+    if is_tuned and taken == start:
+        before = held_out.squares(linears_of(selection, taken, solved, *at))
+    elif not is_tuned:
+        before = squares
 
     def errors(steps: range) -> AtSteps:
-        after = held_out.error(squares, steps) if tuned is not None else None
+        after = held_out.error(squares, steps) if is_tuned else None
         return AtSteps(
             steps.start, steps.stop - 1, selection.error(taken, steps), held_out.error(before, steps), after
         )

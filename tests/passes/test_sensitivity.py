@@ -20,7 +20,7 @@ from lynx_compile.passes import sensitivity as passes_sensitivity
 from lynx_compile.passes.block_weights import node_linears, substituted
 from lynx_compile.passes.budget import Selection, choose
 from lynx_compile.passes.calibrate import calibrate, replay
-from lynx_compile.passes.compensate import compensate
+from lynx_compile.passes.compensate import compensate, load_weights, save_weights
 from lynx_compile.passes.describe import _budget
 from lynx_compile.passes.select import SparseGroup, SparsityPlan, candidates, select
 from lynx_compile.passes.sensitivity import Sensitivities, probed_calls, sensitivity
@@ -240,6 +240,23 @@ def test_over_the_budget_is_stepped_back_and_tuned_weights_stay(
     assert set(found.stepped_back) == dropped
     assert not dropped & {group.name for group in selection.plan(found.taken).groups}
     assert found.whole.tuned > 0.5 * most, "and not further than needed"  # type: ignore[operator]
+
+
+def test_after_stepping_back_the_solved_weights_are_taken_where_they_err_less(
+    made: Probed, tmp_path: Path
+) -> None:
+    """Weights tuned together with others make up for errors that are no longer there."""
+    whole = len(made.selection.steps)
+    tuned = {}
+    for group in made.selection.plan(whole).groups:
+        tuned[group] = tmp_path / made.weights[group].name
+        solved = load_weights(made.weights[group])
+        save_weights(tuned[group], replace(solved, weight=1.02 * solved.weight), made.dit.dtype)
+    most = 0.8 * _verify(made, made.selection).whole.solved  # type: ignore[operator]
+    found = _verify(made, replace(made.selection, limit=("max_output_error", most)), tuned=tuned)
+    assert 0 < found.taken < whole and found.whole.tuned is None and 0.5 * most < found.whole.solved <= most  # type: ignore[operator]
+    assert found.weights == tuple(made.weights[group] for group in made.selection.plan(found.taken).groups)
+    assert _verify(made, made.selection, tuned=tuned).whole.tuned is not None, "of the whole plan they stay"
 
 
 def test_a_budget_that_nothing_fits_is_an_error(made: Probed) -> None:
