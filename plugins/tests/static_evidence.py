@@ -74,8 +74,8 @@ MMA_TILES = (Tile(128, 128, 64, 3, 128), Tile(64, 128, 64, 4, 128))
 WGMMA_TILES = (Tile(128, 256, 64, 5, 384), Tile(256, 192, 64, 4, 384), Tile(128, 128, 64, 8, 384))
 
 
-# The FP8 GEMMs by operand, as fp8_tiles.h has them: M x N, and whether stream-K; a library has the first or all, each
-# a second time for gates.
+# The FP8 GEMMs by operand, as fp8_tiles.h has them: M x N, and whether stream-K; a library has all, each
+# a second time for gates, or the first for gates alone, which serves all calls.
 FP8_TILES = {
     "weight": ("256x192", "256x144", "128x128", "256x192 stream-K"),
     "dense": ("128x192", "128x160", "128x144", "128x128"),
@@ -260,20 +260,21 @@ def _check_complete(kernels: list[Kernel]) -> list[str]:
 
 
 def _check_fp8_complete(kernels: list[Kernel]) -> Iterator[str]:
-    """Where there are GEMMs of a type, there are those of FP8: the first tile of every operand, or all."""
+    """Where there are GEMMs of a type, there are those of FP8: the first tile of every operand, with gates, or all."""
     found = Counter((kernel.arch, role.title) for kernel in kernels if (role := role_of(kernel.name)))
     for arch, family, element in sorted(_fp8_due(kernels)):
-        tiles, forms = FP8_TILES, ("", GATED_SUFFIX)
+        tiles, forms, form_of_one = FP8_TILES, ("", GATED_SUFFIX), (GATED_SUFFIX,)
         if family == "fp8 mma":
-            tiles, forms = dict.fromkeys(FP8_OPERANDS, tuple(tile.title for tile in FP8_MMA_TILES)), ("",)
+            tiles = dict.fromkeys(FP8_OPERANDS, tuple(tile.title for tile in FP8_MMA_TILES))
+            forms = form_of_one = ("",)
         first, whole = (
             {
                 Role(family, element, variant=tile + form, operand=operand).title
                 for operand, titles in tiles.items()
                 for tile in titles[:most]
-                for form in forms
+                for form in some
             }
-            for most in (1, None)
+            for most, some in ((1, form_of_one), (None, forms))
         )
         has = {
             title for of_arch, title in found if of_arch == arch and title.startswith(f"{family} {element} ")
