@@ -7,14 +7,16 @@ import errno
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lynx_compile.errors import DiskFullError
 from lynx_compile.files import atomic
-from lynx_compile.passes import sensitivity
+from lynx_compile.passes import build, sensitivity
 from tests.test_outputs import compile_tiny, ran
 
 FOLDERS = {  # in which a stage writes; what a stage does not keep in a file is in its stamp
@@ -23,6 +25,7 @@ FOLDERS = {  # in which a stage writes; what a stage does not keep in a file is 
     "compensate": "weights",
     "sensitivity": "sensitivity/calls",
     "tune": "tuned/blocks",
+    "select": "select.stamp.json",
     "verify": "verify.stamp.json",
     "export": "dense",
     "rewrite": "lynx",
@@ -46,10 +49,11 @@ def project(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def test_in_every_stage(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Path(shutil.copytree(project, tmp_path / "whole"))
     compile_tiny(whole)
-    assert ran(whole / "out" / "tiny.engine") == tuple(FOLDERS)
+    stages = tuple(stage for stage in FOLDERS if stage != "select")  # which goes by images
+    assert ran(whole / "out" / "tiny.engine") == stages
     out = project / "out"
     killed: tuple[str, ...] = ()
-    for stage in FOLDERS:
+    for stage in stages:
         with monkeypatch.context() as patch:
             _break(patch, stage, out / "tiny.cache", _disk_is_full)
             with pytest.raises(DiskFullError, match=r"The disk is full: .*tiny.cache.* could not be written"):
@@ -64,6 +68,31 @@ def test_in_every_stage(project: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert not list(out.rglob("*.tmp")) and not list(out.rglob("unfinished"))
     for name in ("tiny.engine", "tiny.onnx", "tiny.safetensors"):
         assert (out / name).read_bytes() == (whole / "out" / name).read_bytes()
+    compile_tiny(project)
+    assert ran(out / "tiny.engine") == ()
+
+
+def test_while_a_plan_is_chosen_by_images(project: Path) -> None:
+    recipe = project / "tiny.yaml"
+    recipe.write_text(recipe.read_text().replace("{min_speed: 1.1}", "{min_psnr: 12}"))
+    out = project / "out"
+    assert _in_child(lambda: _kill_in("select", project)) == -signal.SIGKILL
+    assert ran(out / "tiny.engine")[-1] == "select"
+    assert {path.name for path in out.iterdir()} == {"tiny.cache", "tiny.log"}
+    manifest = compile_tiny(project)
+    assert ran(out / "tiny.engine")[0] == "select" and not list(out.rglob("*.tmp"))
+    assert manifest.budget is not None and (manifest.budget.psnr or 0) >= 12
+
+
+def test_while_tensorrt_builds(project: Path) -> None:
+    recipe = project / "tiny.yaml"
+    recipe.write_text(recipe.read_text().replace("backend: torch", "backend: tensorrt_rtx"))
+    out = project / "out"
+    assert _in_child(lambda: _kill_while_building(project)) == -signal.SIGKILL
+    assert ran(out / "tiny.engine")[-1] == "build"
+    assert {path.name for path in out.iterdir()} == {"tiny.cache", "tiny.log"}
+    compile_tiny(project)
+    assert ran(out / "tiny.engine") == ("build",) and not list(out.rglob("*.tmp"))
     compile_tiny(project)
     assert ran(out / "tiny.engine") == ()
 
@@ -107,6 +136,18 @@ def _kill_while_publishing(project: Path) -> None:
         replace(source, target)
 
     pytest.MonkeyPatch().setattr(os, "replace", replaced)
+    compile_tiny(project)
+
+
+def _kill_while_building(project: Path) -> None:
+    in_thread = build._in_thread
+
+    def killed(work: Any, *arguments: Any, **options: Any) -> Any:
+        if work.__name__.startswith("build"):  # else it is the parser's
+            threading.Timer(0.05, _kill).start()
+        return in_thread(work, *arguments, **options)
+
+    pytest.MonkeyPatch().setattr(build, "_in_thread", killed)
     compile_tiny(project)
 
 
