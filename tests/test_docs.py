@@ -39,7 +39,6 @@ ELSEWHERE = {
     ),
     r"torchrun --nproc-per-node 2 -m lynx_compile .*": ("test_parallel.py", "torchrun"),
     r"\.venv/bin/cmake --install build/runtime --prefix .*": ("runtime_cpp/test_package.py", '"--install"'),
-    r"python -m calib\.digits_flux\.study": ("calib/test_study.py", "study.measure"),
 }
 
 MODULES = ["python -m calib.digits_flux.seed seed.safetensors"]  # run here
