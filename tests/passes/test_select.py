@@ -351,12 +351,15 @@ def test_a_roofline_does_not_compete_with_what_was_measured_in_its_precision(tmp
     assert decision.fp8 and "roofline" in decision.reason, "in FP8 nothing was measured"
 
 
-def test_the_order_by_error_is_the_measured_one() -> None:
+@pytest.mark.parametrize("when", ["solved", "tuned"])
+def test_the_order_by_error_is_the_measured_one(when: str) -> None:
     errors = json.loads((Path(__file__).parents[2] / "engines" / "bench" / "summary.json").read_text())
-    found = [
-        errors[f"errors.{'fp8' if form.fp8 else 'bf16'}_{form.operand}.layer".replace("none", "dense")]
+    solved = "_solved" * (when == "solved")
+    methods = [
+        "fp8_dense" if form.operand == "none" else f"{form.operand}{'_fp8' * form.fp8}{solved}"
         for form in BY_ERROR
     ]
+    found = [errors[f"quality.digits_flux.{method}.layer_error"] for method in methods]
     assert found == sorted(found)
 
 

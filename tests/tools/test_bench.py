@@ -93,6 +93,15 @@ def test_readme_and_docs_show_the_summary() -> None:
     assert table in (BENCH.parents[1] / "docs" / "benchmarks.md").read_text()
     assert bench_fp8.short(summary) in (BENCH.parents[1] / "README.md").read_text()
     assert f"**{summary['linears.fp8_weight.all']:.2f}x**" in table and table.count("**") == 4
+    errors = {
+        "2:4 activations, bf16": "activation", "2:4 weights, bf16": "weight", "dense FP8": "fp8_dense",
+        "2:4 activations in FP8": "activation_fp8", "2:4 weights in FP8": "weight_fp8",
+    }  # fmt: skip
+    for shown in (table, bench_fp8.short(summary)):
+        cells = [line.replace("*", "").strip("| ").split(" | ") for line in shown.splitlines()]
+        ends = {row[0]: row[-1] for row in cells}
+        for name, method in errors.items():
+            assert ends[name] == f"{summary[f'quality.digits_flux.{method}.output_error']:.3f}"
     slower = bench_fp8.markdown(summary | {"linears.fp8_dense.all": 9.0})
     assert "| **dense FP8** |" in slower and "**9.00x**" in slower
 
