@@ -37,10 +37,11 @@ GIB = 2**30
 PROCESS = int(0.55 * GIB)  # torch, diffusers, ONNX and TensorRT, with nothing loaded
 GRAPH = 6 << 20  # of a block while it is traced: all 57 of FLUX.1-dev took 0.87 GiB with the process
 FLOAT, HALF = 4, 2  # bytes
-BUILDER = GIB  # TensorRT, besides the constants that it holds twice
+BUILDER, BUILDER_A_BLOCK = GIB, 8 << 20  # TensorRT, besides the constants that it holds twice
+REWRITTEN = 10 << 20  # of a block while nodes are matched and replaced
 PACKING = 2.0  # times a node's float32 weights: they, and what is written of them
 TUNING = 16  # bytes for each weight of a block that is tuned: it, its gradient and Adam's two moments
-WORK_ON_THE_LARGEST = 3.0  # the same, where the largest weights are kept and nothing is solved
+WORK_ON_THE_LARGEST = 1.5  # the same, where the largest weights are kept and nothing is solved
 # What a solve holds, as measured, while it works on weights and while it factorises moments: so many times the float32
 # weights of its node, and so many times K x K.
 WORK = {
@@ -194,6 +195,7 @@ def forecast(
     written = sizes.lynx + dtype.itemsize * (sizes.parameters - sizes.changed)
     embedded = recipe.engine.weights == "embedded" and target.name != "torch"
     engine = written if embedded else 0
+    building = BUILDER + BUILDER_A_BLOCK * sizes.blocks + 2 * engine
     kept = sizes.moments <= budget
     run = module + _activations(calls, place[0])
     side_by_side = _between_blocks(calls, place[0], budget)
@@ -209,8 +211,8 @@ def forecast(
         Need("tune", *_split(with_gpu, 2 * run - module + side_by_side(COPIES) + tuning), 2 * sizes.solved),
         Need("verify", *_split(with_gpu, run + place[0].itemsize * sizes.changed), 0),
         Need("export", PROCESS + GRAPH * sizes.blocks + copied, 0, copied),
-        Need("rewrite", PROCESS + int(PACKING * sizes.largest), 0, written),
-        Need("build", PROCESS + (BUILDER + 2 * engine if target.name != "torch" else 0), 0, engine),
+        Need("rewrite", PROCESS + REWRITTEN * sizes.blocks + int(PACKING * sizes.largest), 0, written),
+        Need("build", PROCESS + (building if target.name != "torch" else 0), 0, engine),
     ]
     skipped = {"calibrate"} if not recipe.sparsity.needs_moments or not kept else set()
     skipped |= set() if tuned else {"tune"}

@@ -116,9 +116,7 @@ def write_recording(model: FullSize, folder: Path, calls: int) -> Recording:
     rows = [{"seed": number + 1} for number in range(calls)]
     skeleton = _skeleton(model)
     skeleton.forward = _once(skeleton.forward)
-    return capture(
-        RandomCalls(skeleton), rows, folder, components=("transformer",), progress=no_progress
-    )
+    return capture(RandomCalls(skeleton), rows, folder, components=("transformer",), progress=no_progress)
 
 
 def _once(forward: Callable[..., Any]) -> Callable[..., Any]:
