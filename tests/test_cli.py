@@ -131,15 +131,15 @@ def test_ctrl_c_and_sigterm_leave_nothing_half_done(
 ) -> None:
     shutil.copytree(project, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.cache"))
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("tiny.[ejos]*")}
-    (tmp_path / "tiny.yaml").write_text(
-        (tmp_path / "tiny.yaml").read_text().replace("samples: 6", "samples: 60")
-    )
+    if moment == "calibrate":  # so that it takes a while
+        recipe = tmp_path / "tiny.yaml"
+        recipe.write_text(recipe.read_text().replace("samples: 6", "samples: 60"))
     log, marker = tmp_path / "out" / "tiny.log", f"{moment}: started"
     log.unlink()
     process = subprocess.Popen(
         [*COMMAND, "tiny.yaml", "-o", "out/tiny.engine"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600  # of a busy machine
     while marker not in (log.read_text() if log.exists() else ""):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)

@@ -17,19 +17,19 @@ UNREAD = {"QwenImageTransformer2DModel": 3}
 # Texts of any length, no mask, and a module that decides on the length: an engine for one, which refuses others.
 ONE_LENGTH = ("ZImageTransformer2DModel",)
 AT_NIGHT = (
+    "CogView4Transformer2DModel",
     "HiDreamImageTransformer2DModel",
     "HunyuanImageTransformer2DModel",
     "LTX2VideoTransformer3DModel",
     "QwenImageTransformer2DModel",  # and -Edit
+    "SanaTransformer2DModel",
     "ZImageTransformer2DModel",
 )
 CLASSES = (
-    "CogView4Transformer2DModel",
     "DiTTransformer2DModel",
     "Flux2Transformer2DModel",
     "FluxTransformer2DModel",  # Kontext too
     "SD3Transformer2DModel",
-    "SanaTransformer2DModel",
     "WanTransformer3DModel",  # two of them in one pipeline
 )
 
