@@ -45,6 +45,7 @@ from lynx_compile.ops.sparse_linear import collapse_low_rank, expand_low_rank
 from lynx_compile.passes.calibrate import Finish, Statistics, Unkept
 from lynx_compile.passes.select import SparseGroup, SparsityPlan
 from lynx_compile.recipe import NodeOperand, Sparsity
+from lynx_compile.solve import replayed
 from lynx_compile.solve.linalg import cholesky
 from lynx_compile.solve.low_rank import low_rank
 from lynx_compile.solve.masks import magnitude_mask, wanda_mask
@@ -119,6 +120,7 @@ def compensate(
                 _solve_all(dit, groups, finish, sparsity)
                 done += len(groups)
                 progress("linears compensated", done, len(own))
+    replayed.forget()
     return paths
 
 

@@ -24,7 +24,7 @@ from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
 from lynx_compile.passes.block_weights import Files, all_linears, substituted
 from lynx_compile.passes.select import SparsityPlan
-from lynx_compile.passes.states import calls_within, drawn_calls, samples_of, states_of
+from lynx_compile.passes.states import apart, calls_within, drawn_calls, samples_of, states_of
 from lynx_compile.recipe import Recipe
 from lynx_compile.solve.stacking import State, batches, joined, outputs_of, parted
 from lynx_compile.solve.tune import Effort, Outcome, Rows, Shelf, fit
@@ -102,13 +102,8 @@ def drawn_states(
     out = recording.held_out(calls)
     chosen = drawn_calls(calls, out, recipe.calibration.seed)
     chosen = chosen[: calls_within(recording, [calls[n] for n in chosen], recipe.calibration.memory_gib)]
-    parts = states_of(dit, recording, [calls[n] for n in chosen])
-    kinds = [
-        [state for n, states in zip(chosen, parts, strict=True) if (n in out) == is_out for state in states]
-        for is_out in (False, True)
-    ]
-    train, held_out = (with_targets(dit, states, samples) for states in kinds)
-    return train, held_out
+    train, held_out = apart(chosen, states_of(dit, recording, [calls[n] for n in chosen]), out)
+    return with_targets(dit, train, samples), with_targets(dit, held_out, samples)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from lynx_compile.errors import StageError
 from lynx_compile.models.blocks import Walk, at, walks
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
-from lynx_compile.passes.states import drawn_calls, states_of
+from lynx_compile.passes.states import apart, drawn_calls, states_of
 from lynx_compile.recipe import Recipe
 from lynx_compile.solve.stacking import State, batches, joined, outputs_of, parted
 
@@ -69,15 +69,9 @@ def lanes(dit: DiT, recording: Recording, recipe: Recipe, samples: int = 1) -> I
             "tuning block by block on %d of %d calls, which fit calibration.memory_gib", most, len(calls)
         )
     chosen = chosen[:most]
-    states_by_call = states_of(dit, recording, [calls[number] for number in chosen])
+    states = states_of(dit, recording, [calls[number] for number in chosen])
     parts = []
-    for is_out in (False, True):
-        kind = [
-            state
-            for n, states in zip(chosen, states_by_call, strict=True)
-            if (n in held_out) == is_out
-            for state in states
-        ]
+    for is_out, kind in zip((False, True), apart(chosen, states, held_out), strict=True):
         for batch in batches(kind, samples):
             parts += [(is_out, part) for part in _cut(batch, sizes)]
     runs = [partial(_run, dit, part) for is_out, part in parts for _ in range(3 if is_out else 2)]

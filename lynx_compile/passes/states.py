@@ -90,6 +90,16 @@ def states_of(dit: DiT, recording: Recording, calls: Sequence[Call]) -> list[tup
     return parts
 
 
+def apart(
+    chosen: Sequence[int], states: Sequence[Sequence[State]], held_out: set[int]
+) -> tuple[list[State], list[State]]:
+    """The ``states`` of the ``chosen`` calls: to fit to, and held out."""
+    kinds: tuple[list[State], list[State]] = [], []
+    for number, parts in zip(chosen, states, strict=True):
+        kinds[number in held_out].extend(parts)
+    return kinds
+
+
 def rows_of_a_part(rows: int) -> int:
     """Of the states that a call of so many rows is cut into: the fewest that divide it, but two.
 

@@ -115,12 +115,12 @@ def verify(
     start, drawn = taken, None
     while True:
         plan = selection.plan(taken)  # refuses one in which nothing changes
-        weights = solved if all_tuned is None else all_tuned
-        squares = held_out.squares(linears_of(selection, taken, weights, *at))
-        if all_tuned is not None and taken < start:
-            before = held_out.squares(linears_of(selection, taken, solved, *at))
-            if held_out.error(before) < held_out.error(squares):
-                weights, squares = solved, before
+        weights, before = solved, held_out.squares(linears_of(selection, taken, solved, *at))
+        squares = before
+        if all_tuned is not None:
+            after = held_out.squares(linears_of(selection, taken, all_tuned, *at))
+            if taken == start or held_out.error(after) <= held_out.error(before):
+                weights, squares = all_tuned, after
         error = held_out.error(squares)
         if psnr is not None:
             drawn = psnr(linears_of(selection, taken, weights, torch.device("cpu")))
@@ -141,16 +141,15 @@ def verify(
             f", PSNR {drawn:.1f} dB" if drawn is not None else "", fewer,
         )  # fmt: skip
         taken = fewer
-    is_tuned = weights is not solved
-    if is_tuned and taken == start:
-        before = held_out.squares(linears_of(selection, taken, solved, *at))
-    elif not is_tuned:
-        before = squares
 
     def errors(steps: range) -> AtSteps:
-        after = held_out.error(squares, steps) if is_tuned else None
+        tuned_error = None if weights is solved else held_out.error(squares, steps)
         return AtSteps(
-            steps.start, steps.stop - 1, selection.error(taken, steps), held_out.error(before, steps), after
+            steps.start,
+            steps.stop - 1,
+            selection.error(taken, steps),
+            held_out.error(before, steps),
+            tuned_error,
         )
 
     ranges = selection.ranges(QUARTERS)

@@ -13,14 +13,13 @@ from functools import lru_cache
 import torch
 
 Tensors = tuple[torch.Tensor, ...]
-Loop = Callable[
-    ..., Tensors
-]  # of tensors alone, whose shapes decide what it launches; it may write into them
+# Of tensors alone, whose shapes decide what it launches, and which it leaves as they are.
+Loop = Callable[..., Tensors]
 KEPT = 16  # graphs, with their tensors
 
 
 def replayed(loop: Loop, *given: torch.Tensor) -> Tensors:
-    """``loop(*given)``; on a GPU ``given`` stays as it is, and what is returned lives until the next call."""
+    """``loop(*given)``; on a GPU what is returned lives until the next call."""
     if not given[0].is_cuda:
         return loop(*given)
     graph = _graph(loop, given[0].device, tuple((tensor.shape, tensor.dtype) for tensor in given))

@@ -338,11 +338,12 @@ def _parameters(linears: Sequence[TunedLinear]) -> list[torch.nn.Parameter]:
 def _taken(states: Iterator[State], samples: int, least: int) -> list[State]:
     """The next of them, until they are so many samples, and at least so many states; fewer where they end."""
     found: list[State] = []
-    while len(found) < least or sum(state.rows for state in found) < samples:
-        state = next(states, None)
-        if state is None:
-            break
+    rows = 0
+    for state in states:
         found.append(state)
+        rows += state.rows
+        if len(found) >= least and rows >= samples:
+            break
     return found
 
 

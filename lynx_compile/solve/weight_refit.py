@@ -94,9 +94,8 @@ def sweep(weight: torch.Tensor, covariance: torch.Tensor, ridge: float, name: st
 
 
 def _sweep_block(columns: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prune ``columns`` [B, N] in place; these, and their errors [B, N], each divided by its diagonal element of
-    ``factor``."""
-    errors = torch.zeros_like(columns)
+    """``columns`` [B, N] pruned, and their errors [B, N], each divided by its diagonal element of ``factor``."""
+    columns, errors = columns.clone(), torch.zeros_like(columns)
     diagonal = factor.diagonal()
     for j in range(len(columns)):
         if j % GROUP == 0:

@@ -317,8 +317,7 @@ def main() -> None:
         start = time.monotonic()
         size = write_model(model, folder / "model")
         print(f"{size / 1e9:.1f} GB of weights written in {time.monotonic() - start:.0f} s")
-    if not (folder / "stages.json").exists():  # those of a run that was killed, which has written it
-        write_recording(model, folder / "recording", arguments.calls)
+    write_recording(model, folder / "recording", arguments.calls)
     recipe = write_recipe(folder, arguments.recipe)
     if arguments.fresh:
         shutil.rmtree(folder / "out", ignore_errors=True)

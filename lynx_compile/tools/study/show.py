@@ -84,9 +84,8 @@ def draw_chart(study: Study, path: Path) -> None:
     left.set_yticks(range(len(rows)), titles, fontsize=8)
     left.invert_yaxis()
     left.set_xscale("log")
-    left.tick_params(
-        axis="x", which="both", labelbottom=False
-    )  # the bars say it; logarithmic labels would overlap
+    # The bars say it; logarithmic labels would overlap.
+    left.tick_params(axis="x", which="both", labelbottom=False)
     left.set_xlim(min(errors) * 0.7, max(errors) * 1.8)
     left.set_xlabel("output error, all candidate linears")
     left.set_title(f"{study.name}: {study.linears} linears, {study.device}", loc="left", fontsize=10)
