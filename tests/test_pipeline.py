@@ -96,8 +96,15 @@ def _ops(project: Path) -> set[tuple[str, int]]:
     }
 
 
-def test_tuning_is_a_stage_where_it_is_asked_for(project: Path) -> None:
-    """It runs again for another effort, and alone; what is behind it reads its weights."""
+def test_tuning_is_a_stage_where_it_is_asked_for(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs again for another effort, and alone; what is behind it reads its weights, and what they err by."""
+    built: list[LynxOnnx] = []
+
+    def refuse(lynx: LynxOnnx, *arguments: object, **options: object) -> None:
+        built.append(lynx)
+        raise StageError("build", "there is none here.", "Do without.")
+
+    monkeypatch.setattr(pipeline, "build", refuse)
     recipe = project / "tiny.yaml"
     recipe.write_text(recipe.read_text().replace("tune: false", "tune: blockwise\n  steps: 2"))
     weight = "sparsity: {operand: weight, method: none}\n"
@@ -113,6 +120,10 @@ def test_tuning_is_a_stage_where_it_is_asked_for(project: Path) -> None:
     recipe.write_text(recipe.read_text().replace("tune: blockwise", "tune: 'off'"))
     assert _stages_run(project, weight) == ["rewrite", "build"]
     assert not np.array_equal(longer, _weight_of(project))
+    *_, last_tuned, solved = (lynx.sparse for lynx in built)
+    for was, node in zip(solved, last_tuned, strict=True):
+        assert was.solved_errors == was.errors != node.errors
+        assert node.solved_errors == pytest.approx(was.errors, rel=1e-2), "but for rounding to 16 bits"
 
 
 def test_a_fresh_run_tunes_every_block_again(project: Path) -> None:

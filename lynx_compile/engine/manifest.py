@@ -166,12 +166,13 @@ class SparseLinears(Strict):
     """One plugin layer and the linears that it replaces.
 
     ``operand``: which one is 2:4, if one is. ``fp8``: whether it multiplies in FP8. ``producer``: what the layer makes
-    its input of, where it does. ``errors``: of each linear, relative, expected on the calibration inputs. ``tokens``:
-    rows of the input. ``gain``: how many times as fast as dense by ``costs``; null where they do not tell.
-    ``sizes``: output channels of each linear. ``activation_from``: the first of them that goes through GELU; null where
-    none does. ``metadata_layout``: of a 2:4 weight in 16 bits. ``gated``: of the weight's rows, counted linear by
-    linear, the first that is activated, the first that is a gate, and how many there are of each: they lie in turns of
-    8, behind all others; null where the layer holds no gate.
+    its input of, where it does. ``errors``: layer errors, |y - y_dense| / |y_dense| of each linear alone on the dense
+    model's inputs, as calibration expects them. ``solved_errors``: those before tuning, equal where it moved nothing;
+    () where an older compiler wrote the manifest. ``tokens``: rows of the input. ``gain``: how many times as fast as
+    dense by ``costs``; null where they do not tell. ``sizes``: output channels of each linear. ``activation_from``: the
+    first of them that goes through GELU; null where none does. ``metadata_layout``: of a 2:4 weight in 16 bits.
+    ``gated``: of the weight's rows, counted linear by linear, the first that is activated, the first that is a gate,
+    and how many there are of each: they lie in turns of 8, behind all others; null where the layer holds no gate.
     """
 
     layer: str
@@ -190,6 +191,7 @@ class SparseLinears(Strict):
     activation_from: Count | None = None
     metadata_layout: Literal[80, 90] | None = None
     gated: tuple[int, int, Count] | None = None
+    solved_errors: tuple[float, ...] = ()
 
     @property
     def form(self) -> str:
@@ -198,7 +200,7 @@ class SparseLinears(Strict):
 
     @model_validator(mode="after")
     def _an_error_a_linear(self) -> Self:
-        if len(self.errors) != len(self.linears):
+        if {len(self.errors), len(self.solved_errors or self.errors)} != {len(self.linears)}:
             raise ValueError("there is not one error for each linear")
         return self
 

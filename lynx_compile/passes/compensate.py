@@ -65,6 +65,7 @@ class SparseLinearWeights:
     ``weight_scale``: of an FP8 node alone, [N] float32. Its ``weight`` is W_q [N, K] in e4m3 (``ops.fp8``), and rank 0.
     ``out_channels``: N of each linear, in the order of ``linears``.
     ``errors``: of each linear, expected on the calibration tokens by the moments (``moments.relative_error``).
+    ``solved_errors``: where tuning moved the weights, those of the ones that were solved, by the same moments.
     """
 
     linears: tuple[str, ...]
@@ -77,6 +78,7 @@ class SparseLinearWeights:
     errors: tuple[float, ...]
     operand: NodeOperand = "activation"
     weight_scale: torch.Tensor | None = None
+    solved_errors: tuple[float, ...] | None = None
 
     @property
     def in_channels(self) -> int:
@@ -156,6 +158,8 @@ def save_weights(path: Path, solved: SparseLinearWeights, dtype: torch.dtype = t
         name: getattr(solved, name)
         for name in ("linears", "out_channels", "rank", "norm_scale", "errors", "operand")
     }
+    if solved.solved_errors is not None:
+        facts["solved_errors"] = solved.solved_errors
     save_tensors(path, tensors, {"lynx": json.dumps(facts)})
 
 
@@ -197,6 +201,7 @@ def _read(path: Path, get: Callable[[Any, str], torch.Tensor]) -> SparseLinearWe
         norm_scale=facts["norm_scale"],
         errors=tuple(facts["errors"]),
         operand=facts["operand"],
+        solved_errors=tuple(facts["solved_errors"]) if "solved_errors" in facts else None,
         **tensors,
     )
 

@@ -194,4 +194,5 @@ def _sparse(node: SparseNode) -> SparseLinears:
         activation_from=node.activation_from if node.activation and not node.gated else None,
         metadata_layout=node.metadata_layout,
         gated=(node.gated.x, node.gated.gate, node.gated.channels) if node.gated else None,
+        solved_errors=node.solved_errors,
     )

@@ -114,7 +114,7 @@ def _by_producer(norm: str, gelu: str, gated: str) -> dict[Producer, str]:
     return {"layer norm": norm, "rms norm": norm, "gelu": gelu, "gated": gated}
 
 
-REWRITE = StageVersion("rewrite", 6, ("torch", "numpy", "onnx", "onnx-graphsurgeon"))
+REWRITE = StageVersion("rewrite", 7, ("torch", "numpy", "onnx", "onnx-graphsurgeon"))
 OPS = {
     Form("activation"): OP,
     Form("weight"): WEIGHT_OP,
@@ -159,7 +159,8 @@ class SparseNode:
     ``out_channels``: of the linears, the rows of their weight. ``activation``: of those from ``activation_from`` on; 0
     for none. ``gated``: the rows of which two make one channel of the output.
     ``producer``: what the node makes its input of, where it does.
-    ``errors``: of each linear, expected. ``tokens``: rows of its input.
+    ``errors``: of each linear, expected. ``solved_errors``: the same of the solved weights; others where these are
+    tuned. ``tokens``: rows of its input.
     ``gain``: how many times as fast as dense, where the recipe's costs tell.
     ``sizes``: output channels of each linear. ``metadata_layout``: of a 2:4 weight in 16 bits.
     """
@@ -181,6 +182,7 @@ class SparseNode:
     gain: float | None = None
     sizes: tuple[int, ...] = ()
     metadata_layout: MetadataLayout | None = None
+    solved_errors: tuple[float, ...] = ()
 
     @property
     def op(self) -> str:
@@ -388,6 +390,7 @@ def _describe(
     if gate:
         plain = rows - 2 * gate.rows.channels
     errors = dict(zip(solved.linears, solved.errors, strict=True))
+    solved_errors = dict(zip(solved.linears, solved.solved_errors or solved.errors, strict=True))
     name = f"{next(linear for linear in solved.linears if linear in matches)}.{OPS[Form(solved.operand, solved.fp8)]}"
     free = (f"{name}.{call}" if call > 1 else name for call in count(1))
     names.add(name := next(one for one in free if one not in names))
@@ -408,6 +411,7 @@ def _describe(
         gain=group.gain,
         sizes=tuple(channels[linear] for linear in matches),
         metadata_layout=layout if solved.operand == "weight" and not solved.fp8 else None,
+        solved_errors=tuple(solved_errors[linear] for linear in matches),
     )
 
 

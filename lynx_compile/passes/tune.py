@@ -49,7 +49,7 @@ from lynx_compile.recipe import Recipe
 from lynx_compile.solve.stacking import State
 from lynx_compile.solve.tune import RATE, Effort, Outcome, Rows, TunedLinear, fit
 
-TUNE = StageVersion("tune", 3, ("torch", "diffusers", "transformers"))
+TUNE = StageVersion("tune", 4, ("torch", "diffusers", "transformers"))
 SMALL = 20_000_000  # weights that are tuned without a GPU: minutes on one core
 TOKENS_A_STEP = 2048  # at least, in whole samples
 TOKENS_A_STEP_ON_GPU = 16384  # fewer do not keep it busy
@@ -141,9 +141,9 @@ def tune(
         compensated, blockwise = _output_errors(calls)
     log.info("held-out error at the output: %.4f compensated, %.4f block by block", compensated, blockwise)
     solved = {linear: part for path in weights for linear, part in split(load_weights(path)).items()}
-    rows, tuned, whole = solved, compensated, None
+    rows, tuned, whole = dict[str, Rows](), compensated, None
     if blockwise < compensated:
-        rows, tuned = solved | tuner.rows(), blockwise
+        rows, tuned = tuner.rows(), blockwise
     if has_end:
         effort = Effort(
             steps=END_STEPS * recipe.compensation.steps,
@@ -154,7 +154,7 @@ def tune(
         )
         saved = folder / "end_to_end.safetensors"
         moved, whole = end_to_end(
-            dit, files, solved, rows, recording, recipe, effort, saved, key,
+            dit, files, solved, solved | rows, recording, recipe, effort, saved, key,
             lambda what, done, total: progress(f"{what} end to end", done, total),
         )  # fmt: skip
         compensated, tuned = whole.compensated_error, whole.given_error
@@ -179,7 +179,10 @@ def _written(
     folder: Path,
     progress: Progress,
 ) -> tuple[Path, ...]:
-    """The groups' weights with ``rows`` in them, of the linears that it has, and the errors that the moments expect."""
+    """The groups' weights with ``rows`` in them, of the linears that it has, and the errors that the moments expect.
+
+    The solved weights' errors are taken anew beside them: those that they have may be of more calls.
+    """
     moved = {
         group: own
         for group in files
@@ -192,9 +195,10 @@ def _written(
     for name, finish in statistics.of(dict.fromkeys(group.name for group in moved), progress):
         moments = finish()
         for group in (group for group in moved if group.name == name):
-            new = joined(load_weights(files[group]), moved[group])
-            new = replace(new, errors=expected_errors(dit, group, new, moments))
-            save_weights(paths[group], new, dit.dtype)
+            old = load_weights(files[group])
+            new = joined(old, moved[group])
+            before, after = (expected_errors(dit, group, weights, moments) for weights in (old, new))
+            save_weights(paths[group], replace(new, errors=after, solved_errors=before), dit.dtype)
             written += 1
             progress("weights written", written, len(files))
     return tuple(paths.values())
@@ -252,12 +256,13 @@ class _Tuner:
         return sum(outcome.seconds for outcome in self.outcomes.values())
 
     def rows(self) -> dict[str, Rows]:
-        """The tuned weights of the linears in blocks, by path."""
+        """The weights of the linears in blocks that tuning moved, by path."""
         found: dict[str, Rows] = {}
-        for path in self.outcomes:
-            done = load_block(self._file(path), self._key)
-            assert done is not None, "it has just been written"
-            found |= done[0]
+        for path, outcome in self.outcomes.items():
+            if outcome.after < outcome.before:
+                done = load_block(self._file(path), self._key)
+                assert done is not None, "it has just been written"
+                found |= done[0]
         return found
 
     def _tuned(

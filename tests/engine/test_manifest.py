@@ -100,6 +100,28 @@ def test_it_tells_what_is_there(manifest: Manifest, lynx: LynxOnnx, tmp_path: Pa
     }
 
 
+def test_errors_of_solved_weights_stand_beside_those_of_tuned_ones(
+    lynx: LynxOnnx, path: Path, tmp_path: Path
+) -> None:
+    tuned, solved = (
+        replace(node, errors=errors, solved_errors=(0.1,))
+        for node, errors in zip(lynx.sparse, ((0.2,), (0.1,)), strict=True)
+    )
+    manifest = described(replace(lynx, sparse=(tuned, solved)), tmp_path / "tuned.engine")
+    assert [(node.solved_errors, node.errors) for node in manifest.sparse] == [
+        ((0.1,), (0.2,)), ((0.1,), (0.1,)),
+    ]  # fmt: skip
+    values = json.loads(path.read_text())
+    for node in values["sparse"]:
+        del node["solved_errors"]
+    path.write_text(json.dumps(values))
+    assert all(node.solved_errors == () for node in Manifest.read(path).sparse), "an older one reads"
+    values["sparse"][0]["solved_errors"] = [0.1, 0.1]
+    path.write_text(json.dumps(values))
+    with pytest.raises(InputError, match="there is not one error for each linear"):
+        Manifest.read(path)
+
+
 def test_external_weights_are_named_and_are_no_inputs(write_onnx: WriteOnnx, tmp_path: Path) -> None:
     lynx = write_onnx(tmp_path / "onnx", external=True)
     manifest = described(lynx, tmp_path / "small.engine")

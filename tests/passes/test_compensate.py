@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -211,7 +212,9 @@ def test_weights_survive_the_disk(tmp_path) -> None:  # type: ignore[no-untyped-
     loaded = load_weights(tmp_path / "w.safetensors")
     assert torch.equal(loaded.weight, solved.weight) and loaded.linears == ("a", "b")
     assert (loaded.rank, loaded.out_channels, loaded.errors) == (solved.rank, (16, 32), solved.errors)
-    assert loaded.operand == "activation"
+    assert loaded.operand == "activation" and loaded.solved_errors is None
+    save(tmp_path / "w.safetensors", replace(solved, solved_errors=(0.1, 0.2)))
+    assert load_weights(tmp_path / "w.safetensors").solved_errors == (0.1, 0.2)
     pruned = solve(_group("weight"), weight, bias, moments, Sparsity())
     save(tmp_path / "w.safetensors", pruned)
     assert load_weights(tmp_path / "w.safetensors").operand == "weight"
