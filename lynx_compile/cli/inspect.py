@@ -17,7 +17,7 @@ from lynx_compile.cli.console import out, size, speak, wrong
 from lynx_compile.errors import InputError
 
 if TYPE_CHECKING:
-    from lynx_compile.engine.manifest import Stage
+    from lynx_compile.engine.manifest import SparseLinears, Stage
     from lynx_compile.tools.inspection import Inspection
 
 
@@ -93,15 +93,24 @@ def _sparse_table(found: Inspection) -> Table:
     sparse = found.manifest.sparse
     title = f"{sum(len(node.linears) for node in sparse)} linears in {len(sparse)} plugin layers"
     table = Table("layer", "form", title=title, title_justify="left")
-    for heading in ("K -> N", "rank", "weights", "worst error"):
+    for heading in ("K -> N", "rank", "weights", "worst layer error"):
         table.add_column(heading, justify="right")
     for node in sparse:
         held = found.weight_bytes.get(node.layer)
         table.add_row(
             escape("\n".join(node.linears)), node.form, f"{node.in_channels} -> {node.out_channels}",
-            str(node.rank), "-" if held is None else size(held), f"{max(node.errors):.3f}",
+            str(node.rank), "-" if held is None else size(held), _worst_error(node),
         )  # fmt: skip
     return table
+
+
+def _worst_error(node: SparseLinears) -> str:
+    """Of its linears: of the solved weights, and of the tuned ones where those are others."""
+    worst = f"{max(node.errors):.3f}"
+    if not node.solved_errors:
+        return worst
+    solved = f"{max(node.solved_errors):.3f} solved"
+    return solved if node.solved_errors == node.errors else f"{solved}, {worst} tuned"
 
 
 def _stages_table(stages: Sequence[Stage]) -> Table:

@@ -36,8 +36,9 @@ class Linear:
     """A linear of the model.
 
     ``number``: among all. ``mark``: letters that stand for ``form``. ``at_output``: relative error that this form alone
-    adds at the model's output, where a budget weighed it. ``expected``, ``measured``: its own output's, by calibration
-    and by ``compare``. ``gain``: of its plugin layer. ``layer_of``: how many linears that layer is of.
+    adds at the model's output, where a budget weighed it. ``expected``, ``measured``: its layer error, by calibration
+    and by ``compare``. ``solved``: what calibration expected before tuning, if the manifest tells. ``gain``: of its
+    plugin layer. ``layer_of``: how many linears that layer is of.
     """
 
     number: int
@@ -46,6 +47,7 @@ class Linear:
     mark: str
     at_output: float | None
     expected: float | None
+    solved: float | None
     measured: float | None
     gain: float | None
     layer_of: int
@@ -58,8 +60,13 @@ class Linear:
         return self.form == "dense"
 
     @property
-    def own(self) -> float | None:
-        """The error of its own output: as it was measured, else as expected."""
+    def tuned(self) -> float | None:
+        """The layer error that is expected of tuned weights; None where they are the solved ones, or nobody knows."""
+        return None if self.solved in (None, self.expected) else self.expected
+
+    @property
+    def layer_error(self) -> float | None:
+        """As it was measured, else as expected."""
         return self.expected if self.measured is None else self.measured
 
 
@@ -104,6 +111,7 @@ def all_linears(manifest: Manifest, comparison: Comparison | None) -> tuple[Line
         form: Form,
         reason: str = "",
         expected: float | None = None,
+        solved: float | None = None,
         gain: float | None = None,
         layer_of: int = 0,
     ) -> Linear:
@@ -115,6 +123,7 @@ def all_linears(manifest: Manifest, comparison: Comparison | None) -> tuple[Line
             mark=_mark(form),
             at_output=choice.candidates[choice.chosen].error if choice else None,
             expected=expected,
+            solved=solved,
             measured=measured.get(path),
             gain=gain,
             layer_of=layer_of,
@@ -124,9 +133,11 @@ def all_linears(manifest: Manifest, comparison: Comparison | None) -> tuple[Line
         )
 
     found = [
-        linear(path, Form(node.operand, node.fp8), "", expected, gain_of(node), len(node.linears))
+        linear(path, Form(node.operand, node.fp8), "", expected, solved, gain_of(node), len(node.linears))
         for node in manifest.sparse
-        for path, expected in zip(node.linears, node.errors, strict=True)
+        for path, expected, solved in zip(
+            node.linears, node.errors, node.solved_errors or [None] * len(node.linears), strict=True
+        )
     ]
     found += [linear(left.linear, Form("none"), left.reason) for left in manifest.dense]
     stacks = list(dict.fromkeys(_place(linear.path)[0] for linear in found))
@@ -142,11 +153,11 @@ def gain_of(node: SparseLinears) -> float | None:
 
 
 def picture(linears: Sequence[Linear], *, by_output: bool) -> Picture:
-    """The linears of blocks as rows of cells, coloured by their error at the output or by their own."""
+    """The linears of blocks as rows of cells, coloured by their error at the output or by their layer error."""
     shown = [linear for linear in linears if _place(linear.path)[0]]
 
     def error(linear: Linear) -> float | None:
-        return None if linear.is_dense else linear.at_output if by_output else linear.own
+        return None if linear.is_dense else linear.at_output if by_output else linear.layer_error
 
     top = round_up(max((error(linear) or 0.0 for linear in shown), default=0.0))
     levels = tuple(top / 2 ** (LEVELS - 1 - level) for level in range(LEVELS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,22 @@ def test_the_table_names_all_that_is_inside(
     )
     assert "10 found in the engine" in shown and "installed here" in shown and "embedded" in shown
     assert all(stage in shown for stage in STAGES)
+
+
+def test_the_worst_layer_error_is_that_of_solved_and_of_tuned_weights(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = engine.with_suffix(".json")
+    values = json.loads(path.read_text())
+    tuned, solved, older = values["sparse"][:3]
+    tuned["errors"], tuned["solved_errors"] = ([error] * len(tuned["linears"]) for error in (0.222, 0.111))
+    solved["errors"] = solved["solved_errors"] = [0.333] * len(solved["linears"])
+    older["errors"], older["solved_errors"] = [0.444] * len(older["linears"]), []
+    path.write_text(json.dumps(values))
+    assert run(monkeypatch, str(engine)) == 0
+    shown = capsys.readouterr().out
+    assert "0.111 solved, 0.222 tuned" in shown
+    assert all(re.search(rf"B │ +{worst} │", shown) for worst in ("0.333 solved", "0.444"))
 
 
 def test_fp8_layers_have_their_words(

@@ -118,7 +118,8 @@ def test_a_compilation_leaves_it(compiled_tiny: Path) -> None:
         for linear, expected in zip(node.linears, node.errors, strict=True):
             said = dialog_of(page, linear)
             assert "Became 2:4 weights." in said and "No other candidates were weighed" in said
-            assert f"{expected:.4f} expected from the calibration, not measured yet" in said
+            own = f"Layer error: {expected:.4f} solved, not tuned, expected from the calibration; not measured yet."
+            assert own in said
     for linear in manifest.dense:
         assert f"Became dense: {linear.reason}." in dialog_of(page, linear.linear)
     assert all(stage.name in elements.text for stage in manifest.stages)
@@ -130,7 +131,7 @@ def test_everything_that_was_measured_is_in_it(
     page = page_of(compared)
     elements = Elements(page)
     for linear in comparison.linears:
-        own = f"{linear.expected:.4f} expected from the calibration, {linear.error:.4f} by compare"
+        own = f"{linear.expected:.4f} solved, not tuned, expected from the calibration; {linear.error:.4f} by compare."
         assert own in dialog_of(page, linear.linear)
     for step in comparison.output:
         assert f"step {step.step}, t = {step.timestep:.3f}: {step.error:.4f}" in elements.text
@@ -163,6 +164,13 @@ def dialog_of(page: str, linear: str) -> str:
     """What the page says of a linear that is chosen in the picture; white space made one."""
     (dialog,) = re.findall(rf"<h3 id=\"name-\d+\">{re.escape(linear)}</h3>(.*?)</div>", page, re.DOTALL)
     return " ".join(re.sub(r"<[^>]*>", " ", dialog).split()).replace(" .", ".").replace(" :", ":")
+
+
+def row_of(page: str, linear: str) -> str:
+    """What the table of all linears says of one."""
+    name = re.escape(linear.replace(".", ".<wbr>"))
+    (row,) = re.findall(rf'<tr><th scope="row" class="path">{name}</th>(.*?)</tr>', page, re.DOTALL)
+    return " ".join(re.sub(r"<[^>]*>", " ", row).split())
 
 
 def cells_of(elements: Elements) -> dict[str, dict[str, str | None]]:
@@ -224,6 +232,32 @@ def test_a_budget_shows_what_it_weighed(manifest: Manifest) -> None:
     table = text[text.index("Predicted, solved, tuned") : text.index("By step")]
     assert "all 0.0125 0.0120 0.0117 0 to 1 0.0100 0.0102 not tuned 2 0.0200 not measured not tuned" in table
     assert "1.90x for steps 0 to 1 and 1.60x for steps 2 to 3" in table and "images not measured" in table
+
+
+def tuned(manifest: Manifest) -> Manifest:
+    """As if tuning had raised every linear's layer error."""
+    sparse = tuple(
+        node.model_copy(update={"solved_errors": tuple(error / 2 for error in node.errors)})
+        for node in manifest.sparse
+    )
+    return manifest.model_copy(update={"sparse": sparse})
+
+
+def test_layer_errors_of_solved_weights_stand_beside_those_of_tuned_ones(manifest: Manifest) -> None:
+    nodes = tuple(node.model_copy(update={"solved_errors": ()}) for node in manifest.sparse)
+    older = report.render(manifest.model_copy(update={"sparse": nodes}), None, None)
+    solved, moved = (report.render(one, None, None) for one in (manifest, tuned(manifest)))
+    assert "tuning lowers the error of the model’s output and often raises" in " ".join(moved.split())
+    for node in manifest.sparse:
+        for linear, error in zip(node.linears, node.errors, strict=True):
+            now, was = f"{error:.4f}", f"{error / 2:.4f}"
+            for page, in_dialog, in_row in (
+                (moved, f"{was} solved, {now} tuned,", f"{was} {now} –"),
+                (solved, f"{now} solved, not tuned,", f"{now} – –"),
+                (older, now, f"{now} expected –"),
+            ):
+                said = f"Layer error: {in_dialog} expected from the calibration; not measured yet."
+                assert said in dialog_of(page, linear) and row_of(page, linear).endswith(in_row)
 
 
 def test_it_is_self_contained(compared: Path) -> None:
@@ -312,6 +346,7 @@ def flux_sized(manifest: Manifest, comparison: Comparison, sheet: Path) -> str:
                 "layer": node.layer.replace(".0.", f".{block}.", 1),
                 "linears": tuple(linear.replace(".0.", f".{block}.", 1) for linear in node.linears),
                 "errors": tuple((block + 1) * error for error in node.errors),
+                "solved_errors": tuple(block * error for error in node.errors),
             }
         )
         for nodes, count in ((double, 19), (single, 38))
