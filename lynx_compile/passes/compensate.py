@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -218,7 +218,7 @@ def solve(
     group: SparseGroup, weight: torch.Tensor, bias: torch.Tensor, moments: LayerStatistics, sparsity: Sparsity
 ) -> SparseLinearWeights:
     """The compensated weights of one group. weight: [N, K], bias: [N], float32."""
-    device = "cuda" if on_gpu() else "cpu"
+    device = _device()
     weight, bias = weight.to(device), bias.to(device)
     moments = moments.to(device)
     if group.fp8:
@@ -227,6 +227,16 @@ def solve(
         return _solve_weights(group, weight, bias, moments, sparsity)
     assert isinstance(moments, PrunedStatistics), "calibrate gathers them for every node that prunes"
     return _solve_activations(group, weight, bias, moments, sparsity)
+
+
+def _device() -> str:
+    return "cuda" if on_gpu() else "cpu"
+
+
+def _on(device: str, solved: SparseLinearWeights) -> SparseLinearWeights:
+    tensors = {name: value for name, value in vars(solved).items() if isinstance(value, torch.Tensor)}
+    moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return replace(solved, **moved)
 
 
 def largest(group: SparseGroup, weight: torch.Tensor, bias: torch.Tensor) -> SparseLinearWeights:
@@ -244,7 +254,9 @@ def expected_errors(
     dit: DiT, group: SparseGroup, solved: SparseLinearWeights, moments: LayerStatistics
 ) -> tuple[float, ...]:
     """``SparseLinearWeights.errors`` of any weights of a group."""
-    weight, bias = dense_weights(dit, group)
+    device = _device()
+    weight, bias = (tensor.to(device) for tensor in dense_weights(dit, group))
+    moments, solved = moments.to(device), _on(device, solved)
     channels, rank = group.in_channels, solved.rank
     changed, offset = solved.weight[:, :channels].float(), solved.bias - bias
     if solved.weight_scale is not None:
