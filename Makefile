@@ -15,10 +15,13 @@ LYNX_FP8_TILES ?= all
 LYNX_FP8_ARCHITECTURES ?= $(LYNX_CUDA_ARCHITECTURES)
 # Those of the types that get Hopper's own instructions; the others run there as on any GPU.
 LYNX_SM90_ELEMENT_TYPES ?= $(LYNX_ELEMENT_TYPES)
+# Tile configurations of those GEMMs there: all, or one of each operand.
+LYNX_SM90_TILES ?= all
 # `make test` tests that library where it was built; else it compiles one for both kinds of GEMM and both types.
 TEST_ARCHITECTURES ?= 80;90a
 TEST_TYPES ?= bf16;fp16
 TEST_SM90_TYPES ?= bf16
+TEST_SM90_TILES ?= one
 TEST_FP8_TILES ?= one
 TEST_FP8_ARCHITECTURES ?= 89
 TEST_BUILD := $(if $(wildcard build/plugin/build.ninja),build/plugin,build/test)
@@ -80,7 +83,7 @@ $(VENV)/.ready: pyproject.toml requirements/toolchain.txt requirements/tensorrt1
 
 # Everything that is shipped: half an hour on two cores. The library goes to lynx_compile/lib, where the package looks for it.
 plugin: setup
-	$(call build_plugin,build/plugin,$(LYNX_CUDA_ARCHITECTURES),$(LYNX_ELEMENT_TYPES),$(LYNX_SM90_ELEMENT_TYPES),$(LYNX_FP8_TILES),$(LYNX_FP8_ARCHITECTURES))
+	$(call build_plugin,build/plugin,$(LYNX_CUDA_ARCHITECTURES),$(LYNX_ELEMENT_TYPES),$(LYNX_SM90_ELEMENT_TYPES),$(LYNX_SM90_TILES),$(LYNX_FP8_TILES),$(LYNX_FP8_ARCHITECTURES))
 
 # The package with that library, for every Linux whose glibc is as new as this one's: build/wheel/*manylinux*.whl
 wheel: plugin
@@ -88,17 +91,17 @@ wheel: plugin
 	  -C cmake.define.LYNX_PREBUILT=$(abspath lynx_compile/lib)
 
 plugin-test: setup
-	$(call build_plugin,$(TEST_BUILD),$(TEST_ARCHITECTURES),$(TEST_TYPES),$(TEST_SM90_TYPES),$(TEST_FP8_TILES),$(TEST_FP8_ARCHITECTURES))
+	$(call build_plugin,$(TEST_BUILD),$(TEST_ARCHITECTURES),$(TEST_TYPES),$(TEST_SM90_TYPES),$(TEST_SM90_TILES),$(TEST_FP8_TILES),$(TEST_FP8_ARCHITECTURES))
 
 plugin-demo: setup
-	$(call build_plugin,$(DEMO_BUILD),$(DEMO_ARCHITECTURES),fp16,fp16,one,)
+	$(call build_plugin,$(DEMO_BUILD),$(DEMO_ARCHITECTURES),fp16,fp16,all,one,)
 
-# folder, architectures, types, of them for sm_90a, FP8 tiles, GPUs for FP8 by mma: configured once, then Ninja decides what to compile again.
+# folder, architectures, types, of them for sm_90a, tiles there, FP8 tiles, GPUs for FP8 by mma: configured once, then Ninja decides what to compile again.
 define build_plugin
 @test -f $(1)/build.ninja || $(CMAKE) -S plugins -B $(1) -G Ninja --log-level=WARNING \
   -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPython_EXECUTABLE=$(abspath $(BIN))/python -DLYNX_BUILD_TESTS=ON \
-  "-DLYNX_CUDA_ARCHITECTURES=$(2)" "-DLYNX_ELEMENT_TYPES=$(3)" "-DLYNX_SM90_ELEMENT_TYPES=$(4)" "-DLYNX_FP8_TILES=$(5)" \
-  "-DLYNX_FP8_ARCHITECTURES=$(6)" -DLYNX_COPY_IN_TREE=OFF
+  "-DLYNX_CUDA_ARCHITECTURES=$(2)" "-DLYNX_ELEMENT_TYPES=$(3)" "-DLYNX_SM90_ELEMENT_TYPES=$(4)" "-DLYNX_SM90_TILES=$(5)" \
+  "-DLYNX_FP8_TILES=$(6)" "-DLYNX_FP8_ARCHITECTURES=$(7)" -DLYNX_COPY_IN_TREE=OFF
 @$(CMAKE) --build $(1) -j $(JOBS) --target lynx_plugin rtx_alias
 @mkdir -p lynx_compile/lib/rtx_alias && cp -p $(1)/liblynx_plugin.so lynx_compile/lib/ && \
   cp -p $(1)/rtx_alias/libtensorrt_rtx.so lynx_compile/lib/rtx_alias/

@@ -65,6 +65,15 @@ if(LYNX_NVCC_HELP MATCHES "--compress-mode")
   list(APPEND LYNX_NVCC_FLAGS -compress-mode=size)
 endif()
 
+# lynx_join(<sources> <name>): makes them one source, for where reading CUTLASS takes longer than what each adds to it.
+function(lynx_join sources name)
+  list(TRANSFORM ${sources} REPLACE "(.+)" "#include \"\\1\"\n" OUTPUT_VARIABLE lines)
+  list(JOIN lines "" content)
+  set(joined ${CMAKE_CURRENT_BINARY_DIR}/joined/${name})
+  file(CONFIGURE OUTPUT ${joined} CONTENT "${content}")
+  set(${sources} ${joined} PARENT_SCOPE)
+endfunction()
+
 # lynx_cuda_objects(<out> ARCHITECTURES <80;...> [PTX <80>] SOURCES <file>...): compiles each source for the
 # architectures and for PTX, from which drivers make code for any later GPU. <out> becomes the list of object files.
 function(lynx_cuda_objects out)
@@ -78,14 +87,16 @@ function(lynx_cuda_objects out)
   endforeach()
   set(objects)
   foreach(source IN LISTS arg_SOURCES)
+    get_filename_component(path ${source} ABSOLUTE)
+    string(REPLACE ${CMAKE_CURRENT_BINARY_DIR}/ "" source ${source})
     set(object ${CMAKE_CURRENT_BINARY_DIR}/cuda/${source}.o)
     get_filename_component(directory ${object} DIRECTORY)
     file(MAKE_DIRECTORY ${directory})
     add_custom_command(
       OUTPUT ${object}
       COMMAND ${LYNX_NVCC} ${LYNX_NVCC_FLAGS} ${gencode} -I${CMAKE_CURRENT_SOURCE_DIR} -I${CMAKE_SOURCE_DIR} -MD -MF ${object}.d -c
-              ${CMAKE_CURRENT_SOURCE_DIR}/${source} -o ${object}
-      DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/${source}
+              ${path} -o ${object}
+      DEPENDS ${path}
       DEPFILE ${object}.d
       COMMENT "nvcc ${source}"
       VERBATIM)

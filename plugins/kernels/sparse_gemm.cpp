@@ -46,12 +46,14 @@ struct Tiles {
   int64_t (*workspace_bytes)(int64_t m, int64_t n);
 };
 
-template <const auto& kTable>
+// Of a table whose first kCount are built.
+template <const auto& kTable, int kCount>
 constexpr Tiles tiles_in() {
   Tiles tiles{};
-  tiles.count = int(sizeof kTable / sizeof kTable[0]);
+  tiles.count = kCount;
   tiles.choose = [](int64_t m, int64_t n, int64_t width, int sm_count) {
-    return choose_tile(kTable, m, n, width, sm_count);
+    const int tile = choose_tile(kTable, m, n, width, sm_count);
+    return tile < kCount ? tile : 0;
   };
   tiles.workspace_bytes = [](int64_t m, int64_t n) {
     int64_t most = 0;
@@ -61,7 +63,13 @@ constexpr Tiles tiles_in() {
   return tiles;
 }
 
-constexpr Tiles kTilesOf[] = {tiles_in<kTiles>(), tiles_in<kTilesSm90>()};  // by instruction set
+#if defined(LYNX_SM90_ONE_TILE)
+constexpr int kTilesBuiltSm90 = 1;
+#else
+constexpr int kTilesBuiltSm90 = kTileConfigsSm90;
+#endif
+// By instruction set.
+constexpr Tiles kTilesOf[] = {tiles_in<kTiles, kTileConfigs>(), tiles_in<kTilesSm90, kTilesBuiltSm90>()};
 
 }  // namespace
 

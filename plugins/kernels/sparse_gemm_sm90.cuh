@@ -133,10 +133,12 @@ cudaError_t launch_form(const SparseGemmCall& call, int tile, int device, cudaSt
   switch (tile) {
     case kWide:
       return SparseGemmSm90<Type, kWide, kForm>::launch(call, device, stream);
+#if !defined(LYNX_SM90_ONE_TILE)
     case kTall:
       return SparseGemmSm90<Type, kTall, kForm>::launch(call, device, stream);
     case kNarrow:
       return SparseGemmSm90<Type, kNarrow, kForm>::launch(call, device, stream);
+#endif
   }
   return cudaErrorInvalidValue;
 }

@@ -69,7 +69,8 @@ class Tile:
         return self.stages * (self.m * self.k + self.n * self.k * 2 + self.m * self.k // 8)
 
 
-# What tile_config.h says; tests/plugins/test_static_evidence.py has the compiler compare it.
+# What tile_config.h says; tests/plugins/test_static_evidence.py has the compiler compare it. A library has all of
+# sm_90a's, or the first.
 MMA_TILES = (Tile(128, 128, 64, 3, 128), Tile(64, 128, 64, 4, 128))
 WGMMA_TILES = (Tile(128, 256, 64, 5, 384), Tile(256, 192, 64, 4, 384), Tile(128, 128, 64, 8, 384))
 
@@ -246,11 +247,13 @@ def check(kernels: Iterable[Kernel]) -> list[str]:
 def _check_complete(kernels: list[Kernel]) -> list[str]:
     """Every architecture has every kernel it needs, for the element types that it has GEMMs of."""
     found = Counter((kernel.arch, role.title) for kernel in kernels if (role := role_of(kernel.name)))
-    gemms = {(k.arch, role.element) for k in kernels if (role := role_of(k.name)) and role.tile}
+    roles = [(kernel.arch, role) for kernel in kernels if (role := role_of(kernel.name)) and role.tile]
+    gemms = {(arch, role.element) for arch, role in roles}
+    one = all(role.tile == WGMMA_TILES[0] for _, role in roles if role.family == "wgmma.sp")
     archs = {kernel.arch for kernel in kernels}
     wrong = [] if gemms else ["the library has no GEMM"]
     for arch in sorted(archs | ({"90"} if "90a" in archs else set())):
-        due = _roles_due(arch, gemms)
+        due = _roles_due(arch, gemms, WGMMA_TILES[:1] if one else WGMMA_TILES)
         wrong += [
             f"sm_{arch} {title}: {found[arch, title]} kernels where {number} are due"
             for title, number in due.items()
@@ -303,7 +306,7 @@ def _fp8_due(kernels: list[Kernel]) -> set[tuple[str, str, str]]:
     return due
 
 
-def _roles_due(arch: str, gemms: set[tuple[str, str]]) -> Counter[str]:
+def _roles_due(arch: str, gemms: set[tuple[str, str]], wgmma_tiles: tuple[Tile, ...]) -> Counter[str]:
     """wgmma.sp is sm_90a's; the pruning pass for it is plain sm_90's. All others have both for mma.sp."""
     due: Counter[str] = Counter()
     elements = sorted(element for of_arch, element in gemms if of_arch == ("90a" if arch == "90" else arch))
@@ -314,7 +317,7 @@ def _roles_due(arch: str, gemms: set[tuple[str, str]]) -> Counter[str]:
             for rank in RANKS:
                 due.update(Role("prune", element, layout, rank, variant).title for variant in VARIANTS)
         if arch != "90":
-            family, tiles = ("wgmma.sp", WGMMA_TILES) if arch == "90a" else ("mma.sp", MMA_TILES)
+            family, tiles = ("wgmma.sp", wgmma_tiles) if arch == "90a" else ("mma.sp", MMA_TILES)
             operands = (*OPERANDS, "gated") if arch == "90a" else OPERANDS  # mma.sp's weight kernel gates too
             for tile in tiles:
                 due.update(Role(family, element, tile=tile, operand=operand).title for operand in operands)

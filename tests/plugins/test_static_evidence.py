@@ -140,6 +140,23 @@ def test_one_fp8_tile_or_all(kernels: list[Kernel]) -> None:
     assert any("sm_89: neither one nor all" in each for each in evidence.check([*kernels, more[0]]))
 
 
+def test_one_wgmma_tile_or_all(kernels: list[Kernel]) -> None:
+    def tile_of(kernel: Kernel) -> Tile | None:
+        role = evidence.role_of(kernel.name)
+        return role.tile if role and role.family == "wgmma.sp" else None
+
+    first, *others = evidence.WGMMA_TILES
+    one = [kernel for kernel in kernels if tile_of(kernel) not in others]
+    assert evidence.check(one) == []
+    more = next(kernel for kernel in kernels if tile_of(kernel) == others[-1])
+    assert any("kernels where 1" in each for each in evidence.check([*one, more]))
+    none = [kernel for kernel in one if tile_of(kernel) != first or "GatedStore" not in kernel.name]
+    wrong = evidence.check(none)
+    assert [each.split(":")[0] for each in wrong] == [
+        f"sm_90a wgmma.sp {element} 128x256x64 gated" for element in evidence.ELEMENTS
+    ]
+
+
 def test_fp8_by_mma_goes_with_its_architectures(kernels: list[Kernel]) -> None:
     of_ada = [replace(kernel, arch="89") for kernel in kernels if kernel.arch == "80"]
     assert evidence.check([*kernels, *of_ada]) == []
