@@ -45,6 +45,14 @@ def project(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return Path(shutil.copytree(tiny, tmp_path, dirs_exist_ok=True))
 
 
+@pytest.fixture
+def compiled(project: Path, compiled_tiny: Path) -> Path:
+    """The same with all that was made before the build."""
+    shutil.copytree(compiled_tiny.parent, project / "out")
+    (project / "out" / "tiny.engine").unlink()
+    return project
+
+
 def _stages_run(project: Path, more: str = "") -> list[str]:
     path = project / "run.yaml"
     path.write_text((project / "tiny.yaml").read_text() + more)
@@ -96,7 +104,7 @@ def _ops(project: Path) -> set[tuple[str, int]]:
     }
 
 
-def test_tuning_is_a_stage_where_it_is_asked_for(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_is_a_stage_where_it_is_asked_for(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs again for another effort, and alone; what is behind it reads its weights, and what they err by."""
     built: list[LynxOnnx] = []
 
@@ -105,34 +113,37 @@ def test_tuning_is_a_stage_where_it_is_asked_for(project: Path, monkeypatch: pyt
         raise StageError("build", "there is none here.", "Do without.")
 
     monkeypatch.setattr(pipeline, "build", refuse)
-    recipe = project / "tiny.yaml"
+    recipe = compiled / "tiny.yaml"
     recipe.write_text(recipe.read_text().replace("tune: false", "tune: blockwise\n  steps: 2"))
     weight = "sparsity: {operand: weight, method: none}\n"
-    assert _stages_run(project, weight) == [
-        "capture", "calibrate", "compensate", "tune", "export", "rewrite", "build",
-    ]  # fmt: skip
-    tuned = _weight_of(project)
-    assert _stages_run(project, weight) == ["build"]
+    assert _stages_run(compiled, weight) == ["compensate", "tune", "rewrite", "build"]
+    tuned = _weight_of(compiled)
+    assert _stages_run(compiled, weight) == ["build"]
     recipe.write_text(recipe.read_text().replace("steps: 2", "steps: 30"))
-    assert _stages_run(project, weight) == ["tune", "rewrite", "build"]
-    longer = _weight_of(project)
+    assert _stages_run(compiled, weight) == ["tune", "rewrite", "build"]
+    longer = _weight_of(compiled)
     assert not np.array_equal(tuned, longer)
     recipe.write_text(recipe.read_text().replace("tune: blockwise", "tune: 'off'"))
-    assert _stages_run(project, weight) == ["rewrite", "build"]
-    assert not np.array_equal(longer, _weight_of(project))
+    assert _stages_run(compiled, weight) == ["rewrite", "build"]
+    assert not np.array_equal(longer, _weight_of(compiled))
     *_, last_tuned, solved = (lynx.sparse for lynx in built)
     for was, node in zip(solved, last_tuned, strict=True):
         assert was.solved_errors == was.errors != node.errors
         assert node.solved_errors == pytest.approx(was.errors, rel=1e-2), "but for rounding to 16 bits"
 
 
-def test_a_fresh_run_tunes_every_block_again(project: Path) -> None:
-    _stages_run(project)
-    blocks = project / "out" / "tiny.cache" / "tuned" / "blocks"
+def test_another_call_runs_everything_again(compiled: Path) -> None:
+    recipe = compiled / "tiny.yaml"
+    recipe.write_text(recipe.read_text().replace("steps: 4", "steps: 3"))
+    assert _stages_run(compiled) == ["capture", "calibrate", "compensate", "export", "rewrite", "build"]
+
+
+def test_a_fresh_run_tunes_every_block_again(compiled: Path) -> None:
+    blocks = compiled / "out" / "tiny.cache" / "tuned" / "blocks"
     blocks.mkdir(parents=True)
     (blocks / "transformer_blocks.0.safetensors").write_bytes(b"left by a run that was stopped")
     with pytest.raises(StageError, match="there is none here"):
-        pipeline.compile(load_recipe(project / "tiny.yaml"), project / "out" / "tiny.engine", fresh=True)
+        pipeline.compile(load_recipe(compiled / "tiny.yaml"), compiled / "out" / "tiny.engine", fresh=True)
     assert not blocks.exists()
 
 
@@ -144,53 +155,50 @@ def _weight_of(project: Path) -> np.ndarray:
 
 
 def test_another_operand_compensates_and_rewrites_again(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+    compiled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    everything = ["capture", "calibrate", "compensate", "export", "rewrite", "build"]
-    assert _stages_run(project, "sparsity: {operand: activation}\n") == everything
+    solved = ["calibrate", "compensate", "rewrite", "build"]
+    assert _stages_run(compiled, "sparsity: {operand: activation}\n") == solved
     activations = {("LynxSparseLinear", 0), ("LynxNormSparseLinear", 0)}
-    assert _ops(project) == activations
+    assert _ops(compiled) == activations
     weight = "sparsity: {operand: weight}\n"
-    assert _stages_run(project, weight) == ["calibrate", "compensate", "rewrite", "build"], (
-        "it needs fewer moments"
-    )
-    assert _ops(project) == {("LynxSparseWeightLinear", 80)}
-    assert _stages_run(project, weight) == ["build"]
+    assert _stages_run(compiled, weight) == solved, "it needs fewer moments"
+    assert _ops(compiled) == {("LynxSparseWeightLinear", 80)}
+    assert _stages_run(compiled, weight) == ["build"]
     monkeypatch.setattr(trt, "metadata_layout", lambda backend: 90)
-    assert _stages_run(project, weight) == ["rewrite", "build"]
-    assert _ops(project) == {("LynxSparseWeightLinear", 90)}
+    assert _stages_run(compiled, weight) == ["rewrite", "build"]
+    assert _ops(compiled) == {("LynxSparseWeightLinear", 90)}
     mixed = "sparsity: {operand: {'*.ff.*': weight, '*': activation}}\n"
-    assert _stages_run(project, mixed) == ["calibrate", "compensate", "rewrite", "build"]
-    assert _ops(project) == activations | {("LynxSparseWeightLinear", 90)}
+    assert _stages_run(compiled, mixed) == solved
+    assert _ops(compiled) == activations | {("LynxSparseWeightLinear", 90)}
     other = "sparsity: {operand: {'*.ff.*': weight, '*.to_k': weight, '*': activation}}\n"
-    assert _stages_run(project, other) == ["compensate", "rewrite", "build"], "all was measured"
+    assert _stages_run(compiled, other) == ["compensate", "rewrite", "build"], "all was measured"
     dense = "sparsity: {operand: {'*.ff.*': none, '*': activation}}\n"  # fewer tensors are measured
-    assert _stages_run(project, dense) == ["calibrate", "compensate", "rewrite", "build"]
+    assert _stages_run(compiled, dense) == solved
 
 
-def test_costs_run_again_what_they_decide_otherwise(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_run_again_what_they_decide_otherwise(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rewritten: list[LynxOnnx] = []
     build = pipeline.build
     monkeypatch.setattr(
         pipeline, "build", lambda lynx, *a, **o: (rewritten.append(lynx), build(lynx, *a, **o))
     )
-    assert _stages_run(project) == ["capture", "calibrate", "compensate", "export", "rewrite", "build"]
-    assert _ops(project) == {("LynxSparseWeightLinear", 80)}
-    assert {node.gain for node in rewritten[-1].sparse} == {None}
+    assert _stages_run(compiled) == ["build"]
+    assert {(node.operand, node.gain) for node in rewritten[-1].sparse} == {("weight", None)}
     costs = "sparsity: {costs: gpu.json}\n"
-    write_costs(project / "gpu.json", {(128, 64, 192): (1.2, 1.5)})
-    assert _stages_run(project, costs) == ["rewrite", "build"], "the same linears, now with their gains"
+    write_costs(compiled / "gpu.json", {(128, 64, 192): (1.2, 1.5)})
+    assert _stages_run(compiled, costs) == ["rewrite", "build"], "the same linears, now with their gains"
     gains = {node.name: node.gain for node in rewritten[-1].sparse}
     assert gains["transformer_blocks.0.attn.to_q.LynxSparseWeightLinear"] == 1.5
     assert {node.tokens for node in rewritten[-1].sparse} == {8, 128, 136}
-    assert _stages_run(project, costs) == ["build"]
-    write_costs(project / "gpu.json", {(128, 64, 192): (1.6, 1.5)})
-    assert _stages_run(project, costs) == ["calibrate", "compensate", "rewrite", "build"], (
+    assert _stages_run(compiled, costs) == ["build"]
+    write_costs(compiled / "gpu.json", {(128, 64, 192): (1.6, 1.5)})
+    assert _stages_run(compiled, costs) == ["calibrate", "compensate", "rewrite", "build"], (
         "the table itself counts"
     )
-    assert ("LynxSparseLinear", 0) in _ops(project)
-    write_costs(project / "gpu.json", {(128, 64, 192): (1.2, 1.5), (8, 64, 192): (0.5, 0.92)})
-    assert _stages_run(project, costs) == ["calibrate", "compensate", "rewrite", "build"]
+    assert ("LynxSparseLinear", 0) in _ops(compiled)
+    write_costs(compiled / "gpu.json", {(128, 64, 192): (1.2, 1.5), (8, 64, 192): (0.5, 0.92)})
+    assert _stages_run(compiled, costs) == ["calibrate", "compensate", "rewrite", "build"]
     reasons = {linear.path: linear.reason for linear in rewritten[-1].dense}
     assert reasons["transformer_blocks.0.attn.add_q_proj"] == (
         "would be 0.92x as fast as dense (8 x 64 -> 192, gpu.json)"
@@ -270,7 +278,7 @@ def test_fp8_for_gpus_that_do_not_run_it_is_refused_before_anything_runs(
     assert "started" not in (project / "out" / "tiny.log").read_text()
 
 
-def test_on_hopper_the_whole_compiler_takes_fp8(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_hopper_the_whole_compiler_takes_fp8(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to the build, with TensorRT's targets of one Hopper; FP8 nodes and their scales are in the file."""
     monkeypatch.setattr(pipeline, "target_of", lambda engine: replace(target_of(engine), gpus=("sm90",)))
     made: list[LynxOnnx] = []
@@ -284,7 +292,7 @@ def test_on_hopper_the_whole_compiler_takes_fp8(project: Path, monkeypatch: pyte
         "sparsity: {precision: fp8, operand: weight}\n",
         "sparsity: {precision: fp16, operand: weight}\n",
     ):
-        assert _stages_run(project, more)[-1] == "build"
+        assert _stages_run(compiled, more)[-1] == "build"
     first, second = made
     assert {(node.operand, node.fp8) for node in first.sparse} == {("weight", True)}
     assert {(node.operand, node.fp8) for node in second.sparse} == {("weight", False)}

@@ -27,15 +27,21 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_cpp(PLUGINS / "tests/plugin_host.cpp", output, *options, "-ldl", "-lpthread", "-lrt")
 
 
-def run(host: Path, library: Path, only: str = "") -> subprocess.CompletedProcess[str]:
-    command = [str(host), str(library), *([only] if only else [])]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+def run(host: Path, library: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(host), str(library)], capture_output=True, text=True, timeout=600)
 
 
-def test_every_plugin_is_built_and_restored_as_tensorrt_does_it(host: Path) -> None:
+@pytest.fixture(scope="module")
+def done(host: Path) -> subprocess.CompletedProcess[str]:
+    """The built library's run."""
     if not LIBRARY.exists():
         pytest.skip(f"{LIBRARY.name} is not built (cmake -S plugins -B build/plugin)")
-    done = run(host, LIBRARY)
+    return run(host, LIBRARY)
+
+
+def test_every_plugin_is_built_and_restored_as_tensorrt_does_it(
+    done: subprocess.CompletedProcess[str],
+) -> None:
     lines = done.stdout.splitlines()
     assert done.returncode in (0, SKIPPED), done.stdout[-4000:] + done.stderr[-1000:]
     assert not [line for line in lines if line.startswith("FAIL")]
@@ -46,10 +52,7 @@ def test_every_plugin_is_built_and_restored_as_tensorrt_does_it(host: Path) -> N
     assert any(line.startswith("PASS LynxNormFp8SparseWeightLinear bf16") for line in built)
 
 
-def test_enqueue_on_a_gpu(host: Path) -> None:
-    if not LIBRARY.exists():
-        pytest.skip(f"{LIBRARY.name} is not built (cmake -S plugins -B build/plugin)")
-    done = run(host, LIBRARY)
+def test_enqueue_on_a_gpu(done: subprocess.CompletedProcess[str]) -> None:
     if done.returncode == SKIPPED:
         pytest.skip("no CUDA device was found: nothing was enqueued")
     assert done.returncode == 0, done.stdout[-4000:]
@@ -74,14 +77,11 @@ def test_what_is_no_plugin_library_is_refused(host: Path, tmp_path: Path, what: 
     )
 
 
-def test_timing_cache_ids_name_the_build(host: Path) -> None:
+def test_timing_cache_ids_name_the_build(done: subprocess.CompletedProcess[str]) -> None:
     """Times taken with other kernels or tiles must not be found again."""
-    if not LIBRARY.exists():
-        pytest.skip(f"{LIBRARY.name} is not built (cmake -S plugins -B build/plugin)")
     notes = subprocess.run(["readelf", "-n", LIBRARY], capture_output=True, text=True, check=True).stdout
     build_id = next(line.split()[-1] for line in notes.splitlines() if "Build ID" in line)
-    lines = run(host, LIBRARY, "LynxSparseLinear bf16").stdout.splitlines()
-    ids = [line for line in lines if "built by 8 host threads at once" in line]
+    ids = [line for line in done.stdout.splitlines() if "built by 8 host threads at once" in line]
     assert ids and all(build_id in line for line in ids)
 
 
