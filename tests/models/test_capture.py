@@ -78,20 +78,24 @@ REFUSED = {
     "Flux2KleinKV": "'kv_cache' is a .*Flux2KVCache: a cache that the model reads",
     "AnyFlowFAR": "'attention_mask' is a .*BlockMask: a mask of flex_attention",
 }
-LARGE = (
-    "QwenImageEditPlus",
-    "JoyImageEditPlus",
-)  # they enlarge every image to a megapixel; QwenImageEdit does too
+LARGE = ("QwenImageEditPlus", "JoyImageEditPlus")  # they enlarge every image to a megapixel
+AT_NIGHT = ("QwenImageEdit", "JoyImageEdit", "Kandinsky6SR")  # large too; FluxKontext edits an image by day
 DIFFERENT = (  # from each other; the rest take a minute together
     "Flux", "FluxControlNet", "Flux3", "QwenImage", "ZImage", "SD3", "Sana", "PixArtSigma", "CogView4", "DiT",
     "Lumina2", "Ideogram4", "KandinskyPrior", "Wan22", "LTX2", "HunyuanVideo", "AceStep",
 )  # fmt: skip
 
 
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    if name in DIFFERENT:
+        return []
+    return [pytest.mark.slow, pytest.mark.nightly] if name in AT_NIGHT else [pytest.mark.slow]
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name in DIFFERENT else [pytest.mark.slow])
+        pytest.param(name, marks=_marks(name))
         for name in pipelines.PIPELINES
         if name not in REFUSED and name not in LARGE
     ],
