@@ -42,9 +42,9 @@ demo: plugin-demo
 
 test: plugin-test runtime
 	@$(CMAKE) --build $(TEST_BUILD) -j $(JOBS)  # the plugin's own tests too
-	$(BIN)/ctest --test-dir $(TEST_BUILD) --output-on-failure
-	$(BIN)/ctest --test-dir $(RUNTIME) --output-on-failure
-	$(BIN)/pytest -n $(JOBS) --dist loadfile
+	$(BIN)/ctest --test-dir $(TEST_BUILD) -j $(JOBS) --output-on-failure
+	$(BIN)/ctest --test-dir $(RUNTIME) -j $(JOBS) --output-on-failure
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder  # tests/conftest.py has the order
 
 # device_test: the pruning pass; plugin_host: producers, sparse weights and stream-K besides, in every tactic.
 nightly: plugin-test  ## what proves little for its time: deliberate faults in the kernels, one by one

@@ -81,12 +81,27 @@ compensation:
   tune: false
 """
 
+LONG = (
+    "test_cli.py",
+    "test_outputs.py",
+    "test_classes.py",
+    "test_flagship.py",
+    "test_stopped.py",
+    "test_capture.py",
+    "test_pipeline.py",
+)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _settled() -> None:
     """What is imported by now stays: the garbage collector need not walk it again, half a second each time."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take a minute come first: at the end, all but one of the workers would wait for them."""
+    items.sort(key=lambda item: LONG.index(name) if (name := item.path.name) in LONG else len(LONG))
 
 
 @cache
