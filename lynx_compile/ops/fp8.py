@@ -30,6 +30,7 @@ import torch
 from torch.nn import functional
 
 from lynx_compile.ops.sparse_linear import GROUP, KEPT, activate, keep_mask
+from lynx_compile.ops.sparse_weight_linear import kept_positions, pack_values
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -113,20 +114,15 @@ def pack(weight: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.
     keep = functional.pad(keep, (0, columns, 0, rows))
     keep[..., ::GROUP] |= ~keep.unflatten(-1, (-1, GROUP)).any(-1)  # padding keeps positions 0 and 1
     keep[..., 1::GROUP] |= keep.unflatten(-1, (-1, GROUP)).sum(-1) < KEPT
-    positions = keep.nonzero()[:, 1].reshape(len(weight), -1)  # [Np, K' / 2]
-    low, high = (positions % GROUP).unflatten(-1, (-1, KEPT)).unbind(-1)
-    nibbles = (low + GROUP * high).unflatten(-1, (-1, WORD // GROUP))
-    words = (nibbles << 4 * torch.arange(WORD // GROUP, device=nibbles.device)).sum(-1)  # [Np, K' / 32]
-    words = torch.where(words < 2**31, words, words - 2**32).int()
+    nibbles = kept_positions(keep)  # [Np, K' / 4]
+    words = (nibbles[:, ::2] | nibbles[:, 1::2] << 4).view(torch.int32)  # [Np, K' / 32]
     metadata = words.unflatten(-1, (-1, STEP // WORD)).transpose(0, 1).contiguous()
-    return weight.view(torch.uint8).gather(1, positions).view(E4M3), metadata
+    return pack_values(weight.view(torch.uint8), keep).view(E4M3), metadata
 
 
 def to_words(values: torch.Tensor) -> torch.Tensor:
     """e4m3 [rows, columns] as int32 [rows, columns / 4], the first of four in the lowest bits."""
-    bytes_of = values.view(torch.uint8).unflatten(-1, (-1, 4)).long()
-    words = (bytes_of << 8 * torch.arange(4, device=values.device)).sum(-1)
-    return torch.where(words < 2**31, words, words - 2**32).int()
+    return values.contiguous().view(torch.int32)
 
 
 def unpack(values: torch.Tensor, metadata: torch.Tensor) -> torch.Tensor:

@@ -79,15 +79,18 @@ def pack_metadata(keep: torch.Tensor, layout: MetadataLayout) -> torch.Tensor:
     """``metadata`` alone."""
     padding, channels = -len(keep) % STEP, keep.shape[1]
     empty = keep_mask(torch.zeros(padding, channels, device=keep.device))  # the first two of every group
-    first, second, third, fourth = (
-        torch.cat((keep, empty)).unflatten(-1, (-1, GROUP)).unbind(-1)
-    )  # [Np, K / 4]
-    low = (~first).byte() + ~(first | second)
-    high = 1 + (third | fourth).byte() + fourth
-    nibbles = (low + GROUP * high).unflatten(-1, (-1, BLOCK // GROUP))
+    nibbles = kept_positions(torch.cat((keep, empty))).unflatten(-1, (-1, BLOCK // GROUP))
     blocks = sum(part.long() * weight for part, weight in zip(nibbles.unbind(-1), NIBBLES, strict=True))
     assert isinstance(blocks, torch.Tensor), "[Np, K / 16]"
     return _lay_out(blocks, layout)
+
+
+def kept_positions(keep: torch.Tensor) -> torch.Tensor:
+    """A nibble, ``lo | hi << 2``, for every group of keep [N, K], in bytes: uint8 [N, K / 4]."""
+    first, second, third, fourth = keep.unflatten(-1, (-1, GROUP)).unbind(-1)
+    low = (~first).byte() + ~(first | second)
+    high = 1 + (third | fourth).byte() + fourth
+    return low + GROUP * high
 
 
 def gated_order(rows: int, x: int, gate: int, channels: int) -> list[int]:
