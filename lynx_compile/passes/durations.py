@@ -27,10 +27,12 @@ from lynx_compile.solve.weight_refit import DESCENT_STEPS, EXACT_CHANNELS
 
 TRIED = {"cpu": 1024, "cuda": 8192}  # size of the product
 RUN_SHARE, SOLVE_SHARE = 0.6, 0.3  # of the rate: in a run of the model, and in a solve
-EXPORT_S, EXPORT_S_A_BLOCK = 5.0, 2.0  # FLUX.1-dev's 57 blocks took 115 s on a CPU
-WRITTEN_BYTES_A_S = 0.3e9  # pruned, packed, digested and written
+EXPORT_S, EXPORT_S_A_BLOCK = 5.0, 3.5  # FLUX.1-dev's 57 blocks took 198 s beside an H100, 257 s on two cores
+WRITTEN_BYTES_A_S = 0.06e9  # packed and written: of FLUX.1-dev 261 s on two cores
+STORED_BYTES_A_S = 0.3e9  # solved weights, read or written
 PROBE = 4  # runs of the model that a probe is worth: forward twice, and back
 VERIFIED = 3  # runs for a call that is verified: dense, solved and tuned
+TUNED = 3  # runs for a call that tuning takes from block to block, as above
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,22 @@ class Calls:
 
 
 def seconds_of_stages(
-    recipe: Recipe, plan: SparsityPlan, calls: Calls, *, judged: bool, blocks: int, written: int
+    recipe: Recipe,
+    plan: SparsityPlan,
+    calls: Calls,
+    *,
+    kept: bool,
+    judged: bool,
+    blocks: int,
+    solved: int,
+    written: int,
 ) -> dict[str, float]:
     """By stage, of those whose time can be told: a builder's cannot, nor that of the user's pipeline.
 
     Args:
-        judged: whether a budget decides. blocks: of the model. written: bytes of the rewritten weights.
+        kept: whether all moments are; else they are measured where they are wanted, and again after tuning.
+        judged: whether a budget decides. blocks: of the model. solved, written: bytes of the solved weights, and of the
+            rewritten ones.
     """
     device = "cuda" if on_gpu() else "cpu"
     run = RUN_SHARE * _rate(device, torch.bfloat16 if device == "cuda" else torch.float32)
@@ -85,10 +97,16 @@ def seconds_of_stages(
         2.0 * calls.fitted * tokens[one.name] * one.channels**2 * (3 if one.pruned else 1)
         for one in measurements(plan)
     )
+    measuring = calls.fitted * calls.flops / run + products / solve
+    all_calls = calls.fitted + calls.held_out
     found = {
-        "calibrate": calls.fitted * calls.flops / run + products / solve,
-        "compensate": sum(_solve_flops(group, recipe) for group in plan.groups) / solve,
-        "tune": 60 * recipe.compensation.minutes,
+        "calibrate": measuring,
+        "compensate": sum(_solve_flops(group, recipe) for group in plan.groups) / solve
+        + (0.0 if kept else measuring),
+        "tune": 60 * recipe.compensation.minutes
+        + all_calls * TUNED * calls.flops / run
+        + (0.0 if kept else measuring)
+        + 3 * solved / STORED_BYTES_A_S,  # read, written block by block, and written whole
         "export": EXPORT_S + EXPORT_S_A_BLOCK * blocks,
         "rewrite": written / WRITTEN_BYTES_A_S,
     }

@@ -220,10 +220,15 @@ def forecast(
     times: dict[str, float] = {}
     if plan is not None and calls is not None:
         times = seconds_of_stages(
-            recipe, plan, calls, judged=judged, blocks=sizes.blocks, written=written
-        )  # fmt: skip
-        if not kept:
-            times["compensate"] += times["calibrate"]
+            recipe,
+            plan,
+            calls,
+            kept=kept,
+            judged=judged,
+            blocks=sizes.blocks,
+            solved=sizes.solved,
+            written=written,
+        )
         if target.name == "torch":
             times["build"] = 1.0
     return Forecast(

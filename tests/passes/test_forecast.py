@@ -96,6 +96,24 @@ def test_moments_that_are_not_kept_take_no_disk_and_a_block_of_memory(recipe: Re
     assert unkept.needs[0].seconds < longer.seconds < 2 * unkept.needs[0].seconds  # the solves are the same
 
 
+def test_tuning_takes_its_minutes_and_the_runs_to_its_blocks(recipe: Recipe, tmp_path: Path) -> None:
+    dit, recording = open_dit(recipe)
+    target, outputs = target_of(recipe.engine), Outputs.of(tmp_path / "x.engine")
+    plan = candidates(dit.groups, recipe.sparsity, target.gpus, by_speed=True).everything()
+    calls = Calls.of(recording, dit.calls, dit.groups)
+    tuned = recipe.compensation.model_copy(update={"tune": "blockwise", "minutes": 1.0})
+
+    def seconds(calls: Calls, memory_gib: float) -> float:
+        moments = recipe.calibration.model_copy(update={"memory_gib": memory_gib})
+        own = recipe.model_copy(update={"calibration": moments, "compensation": tuned})
+        needs = forecast(own, dit.checkpoint, target, outputs, plan, calls).needs
+        return next(need.seconds or 0.0 for need in needs if need.stage == "tune")
+
+    twice = replace(calls, fitted=2 * calls.fitted)
+    assert 60 < seconds(calls, 8.0) < seconds(twice, 8.0)
+    assert seconds(calls, 8.0) < seconds(calls, 1e-4)  # whose moments are measured again
+
+
 def test_check_says_it_before_and_after_the_calls_are_recorded(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
