@@ -44,9 +44,12 @@ from lynx_compile.tools.summary import add
 SHARD_BYTES = 5 << 30
 STEPS, WARM_UP = 10, 2  # that are timed, and before
 POOL = 2**24 + 43
+STAGES = "stages.json"  # of runs that were stopped, in the folder
 EVERY_S = 0.1  # memory is looked at
 BEFORE = "open"  # what the compiler does before its first stage: it digests the weights
-EXPECTED = re.compile(r"expected: (\w+) +([\d.]+) GiB of memory")
+EXPECTED = re.compile(
+    r"expected: (?P<stage>\w+) +(?P<host>[\d.]+) GiB of memory(, +(?P<gpu>[\d.]+) GiB on the GPU)?"
+)
 STAGE = re.compile(r"INFO [\w.]+: (?P<stage>\w+): (?P<what>started|[\d.]+ s)$")
 
 
@@ -54,7 +57,8 @@ STAGE = re.compile(r"INFO [\w.]+: (?P<stage>\w+): (?P<what>started|[\d.]+ s)$")
 class Stage:
     """What a stage took: wall time, processors' time, and the most memory of the process and of the GPU meanwhile.
 
-    ``expected``: anonymous memory, as the compiler had said before; None of what it says nothing of.
+    ``expected`` and ``expected_gpu``: anonymous memory and the GPU's, as the compiler had said before; None of what it
+    says nothing of.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Stage:
     resident: int = 0
     gpu: int = 0
     expected: int | None = None
+    expected_gpu: int | None = None
 
 
 def write_model(model: FullSize, folder: Path) -> int:
@@ -145,11 +150,14 @@ def write_recipe(folder: Path, sections: Mapping[str, Any]) -> Path:
     return path
 
 
-def run(recipe: Path, output: Path, limit_s: float | None = None) -> tuple[int, list[Stage]]:
+def run(
+    recipe: Path, output: Path, limit_s: float | None, begun: Callable[[list[Stage]], None]
+) -> tuple[int, list[Stage]]:
     """Compile in a process of its own and watch it; returns its exit status and its stages.
 
     Args:
         limit_s: it is killed then, as a machine may be; what it has done stays in the cache.
+        begun: gets the stages that are done and the one that begins.
     """
     program = "from lynx_compile.cli import main; main()"
     command = [sys.executable, "-c", program, str(recipe), "-o", str(output)]
@@ -160,6 +168,7 @@ def run(recipe: Path, output: Path, limit_s: float | None = None) -> tuple[int, 
         for found in _stages_of(output.with_suffix(".log")):
             if found is not None:
                 stages.append(Stage(found))
+                begun(stages)
             if process.poll() is not None:
                 break
             if limit_s is not None and time.monotonic() - start > limit_s:
@@ -175,10 +184,16 @@ def run(recipe: Path, output: Path, limit_s: float | None = None) -> tuple[int, 
             elapsed = time.monotonic() - start
             now.seconds += elapsed - sum(stage.seconds for stage in stages)
     log = output.with_suffix(".log")
-    expected = dict(EXPECTED.findall(log.read_text(encoding="utf-8"))) if log.exists() else {}
+    said = log.read_text(encoding="utf-8") if log.exists() else ""
+    expected = {found["stage"]: found for found in EXPECTED.finditer(said)}
     for stage in stages:
-        stage.expected = int(2**30 * float(expected[stage.name])) if stage.name in expected else None
+        if said_of := expected.get(stage.name):
+            stage.expected, stage.expected_gpu = (_bytes(said_of[where]) for where in ("host", "gpu"))
     return process.returncode, stages
+
+
+def _bytes(gib: str | None) -> int | None:
+    return None if gib is None else int(2**30 * float(gib))
 
 
 def _stages_of(log: Path) -> Iterator[str | None]:
@@ -268,27 +283,34 @@ def _median_ms(work: Callable[[], object]) -> float:
     return statistics.median(found)
 
 
-def _with_earlier(folder: Path, stages: list[Stage], *, ended: bool) -> list[Stage]:
-    """The stages of this run and of those that were killed before it, which are kept until one has ``ended``."""
-    path = folder / "stages.json"
-    all_runs = [Stage(**values) for values in json.loads(path.read_text())] if path.exists() else []
-    all_runs += stages
-    if ended:
-        path.unlink(missing_ok=True)
-    else:
-        save_text(path, json.dumps([asdict(stage) for stage in all_runs]))
-    return all_runs
+def _earlier(folder: Path) -> list[Stage]:
+    """The stages of runs that did not come to their end, whatever stopped them."""
+    path = folder / STAGES
+    return [Stage(**values) for values in json.loads(path.read_text())] if path.exists() else []
+
+
+def _keep(folder: Path, stages: list[Stage]) -> None:
+    save_text(folder / STAGES, json.dumps([asdict(stage) for stage in stages]))
 
 
 def table(stages: list[Stage]) -> str:
     """Minutes and memory by stage, as Markdown."""
-    head = ("stage", "minutes", "CPU minutes", "anonymous, GiB", "expected", "resident, GiB", "GPU, GiB")
+    head = (
+        "stage",
+        "minutes",
+        "CPU minutes",
+        "anonymous, GiB",
+        "expected",
+        "resident, GiB",
+        "GPU, GiB",
+        "expected",
+    )
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for stage in stages:
         times = [f"{seconds / 60:.2f}" for seconds in (stage.seconds, stage.cpu_seconds)]
         sizes = [
             "" if size is None else f"{size / 2**30:.2f}"
-            for size in (stage.anonymous, stage.expected, stage.resident, stage.gpu)
+            for size in (stage.anonymous, stage.expected, stage.resident, stage.gpu, stage.expected_gpu)
         ]
         if stage.seconds >= 0.5:
             lines.append(f"| {' | '.join([stage.name, *times, *sizes])} |")
@@ -321,9 +343,15 @@ def main() -> None:
     recipe = write_recipe(folder, arguments.recipe)
     if arguments.fresh:
         shutil.rmtree(folder / "out", ignore_errors=True)
-        (folder / "stages.json").unlink(missing_ok=True)
-    status, stages = run(recipe, folder / "out" / f"{model.name}.engine", arguments.limit)
-    stages = _with_earlier(folder, stages, ended=not status)
+        (folder / STAGES).unlink(missing_ok=True)
+    earlier = _earlier(folder)
+    output = folder / "out" / f"{model.name}.engine"
+    status, stages = run(recipe, output, arguments.limit, lambda now: _keep(folder, earlier + now))
+    stages = earlier + stages
+    if status:
+        _keep(folder, stages)
+    else:
+        (folder / STAGES).unlink(missing_ok=True)
     print(table(stages))
     minutes, peak = sum(s.seconds for s in stages) / 60, max(s.anonymous for s in stages) / 2**30
     gpu = max(s.gpu for s in stages) / 2**30
@@ -335,7 +363,7 @@ def main() -> None:
     if status:
         raise SystemExit(f"the compiler ended with {status}; run this again to go on")
     if arguments.step:
-        dense, ours = step_ms(model, folder, folder / "out" / f"{model.name}.engine")
+        dense, ours = step_ms(model, folder, output)
         print(f"a step in eager mode: {dense:.1f} ms dense, {ours:.1f} ms compiled, {dense / ours:.2f}x")
     if arguments.summary is not None:
         kind = "h100" if torch.cuda.is_available() else "cpu"

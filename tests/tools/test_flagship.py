@@ -31,6 +31,7 @@ def _run(
     *arguments: str,
     recipe: Mapping[str, Any] = RECIPE,
     addresses: int = resource.RLIM_INFINITY,
+    ends: bool = True,
 ) -> list[list[str]]:
     """The rows of the table that it prints, in so many bytes of ``addresses`` (``ulimit -v``)."""
     config = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": heads}
@@ -40,7 +41,7 @@ def _run(
         capture_output=True, text=True, check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (addresses, addresses)),
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.returncode == 0) == ends, done.stdout + done.stderr
     rows = [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]
 
@@ -54,8 +55,13 @@ def _holds(rows: list[list[str]]) -> None:
 
 
 def test_a_small_model(tmp_path: Path) -> None:
+    _run(tmp_path, 2, "--limit", "1.5", ends=False)
+    stopped = json.loads((tmp_path / "stages.json").read_text())
+    assert stopped[0]["name"] == "open" and stopped[0]["seconds"] >= 1
     _holds(_run(tmp_path, 2, "--summary", str(tmp_path / "summary.json")))
     summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["compile.flux1_dev.cpu.minutes"] > stopped[0]["seconds"] / 60
+    assert not (tmp_path / "stages.json").exists()
     assert {"compile.flux1_dev.cpu.peak_anon_gib", "compile.flux1_dev.cpu.minutes"} <= summary.keys()
 
 
