@@ -40,7 +40,7 @@ from lynx_compile.passes.forecast import forecast
 from lynx_compile.passes.keep import keep
 from lynx_compile.passes.record import CAPTURE, named_components, record
 from lynx_compile.passes.rewrite import REWRITE, LynxOnnx, graph_digest, rewrite
-from lynx_compile.passes.select import SparseGroup, SparsityPlan, candidates, require_fp8
+from lynx_compile.passes.select import Candidates, SparseGroup, SparsityPlan, candidates, require_fp8
 from lynx_compile.passes.sensitivity import SENSITIVITY, Sensitivities, sensitivity
 from lynx_compile.passes.speed_table import CostTable, Form
 from lynx_compile.passes.target import Target, target_of
@@ -246,7 +246,7 @@ def _decide(
     plan = None if found.open else found.plan({})
     if judged is not None and plan is None:
         require_speed(found, judged)
-    _foresee(recipe, dit, everything, Calls.of(recording, dit.calls, dit.groups), target, outputs)
+    _foresee(recipe, dit, found, Calls.of(recording, dit.calls, dit.groups), target, outputs)
     measured = (
         dit.digest, *recorded, recipe.calibration.tokens_per_call, recipe.calibration.seed,
         recipe.sparsity.uses_norm_scale, recipe.sparsity.needs_moments, measurements(everything),
@@ -351,10 +351,10 @@ def _forms(nodes: Sequence[SparseGroup]) -> tuple[tuple[tuple[str, ...], Form], 
 
 
 def _foresee(
-    recipe: Recipe, dit: DiT, plan: SparsityPlan, calls: Calls, target: Target, outputs: Outputs
+    recipe: Recipe, dit: DiT, found: Candidates, calls: Calls, target: Target, outputs: Outputs
 ) -> None:
     """Say what the stages will take, and refuse what this machine has not."""
-    expected = forecast(recipe, dit.checkpoint, target, outputs, plan, calls)
+    expected = forecast(recipe, dit.checkpoint, target, outputs, found, calls)
     for line in expected.describe():
         log.info("expected: %s", line)
     expected.require(outputs.folder)

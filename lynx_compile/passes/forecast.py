@@ -26,7 +26,7 @@ from lynx_compile.models.streamed import free_memory, has_room
 from lynx_compile.passes.calibrate import measurements
 from lynx_compile.passes.durations import Calls, seconds_of_stages
 from lynx_compile.passes.lanes import COPIES
-from lynx_compile.passes.select import MEASURED_FP8_GPUS, SparsityPlan
+from lynx_compile.passes.select import MEASURED_FP8_GPUS, Candidates, SparsityPlan
 from lynx_compile.passes.sensitivity import AT_ONCE
 from lynx_compile.passes.speed_table import Form
 from lynx_compile.passes.target import Target
@@ -169,25 +169,28 @@ def forecast(
     checkpoint: Checkpoint | OnnxSource,
     target: Target,
     outputs: Outputs,
-    plan: SparsityPlan | None = None,
+    found: Candidates | None = None,
     calls: Calls | None = None,
 ) -> Forecast:
     """The needs of one engine, on this machine.
 
     Args:
         outputs: whose folder's disk counts, and what an earlier run has left there.
-        plan: of the recorded calls; None: all linears of blocks count as sparse, each by itself, which is at most.
+        found: what linears could become, of the recorded calls; None: all linears of blocks count as sparse, each by
+            itself, which is at most.
         calls: those that were recorded; without them there are no times, and activations do not count.
     """
     dtype, with_gpu = DTYPES[recipe.model.dtype], on_gpu()
     place = (dtype, "cuda") if with_gpu else (torch.float32, "cpu")
     stored = isinstance(checkpoint, Checkpoint)
     streamed = isinstance(checkpoint, Checkpoint) and not has_room(checkpoint, *place)
+    plan = None if found is None else found.everything()
     sizes = _sizes(checkpoint, recipe, target, plan)
     budget = int(recipe.calibration.memory_gib * GIB)
     module = _loaded(checkpoint, sizes, *place, streamed)
     copied = 0 if stored and _is_stored(checkpoint, dtype) else dtype.itemsize * sizes.parameters
-    judged = recipe.budget is not None and recipe.sparsity.needs_moments and stored
+    is_open = found is None or bool(found.open)
+    judged = recipe.budget is not None and recipe.sparsity.needs_moments and stored and is_open
     tuned = recipe.sparsity.needs_moments and (
         recipe.compensation.tune in ("blockwise", "end_to_end")
         or (recipe.compensation.tune == "auto" and (with_gpu or sizes.changed <= SMALL))

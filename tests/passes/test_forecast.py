@@ -39,9 +39,9 @@ def recipe(tiny: Path) -> Recipe:
 def test_the_disk_is_what_a_compilation_leaves(recipe: Recipe, compiled_tiny: Path) -> None:
     dit, _ = open_dit(recipe)
     target = target_of(recipe.engine)
-    plan = candidates(dit.groups, recipe.sparsity, target.gpus, by_speed=recipe.budget is None).everything()
+    linears = candidates(dit.groups, recipe.sparsity, target.gpus, by_speed=recipe.budget is None)
     outputs = Outputs.of(compiled_tiny.parent / "other.engine")
-    found = forecast(recipe, dit.checkpoint, target, outputs, plan)
+    found = forecast(recipe, dit.checkpoint, target, outputs, linears)
     cache = compiled_tiny.with_suffix(".cache")
     left = {
         "calibrate": _size(cache / "statistics"),
@@ -53,7 +53,7 @@ def test_the_disk_is_what_a_compilation_leaves(recipe: Recipe, compiled_tiny: Pa
             assert need.disk == pytest.approx(left[need.stage], rel=0.3)
     most = forecast(recipe, dit.checkpoint, target, outputs)
     assert most.changed > found.changed and most.disk > found.disk
-    again = forecast(recipe, dit.checkpoint, target, Outputs.of(compiled_tiny), plan)
+    again = forecast(recipe, dit.checkpoint, target, Outputs.of(compiled_tiny), linears)
     assert all(need.is_done for need in again.needs) and again.disk < 0.2 * found.disk
     text = "\n".join(again.describe())
     assert (
@@ -78,20 +78,23 @@ def test_what_this_machine_has_not_is_refused(recipe: Recipe, tmp_path: Path) ->
 def test_moments_that_are_not_kept_take_no_disk_and_a_block_of_memory(recipe: Recipe, tmp_path: Path) -> None:
     dit, recording = open_dit(recipe)
     target, outputs = target_of(recipe.engine), Outputs.of(tmp_path / "x.engine")
-    plan = candidates(dit.groups, recipe.sparsity, target.gpus, by_speed=True).everything()
+    linears = candidates(dit.groups, recipe.sparsity, target.gpus, by_speed=True)
     calls = Calls.of(recording, dit.calls, dit.groups)
-    kept = forecast(recipe, dit.checkpoint, target, outputs, plan, calls)
+    kept = forecast(recipe, dit.checkpoint, target, outputs, linears, calls)
     less = recipe.calibration.model_copy(update={"memory_gib": 1e-4})
     recipe = recipe.model_copy(update={"calibration": less, "budget": Budget()})
-    unkept = forecast(recipe, dit.checkpoint, target, outputs, plan, calls)
-    assert [need.stage for need in unkept.needs] == [
+    fixed = forecast(recipe, dit.checkpoint, target, outputs, linears, calls)
+    assert [need.stage for need in fixed.needs] == ["compensate", "export", "rewrite", "build"]
+    linears = candidates(dit.groups, recipe.sparsity, target.gpus, by_speed=False)
+    unkept = forecast(recipe, dit.checkpoint, target, outputs, linears, calls)
+    assert linears.open and [need.stage for need in unkept.needs] == [
         "compensate", "sensitivity", "verify", "export", "rewrite", "build",
     ]  # fmt: skip
     assert kept.needs[0].disk > 0 and unkept.disk == kept.disk - kept.needs[0].disk
     assert all(need.seconds for need in unkept.needs[:-1]) and unkept.needs[-1].seconds is None
     assert unkept.describe()[-1].endswith(" in all, and what build takes")
     twice = replace(calls, fitted=2 * calls.fitted)
-    longer = forecast(recipe, dit.checkpoint, target, outputs, plan, twice).needs[0]
+    longer = forecast(recipe, dit.checkpoint, target, outputs, linears, twice).needs[0]
     assert longer.seconds is not None and unkept.needs[0].seconds is not None
     assert unkept.needs[0].seconds < longer.seconds < 2 * unkept.needs[0].seconds  # the solves are the same
 
@@ -99,14 +102,14 @@ def test_moments_that_are_not_kept_take_no_disk_and_a_block_of_memory(recipe: Re
 def test_tuning_takes_its_minutes_and_the_runs_to_its_blocks(recipe: Recipe, tmp_path: Path) -> None:
     dit, recording = open_dit(recipe)
     target, outputs = target_of(recipe.engine), Outputs.of(tmp_path / "x.engine")
-    plan = candidates(dit.groups, recipe.sparsity, target.gpus, by_speed=True).everything()
+    linears = candidates(dit.groups, recipe.sparsity, target.gpus, by_speed=True)
     calls = Calls.of(recording, dit.calls, dit.groups)
     tuned = recipe.compensation.model_copy(update={"tune": "blockwise", "minutes": 1.0})
 
     def seconds(calls: Calls, memory_gib: float) -> float:
         moments = recipe.calibration.model_copy(update={"memory_gib": memory_gib})
         own = recipe.model_copy(update={"calibration": moments, "compensation": tuned})
-        needs = forecast(own, dit.checkpoint, target, outputs, plan, calls).needs
+        needs = forecast(own, dit.checkpoint, target, outputs, linears, calls).needs
         return next(need.seconds or 0.0 for need in needs if need.stage == "tune")
 
     twice = replace(calls, fitted=2 * calls.fitted)
