@@ -251,12 +251,27 @@ def largest(group: SparseGroup, weight: torch.Tensor, bias: torch.Tensor) -> Spa
 
 
 def expected_errors(
-    dit: DiT, group: SparseGroup, solved: SparseLinearWeights, moments: LayerStatistics
-) -> tuple[float, ...]:
-    """``SparseLinearWeights.errors`` of any weights of a group."""
+    dit: DiT, group: SparseGroup, solutions: Sequence[SparseLinearWeights], moments: LayerStatistics
+) -> list[tuple[float, ...]]:
+    """``SparseLinearWeights.errors`` of any weights of a group, each of ``solutions``."""
     device = _device()
     weight, bias = (tensor.to(device) for tensor in dense_weights(dit, group))
-    moments, solved = moments.to(device), _on(device, solved)
+    moments = moments.to(device)
+    dense = dense_squares(weight, bias, moments)
+    return [
+        _errors(group, _lost(group, weight, bias, _on(device, solved), moments), dense)
+        for solved in solutions
+    ]
+
+
+def _lost(
+    group: SparseGroup,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    solved: SparseLinearWeights,
+    moments: LayerStatistics,
+) -> torch.Tensor:
+    """[N]: what ``solved`` makes wrong of each row's result, squared."""
     channels, rank = group.in_channels, solved.rank
     changed, offset = solved.weight[:, :channels].float(), solved.bias - bias
     if solved.weight_scale is not None:
@@ -271,7 +286,7 @@ def expected_errors(
     if solved.fp8:
         assert noise is not None, "calibrate measures it for every FP8 node"
         lost = lost + changed.square() @ noise
-    return _errors(group, lost, dense_squares(weight, bias, moments))
+    return lost
 
 
 def _solve_activations(

@@ -197,7 +197,7 @@ def _written(
         for group in (group for group in moved if group.name == name):
             old = load_weights(files[group])
             new = joined(old, moved[group])
-            before, after = (expected_errors(dit, group, weights, moments) for weights in (old, new))
+            before, after = expected_errors(dit, group, (old, new), moments)
             save_weights(paths[group], replace(new, errors=after, solved_errors=before), dit.dtype)
             written += 1
             progress("weights written", written, len(files))
