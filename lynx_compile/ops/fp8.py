@@ -109,15 +109,28 @@ def pack_dense(weight: torch.Tensor) -> torch.Tensor:
 
 def pack(weight: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``values`` and ``metadata`` of W_q [N, K] e4m3; keep: bool [N, K], exactly 2 of every 4."""
-    rows, columns = -weight.shape[0] % ROW_STEP, -weight.shape[1] % STEP
-    weight = _pad(weight, rows, columns)
-    keep = functional.pad(keep, (0, columns, 0, rows))
-    keep[..., ::GROUP] |= ~keep.unflatten(-1, (-1, GROUP)).any(-1)  # padding keeps positions 0 and 1
-    keep[..., 1::GROUP] |= keep.unflatten(-1, (-1, GROUP)).sum(-1) < KEPT
-    nibbles = kept_positions(keep)  # [Np, K' / 4]
+    return pack_kept(weight, keep), pack_positions(keep)
+
+
+def pack_kept(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """``values`` alone."""
+    padded = _pad(weight, -weight.shape[0] % ROW_STEP, -weight.shape[1] % STEP)
+    return pack_values(padded.view(torch.uint8), _padded(keep)).view(E4M3)
+
+
+def pack_positions(keep: torch.Tensor) -> torch.Tensor:
+    """``metadata`` alone."""
+    nibbles = kept_positions(_padded(keep))  # [Np, K' / 4]
     words = (nibbles[:, ::2] | nibbles[:, 1::2] << 4).view(torch.int32)  # [Np, K' / 32]
-    metadata = words.unflatten(-1, (-1, STEP // WORD)).transpose(0, 1).contiguous()
-    return pack_values(weight.view(torch.uint8), keep).view(E4M3), metadata
+    return words.unflatten(-1, (-1, STEP // WORD)).transpose(0, 1).contiguous()
+
+
+def _padded(keep: torch.Tensor) -> torch.Tensor:
+    """[Np, K']; padding keeps positions 0 and 1."""
+    keep = functional.pad(keep, (0, -keep.shape[1] % STEP, 0, -keep.shape[0] % ROW_STEP))
+    keep[..., ::GROUP] |= ~keep.unflatten(-1, (-1, GROUP)).any(-1)
+    keep[..., 1::GROUP] |= keep.unflatten(-1, (-1, GROUP)).sum(-1) < KEPT
+    return keep
 
 
 def to_words(values: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lynx_compile.files.tensors import TensorSpec
-from lynx_compile.ops.fp8 import E4M3, ROW_STEP, STEP, pack, pack_dense, to_words
+from lynx_compile.ops.fp8 import E4M3, ROW_STEP, STEP, pack_dense, pack_kept, pack_positions, to_words
 from lynx_compile.ops.sparse_linear import keep_mask
 from lynx_compile.passes.compensate import SparseLinearWeights, load_weights
 
@@ -36,10 +36,16 @@ def fp8_tensors(
         padded = -(-out_channels // ROW_STEP) * ROW_STEP
         weight = [
             spec(
-                "values", torch.int32, (padded, width // 2 // WORD), lambda solved: _packed(solved, rows)[0]
+                "values",
+                torch.int32,
+                (padded, width // 2 // WORD),
+                lambda solved: _values(_weight(solved, rows)),
             ),
             spec(
-                "metadata", torch.int32, (width // STEP, padded, 4), lambda solved: _packed(solved, rows)[1]
+                "metadata",
+                torch.int32,
+                (width // STEP, padded, 4),
+                lambda solved: pack_positions(keep_mask(_weight(solved, rows))),
             ),
         ]
     else:
@@ -58,7 +64,5 @@ def _weight(solved: SparseLinearWeights, rows: list[int]) -> torch.Tensor:
     return solved.weight.view(torch.uint8)[rows].view(E4M3)  # torch indexes no e4m3
 
 
-def _packed(solved: SparseLinearWeights, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    weight = _weight(solved, rows)
-    values, metadata = pack(weight, keep_mask(weight))
-    return to_words(values), metadata
+def _values(weight: torch.Tensor) -> torch.Tensor:
+    return to_words(pack_kept(weight, keep_mask(weight)))
