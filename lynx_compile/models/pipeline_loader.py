@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
 from lynx_compile.errors import InputError, is_out_of_memory
-from lynx_compile.models.place import on_gpu
+from lynx_compile.models.place import device_type
 from lynx_compile.models.source import only_variant
 
 ENCODERS = ("text_encoder", "tokenizer")  # how components start that encoded prompts make needless
@@ -73,7 +73,7 @@ def load_pipeline(
             f"The pipeline in {folder} cannot be loaded ({reason(error)}).",
             "Fetch the whole checkpoint, as safetensors; pickles are never loaded.",
         ) from None
-    return pipe.to(device or ("cuda" if on_gpu() else "cpu"))
+    return pipe.to(device or device_type())
 
 
 @contextmanager

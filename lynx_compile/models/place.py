@@ -20,6 +20,11 @@ def on_gpu() -> bool:
     return not _on_cpu and torch.cuda.is_available()
 
 
+def device_type() -> str:
+    """``cuda`` or ``cpu``."""
+    return "cuda" if on_gpu() else "cpu"
+
+
 def choose(device: str) -> None:
     """For the rest of this process, before anything has run on a GPU.
 

@@ -38,7 +38,7 @@ from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import save_tensors
 from lynx_compile.files.unfinished import unfinished
 from lynx_compile.models.dit import DiT
-from lynx_compile.models.place import on_gpu
+from lynx_compile.models.place import device_type
 from lynx_compile.models.structure import LinearGroup
 from lynx_compile.ops.fp8 import Rounded, round_rows
 from lynx_compile.ops.sparse_linear import collapse_low_rank, expand_low_rank
@@ -218,7 +218,7 @@ def solve(
     group: SparseGroup, weight: torch.Tensor, bias: torch.Tensor, moments: LayerStatistics, sparsity: Sparsity
 ) -> SparseLinearWeights:
     """The compensated weights of one group. weight: [N, K], bias: [N], float32."""
-    device = _device()
+    device = device_type()
     weight, bias = weight.to(device), bias.to(device)
     moments = moments.to(device)
     if group.fp8:
@@ -227,10 +227,6 @@ def solve(
         return _solve_weights(group, weight, bias, moments, sparsity)
     assert isinstance(moments, PrunedStatistics), "calibrate gathers them for every node that prunes"
     return _solve_activations(group, weight, bias, moments, sparsity)
-
-
-def _device() -> str:
-    return "cuda" if on_gpu() else "cpu"
 
 
 def _on(device: str, solved: SparseLinearWeights) -> SparseLinearWeights:
@@ -254,7 +250,7 @@ def expected_errors(
     dit: DiT, group: SparseGroup, solutions: Sequence[SparseLinearWeights], moments: LayerStatistics
 ) -> list[tuple[float, ...]]:
     """``SparseLinearWeights.errors`` of any weights of a group, each of ``solutions``."""
-    device = _device()
+    device = device_type()
     weight, bias = (tensor.to(device) for tensor in dense_weights(dit, group))
     moments = moments.to(device)
     dense = dense_squares(weight, bias, moments)

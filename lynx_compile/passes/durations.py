@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 
-from lynx_compile.models.place import on_gpu
+from lynx_compile.models.place import device_type
 from lynx_compile.models.recording import Group, Recording
 from lynx_compile.models.structure import LinearGroup
 from lynx_compile.passes.calibrate import measurements
@@ -88,7 +88,7 @@ def seconds_of_stages(
         judged: whether a budget decides. blocks: of the model. solved, written: bytes of the solved weights, and of the
             rewritten ones.
     """
-    device = "cuda" if on_gpu() else "cpu"
+    device = device_type()
     run = RUN_SHARE * _rate(device, torch.bfloat16 if device == "cuda" else torch.float32)
     solve = SOLVE_SHARE * _rate(device, torch.float32)
     limit = recipe.calibration.tokens_per_call * recipe.calibration.batch
