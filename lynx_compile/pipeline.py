@@ -235,9 +235,8 @@ def _decide(
 ) -> _Decided | None:
     """From what linears could become to what they do, by error where the recipe leaves it open; None where another
     process decides."""
-    judged = recipe.budget if recipe.sparsity.needs_moments else None
+    judged = recipe.judge
     if isinstance(dit.checkpoint, OnnxSource):
-        judged = None
         log.warning(
             "an ONNX model has no gradients: speed decides on its linears, and no error is held against it"
         )

@@ -538,6 +538,12 @@ class Recipe(Section):
     compare: Compare = Compare()
     _digest: str = PrivateAttr("")
 
+    @property
+    def judge(self) -> Budget | None:
+        """What holds errors down, if they decide: not of weights that take no calibration, nor without gradients."""
+        has_errors = self.sparsity.needs_moments and not isinstance(self.model, OnnxModel)
+        return self.budget if has_errors else None
+
     @field_validator("calibration")
     @classmethod
     def _without_pipeline_no_prompts(cls, value: Calibration, info: ValidationInfo) -> Calibration:

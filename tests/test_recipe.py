@@ -626,6 +626,19 @@ def test_wrong_tuning(tmp_path: Path, section: str, message: str) -> None:
     assert message in _error(tmp_path, f"model: {{source: model}}\ncompensation: {section}\n")
 
 
+def test_errors_decide_where_they_can(tmp_path: Path) -> None:
+    path, source = tmp_path / "r.yaml", "model: {source: a/b}\n"
+    onnx = "model: {onnx: a.onnx}\ncalibration: {recording: calls}\n"
+    for text, decide in (
+        (source, True),
+        (source + "budget: false\n", False),
+        (source + "sparsity: {method: magnitude, operand: weight}\n", False),
+        (onnx, False),
+    ):
+        path.write_text(text)
+        assert (load_recipe(path).judge is not None) == decide, text
+
+
 def test_an_onnx_model_cannot_be_tuned(tmp_path: Path) -> None:
     onnx = "model: {onnx: a.onnx}\ncalibration: {recording: calls}\n"
     (tmp_path / "r.yaml").write_text(onnx)

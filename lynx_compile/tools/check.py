@@ -46,13 +46,12 @@ def check(recipe: Recipe, output: Path) -> Iterator[str]:
             yield from forecast(recipe, checkpoint, target, outputs).describe()
         return
     recording = recordings.load(Path(recorded))
-    by_speed = recipe.budget is None or not recipe.sparsity.needs_moments
     ways = recording.ways()
     for way in ways:
         own = outputs if len(ways) == 1 else outputs.part(recordings.part_name(way, ways))
         checkpoint = opened.of(way.component)
         groups = find_groups(checkpoint, recording, way, DTYPES[recipe.model.dtype])
-        found = candidates(groups, recipe.sparsity, target.gpus, by_speed=by_speed)
+        found = candidates(groups, recipe.sparsity, target.gpus, by_speed=recipe.judge is None)
         calls = Calls.of(recording, way, groups)
         expected = forecast(recipe, checkpoint, target, own, found, calls)
         yield from expected.describe()
