@@ -3,13 +3,16 @@
 
 ``python -m calib.emoji_flux.prompts texts emoji.safetensors`` writes ``prompts.txt`` and ``held_out.txt``,
 ``python -m calib.emoji_flux.prompts encode`` with the trained words ``conditioning.safetensors`` and
-``held_out.safetensors`` beside them, under the names of ``FluxPipeline``'s arguments.
+``held_out.safetensors`` beside them, under the names of ``FluxPipeline``'s arguments. Prompts to calibrate beyond those
+of the list, which a longer tuning can use, name two emoji of it each.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -33,14 +36,19 @@ def main() -> None:
     encode = commands.add_parser("encode")
     encode.add_argument("--model", type=Path, default=sampler.MODEL)
     encode.add_argument("--out", type=Path, default=sampler.HERE, help="folder for the rows")
+    encode.add_argument("--prompts", type=int, default=COUNTS[CALIBRATION], help="to calibrate with")
     given = parser.parse_args()
     if given.command == "texts":
         for path, prompts in choose(data.load(given.data)).items():
             path.write_text("\n".join(prompts) + "\n")
         return
     table = text.WordTable.load(given.model / sampler.WORDS)
-    for path in COUNTS:
-        save_file(rows(table, read(path)), given.out / output(path).name)
+    held_out = read(HELD_OUT)
+    for path, prompts in {
+        CALIBRATION: extended(read(CALIBRATION), held_out, given.prompts),
+        HELD_OUT: held_out,
+    }.items():
+        save_file(rows(table, prompts), given.out / output(path).name)
 
 
 def choose(emoji: data.Emoji) -> dict[Path, list[str]]:
@@ -49,16 +57,30 @@ def choose(emoji: data.Emoji) -> dict[Path, list[str]]:
     names = sorted({" ".join(data.words(some[0])[: text.TOKENS]) for some in emoji.texts})
     short = sorted({name.split(maxsplit=1)[1] for name in names if 2 <= len(name.split()) <= SHORT + 1})
     total = sum(COUNTS.values())
-    invented: dict[str, None] = {}
-    while len(invented) < INVENTED * total:
-        first, second = chance.sample(short, 2)
-        prompt = f"{chance.choice(data.STYLES)} {first} with {second}"
-        if prompt not in names:
-            invented[prompt] = None
+    invented = _pairs(short, math.ceil(INVENTED * total), names, chance)
     prompts = [*invented, *chance.sample(names, total - len(invented))]
     chance.shuffle(prompts)
     first = COUNTS[CALIBRATION]
     return {CALIBRATION: prompts[:first], HELD_OUT: prompts[first:]}
+
+
+def extended(prompts: list[str], held_out: list[str], count: int) -> list[str]:
+    """The first of ``prompts``, or all and pairs of the emoji that they name; ``count`` in all, none ``held_out``."""
+    names = {prompt.split(maxsplit=1)[1] for prompt in prompts if " with " not in prompt}
+    short = sorted(name for name in names if len(name.split()) <= SHORT)
+    more = max(count - len(prompts), 0)
+    return [*prompts[:count], *_pairs(short, more, {*prompts, *held_out}, random.Random(SEED))]
+
+
+def _pairs(names: list[str], count: int, taken: Container[str], chance: random.Random) -> list[str]:
+    """So many distinct prompts that are not ``taken``."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        first, second = chance.sample(names, 2)
+        prompt = f"{chance.choice(data.STYLES)} {first} with {second}"
+        if prompt not in taken:
+            found[prompt] = None
+    return list(found)
 
 
 def read(path: Path) -> list[str]:

@@ -59,6 +59,14 @@ def test_pipeline_guides_as_the_sampler_does(words: text.WordTable):
     torch.testing.assert_close(data.unpack(latents), drawn, rtol=0, atol=0.01)  # the rows are fp16
 
 
+def test_more_prompts_name_two_emoji_and_none_is_held_out():
+    listed, held_out = (prompts.read(path) for path in (prompts.CALIBRATION, prompts.HELD_OUT))
+    more = prompts.extended(listed, held_out, 4096)
+    assert len(set(more)) == 4096 and more[: len(listed)] == listed and not {*more} & {*held_out}
+    assert all(" with " in prompt for prompt in more[len(listed) :])
+    assert prompts.extended(listed, held_out, 100) == listed[:100]
+
+
 def test_prompts_are_apart_and_their_rows_the_words(words: text.WordTable):
     lists = {path: prompts.read(path) for path in prompts.COUNTS}
     assert {path: len(some) for path, some in lists.items()} == prompts.COUNTS
