@@ -8,7 +8,7 @@ moments at once, so it is for what fits in memory; blocks are recomputed in the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from lynx_compile.files.tensors import save_tensors
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
 from lynx_compile.passes.block_weights import Files, all_linears, substituted
-from lynx_compile.passes.select import SparsityPlan
+from lynx_compile.passes.select import SparseGroup, SparsityPlan
 from lynx_compile.passes.states import apart, calls_within, drawn_calls, samples_of, states_of
 from lynx_compile.recipe import Recipe
 from lynx_compile.solve.stacking import State, batches, joined, outputs_of, parted
@@ -31,7 +31,7 @@ from lynx_compile.solve.tune import Effort, Outcome, Rows, Shelf, fit
 
 END_RATE = 0.0015  # of a tensor's rms in a step, at first (solve.tune.Effort)
 BYTES_A_WEIGHT = (
-    24  # float32: itself, its gradient, Adam's two moments, the best so far; and what is cast of it
+    28  # of what is tuned, float32: it, its gradient, Adam's moments, mean, best; and what is cast
 )
 KEPT = 6  # values kept for the backward pass, to each that a compressed linear reads or returns
 
@@ -54,10 +54,7 @@ class Whole:
 
 def fits(dit: DiT, plan: SparsityPlan) -> bool:
     """Whether the GPU's free memory holds what it takes, with a third left for activations."""
-    weights = sum(
-        linear.in_channels * linear.out_channels for group in plan.groups for linear in group.linears
-    )
-    return BYTES_A_WEIGHT * weights < 2 / 3 * _free_bytes(dit)
+    return _weight_bytes(plan.groups) < 2 / 3 * _free_bytes(dit)
 
 
 def end_to_end(
@@ -142,7 +139,8 @@ def _checkpointing(dit: DiT, files: Files, samples: int, recording: Recording) -
         for group in files
     )
     calls = samples / samples_of(recording, dit.calls.calls[0])
-    if KEPT * calls * read * dit.dtype.itemsize < _free_bytes(dit) / 3 or not can_recompute(dit.module):
+    left = _free_bytes(dit) - _weight_bytes(files)
+    if KEPT * calls * read * dit.dtype.itemsize < 2 / 3 * left or not can_recompute(dit.module):
         yield
         return
     log.info("end to end with gradient checkpointing")
@@ -156,6 +154,12 @@ def _checkpointing(dit: DiT, files: Files, samples: int, recording: Recording) -
 
 def can_recompute(module: torch.nn.Module) -> bool:
     return bool(getattr(module, "_supports_gradient_checkpointing", False))
+
+
+def _weight_bytes(groups: Iterable[SparseGroup]) -> int:
+    """What tuning takes for the weights of these linears."""
+    linears = (linear for group in groups for linear in group.linears)
+    return BYTES_A_WEIGHT * sum(linear.in_channels * linear.out_channels for linear in linears)
 
 
 def _free_bytes(dit: DiT) -> float:

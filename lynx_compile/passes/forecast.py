@@ -25,6 +25,7 @@ from lynx_compile.models.place import on_gpu
 from lynx_compile.models.streamed import free_memory, has_room
 from lynx_compile.passes.calibrate import measurements
 from lynx_compile.passes.durations import Calls, seconds_of_stages
+from lynx_compile.passes.end_to_end import BYTES_A_WEIGHT
 from lynx_compile.passes.lanes import COPIES
 from lynx_compile.passes.select import MEASURED_FP8_GPUS, Candidates, SparsityPlan
 from lynx_compile.passes.sensitivity import AT_ONCE
@@ -40,7 +41,6 @@ FLOAT, HALF = 4, 2  # bytes
 BUILDER, BUILDER_A_BLOCK = GIB, 8 << 20  # TensorRT, besides the constants that it holds twice
 REWRITTEN = 10 << 20  # of a block while nodes are matched and replaced
 PACKING = 2.0  # times a node's float32 weights: they, and what is written of them
-TUNING = 16  # bytes for each weight of a block that is tuned: it, its gradient and Adam's two moments
 WORK_ON_THE_LARGEST = 1.5  # the same, where the largest weights are kept and nothing is solved
 # What a solve holds, as measured, while it works on weights and while it factorises moments: so many times the float32
 # weights of its node, and so many times K x K.
@@ -190,7 +190,7 @@ def forecast(
     module = _loaded(checkpoint, sizes, *place, streamed)
     copied = 0 if stored and _is_stored(checkpoint, dtype) else dtype.itemsize * sizes.parameters
     is_open = found is None or bool(found.open)
-    judged = recipe.budget is not None and recipe.sparsity.needs_moments and stored and is_open
+    judged = recipe.judge is not None and is_open
     tuned = recipe.sparsity.needs_moments and (
         recipe.compensation.tune in ("blockwise", "end_to_end")
         or (recipe.compensation.tune == "auto" and (with_gpu or sizes.changed <= SMALL))
@@ -206,7 +206,7 @@ def forecast(
     measured = run + sizes.moments if kept and not streamed else by_block
     in_floats = FLOAT * sizes.node_weights
     probed = in_floats if in_floats <= budget else AT_ONCE * sizes.largest
-    tuning = place[0].itemsize * sizes.largest_block + TUNING * sizes.block_changed
+    tuning = place[0].itemsize * sizes.largest_block + BYTES_A_WEIGHT * sizes.block_changed
     needs = [
         Need("calibrate", *_split(with_gpu, measured), sizes.moments),
         Need("compensate", *_split(with_gpu, sizes.solve + (module if kept else measured)), sizes.solved),

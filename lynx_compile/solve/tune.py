@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 from torch.nn import functional
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from lynx_compile.files.progress import Progress
 from lynx_compile.ops.fp8 import round_rows, to_e4m3
@@ -28,9 +29,14 @@ RATE = 0.005  # of a tensor's rms that Adam moves its elements in a step, at fir
 LOOK_EVERY = 25  # steps between two looks at the held-out error
 LEAST_HELD_OUT = 8  # states that a look is at; else so many that it takes a tenth of the time
 LEAST_STATES = 2  # of a step: of one alone it is that of its own time
-SLOWER = 3  # times, after a look that finds it no lower
-MOST_WORSE = 5  # such looks in a row end it
+WARM_UP = 20  # steps, from Adam's first on, which go by the signs of gradients alone
+AVERAGED = 0.95  # what the mean keeps of itself in a step, at most: it is of all steps, and later of the last
+PATIENCE = 2  # looks in a row that find it no lower, until it goes back
+LOST = 2  # times the lowest that it was: it goes back at once
+SLOWER = 3  # times, from there on
+MOST_WORSE = 8  # such looks in a row end it
 SAVE_EVERY = 120  # seconds, at least, between what a stopped run could go on with
+SAVED = ("now", "mean", "best")  # of each parameter
 
 
 @dataclass(frozen=True)
@@ -188,8 +194,9 @@ def fit(
 ) -> Outcome:
     """Move the parameters of ``linears``, by which ``module`` computes, until the held-out error falls no more.
 
-    Where a look finds it no lower, tuning goes on from the best that was seen, with smaller steps. They are left at
-    the best, which is where they began if nothing was better.
+    What is looked at is their mean over the last steps (Polyak averaging): gradients of few states shake the weights
+    themselves by more than some steps gain, until steps are small. Where it stays no better, tuning goes on from the
+    best that was seen, with smaller steps. They are left at the best, which is where they began if nothing was better.
     """
     linears = tuple(linears)
     if not train or not _parameters(linears):
@@ -206,7 +213,7 @@ def fit(
 
 
 class _Fit:
-    """Where tuning is. ``kept``: the best values that were seen, and ``best`` their held-out error."""
+    """Where tuning is. ``kept``: the best means that were seen, and ``best`` their held-out error."""
 
     def __init__(
         self,
@@ -226,28 +233,37 @@ class _Fit:
         self._draw = _drawn(train, effort.seed)
         self.step, self.total, self.worse, self._rate = 0, effort.steps, 0, effort.rate
         self._kept = [parameter.detach().clone() for parameter in self._parameters]
+        self._mean, self._averaged = [kept.clone() for kept in self._kept], 0
         if (saved := shelf.load()) is not None:
             self._take_up(saved)
         else:
             self.best = self.before = block_error(module, self._held_out, effort.samples)
 
     def take_step(self) -> None:
+        rate = self._rate * (1 + math.cos(math.pi * self.step / self.total)) / 2
+        rate *= min((self._averaged + 1) / WARM_UP, 1)
         for group, size in zip(self._adam.param_groups, self._sizes, strict=True):
-            group["lr"] = self._rate * size * (1 + math.cos(math.pi * self.step / self.total)) / 2
+            group["lr"] = rate * size
         self._adam.zero_grad()
         for batch in batches(self._drawn(), self._effort.samples):
             _loss(self._module, batch).sum().backward()
         self._adam.step()
         self.step += 1
+        self._averaged += 1
+        decay = min(AVERAGED, 1 - 1 / self._averaged)
+        get_ema_multi_avg_fn(decay)(self._mean, [p.detach() for p in self._parameters], self._averaged)
 
     def look(self) -> None:
-        error = block_error(self._module, self._held_out, self._effort.samples)
-        if error < self.best:
-            self.best, self.worse = error, 0
-            _restore(self._kept, self._parameters)
-        else:
+        with self._at_mean():
+            error = block_error(self._module, self._held_out, self._effort.samples)
+        self.worse = 0 if error < self.best else self.worse + 1
+        if not self.worse:
+            self.best = error
+            _restore(self._kept, self._mean)
+        elif self.worse % PATIENCE == 0 or not error < LOST * self.best:
             _restore(self._parameters, self._kept)
-            self._adam, self._rate, self.worse = self._fresh_adam(), self._rate / SLOWER, self.worse + 1
+            _restore(self._mean, self._kept)
+            self._adam, self._rate, self._averaged = self._fresh_adam(), self._rate / SLOWER, 0
         spent = time.monotonic() - self._start
         self.total = min(self._effort.steps, max(int(self.step * self._effort.seconds / spent), self.step))
         if time.monotonic() - self._saved > SAVE_EVERY:
@@ -257,6 +273,17 @@ class _Fit:
         _restore(self._parameters, self._kept)
         return Outcome(self.before, self.best, self.step, time.monotonic() - self._start)
 
+    @contextmanager
+    def _at_mean(self) -> Iterator[None]:
+        """The parameters have their mean's values meanwhile."""
+        self._swap()
+        yield
+        self._swap()
+
+    def _swap(self) -> None:
+        for number, parameter in enumerate(self._parameters):
+            self._mean[number], parameter.data = parameter.data, self._mean[number]
+
     def _drawn(self) -> list[State]:
         return _taken(self._draw, self._effort.samples, LEAST_STATES)
 
@@ -265,23 +292,26 @@ class _Fit:
         return torch.optim.Adam(groups, fused=self._parameters[0].is_cuda)
 
     def _lay_down(self) -> None:
-        numbers = (self.step, self.worse, self._rate, self.best, self.before, time.monotonic() - self._start)
+        spent = time.monotonic() - self._start
+        numbers = (self.step, self.worse, self._averaged, self._rate, self.best, self.before, spent)
         tensors = {"numbers": torch.tensor(numbers, dtype=torch.float64)}
         for number, parameter in enumerate(self._parameters):
-            tensors |= {f"now.{number}": parameter.detach(), f"best.{number}": self._kept[number]}
+            values = (parameter.detach(), self._mean[number], self._kept[number])
+            tensors |= {f"{name}.{number}": value for name, value in zip(SAVED, values, strict=True)}
             tensors |= {f"{name}.{number}": value for name, value in self._adam.state[parameter].items()}
         self._shelf.save(tensors)
         self._saved = time.monotonic()
 
     def _take_up(self, saved: Mapping[str, torch.Tensor]) -> None:
-        step, worse, self._rate, self.best, self.before, spent = saved["numbers"].tolist()
-        self.step, self.worse = int(step), int(worse)
+        step, worse, averaged, self._rate, self.best, self.before, spent = saved["numbers"].tolist()
+        self.step, self.worse, self._averaged = int(step), int(worse), int(averaged)
         self._start -= spent
         self.total = min(self._effort.steps, max(int(step * self._effort.seconds / spent), self.step))
         for _ in range(self.step):
             self._drawn()
         for number, parameter in enumerate(self._parameters):
-            _restore([parameter, self._kept[number]], [saved[f"now.{number}"], saved[f"best.{number}"]])
+            values = [saved[f"{name}.{number}"] for name in SAVED]
+            _restore([parameter, self._mean[number], self._kept[number]], values)
             state = {name: saved.get(f"{name}.{number}") for name in ("step", "exp_avg", "exp_avg_sq")}
             moved = {name: value.to(parameter.device) for name, value in state.items() if value is not None}
             if moved:  # none right after a look that began anew

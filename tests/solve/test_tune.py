@@ -148,6 +148,25 @@ def test_what_only_gets_worse_is_put_back(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(torch.equal(a, b) for a, b in zip(before, block.parameters(), strict=True))
 
 
+def test_noise_of_few_states_does_not_send_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that overshoot have a mean that is better than where they began, when none of them is."""
+    found = []
+    for averaged in (tune.AVERAGED, 0.0):
+        monkeypatch.setattr(tune, "AVERAGED", averaged)
+        torch.manual_seed(0)
+        wanted, x = torch.randn(64, 64), torch.randn(72, 16, 64)
+        linear = TunedLinear(Rows(wanted + 0.02 * torch.randn(64, 64), torch.zeros(64), "none"))
+        noise = [0.5] * 64 + [0.0] * 8
+        states = [
+            State((one,), {}, (one @ wanted.T + spread * torch.randn(16, 64),), 1.0)
+            for one, spread in zip(x, noise, strict=True)
+        ]
+        effort = Effort(10_000, 0, 2, 0, rate=0.02)  # to the first look
+        found.append(fit(linear, [linear], states[:64], states[64:], effort, no_progress))
+    mean, last = found
+    assert mean.after < mean.before == last.before == last.after
+
+
 @pytest.mark.parametrize("operand", ["weight", "activation"])
 def test_joined_states_count_as_they_do_alone(operand: str) -> None:
     found = []
