@@ -9,6 +9,7 @@ and gradients pass it as if it did not (straight through), activations' pruning 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +38,8 @@ SLOWER = 3  # times, from there on
 MOST_WORSE = 8  # such looks in a row end it
 SAVE_EVERY = 120  # seconds, at least, between what a stopped run could go on with
 SAVED = ("now", "mean", "best")  # of each parameter
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -256,6 +259,9 @@ class _Fit:
     def look(self) -> None:
         with self._at_mean():
             error = block_error(self._module, self._held_out, self._effort.samples)
+        log.info(
+            "%d steps: held-out error %.5f, least %.5f, rate %.2g", self.step, error, self.best, self._rate
+        )
         self.worse = 0 if error < self.best else self.worse + 1
         if not self.worse:
             self.best = error
