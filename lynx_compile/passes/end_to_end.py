@@ -27,12 +27,9 @@ from lynx_compile.passes.select import SparseGroup, SparsityPlan
 from lynx_compile.passes.states import apart, calls_within, drawn_calls, samples_of, states_of
 from lynx_compile.recipe import Recipe
 from lynx_compile.solve.stacking import State, batches, joined, outputs_of, parted
-from lynx_compile.solve.tune import Effort, Outcome, Rows, Shelf, fit
+from lynx_compile.solve.tune import BYTES_A_WEIGHT, Effort, Outcome, Rows, Shelf, fit
 
 END_RATE = 0.0015  # of a tensor's rms in a step, at first (solve.tune.Effort)
-BYTES_A_WEIGHT = (
-    28  # of what is tuned, float32: it, its gradient, Adam's moments, mean, best; and what is cast
-)
 KEPT = 6  # values kept for the backward pass, to each that a compressed linear reads or returns
 
 log = logging.getLogger(__name__)
@@ -158,8 +155,7 @@ def can_recompute(module: torch.nn.Module) -> bool:
 
 def _weight_bytes(groups: Iterable[SparseGroup]) -> int:
     """What tuning takes for the weights of these linears."""
-    linears = (linear for group in groups for linear in group.linears)
-    return BYTES_A_WEIGHT * sum(linear.in_channels * linear.out_channels for linear in linears)
+    return BYTES_A_WEIGHT * sum(group.weights for group in groups)
 
 
 def _free_bytes(dit: DiT) -> float:

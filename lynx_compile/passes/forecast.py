@@ -25,7 +25,6 @@ from lynx_compile.models.place import on_gpu
 from lynx_compile.models.streamed import free_memory, has_room
 from lynx_compile.passes.calibrate import measurements
 from lynx_compile.passes.durations import Calls, seconds_of_stages
-from lynx_compile.passes.end_to_end import BYTES_A_WEIGHT
 from lynx_compile.passes.lanes import COPIES
 from lynx_compile.passes.select import MEASURED_FP8_GPUS, Candidates, SparsityPlan
 from lynx_compile.passes.sensitivity import AT_ONCE
@@ -33,6 +32,7 @@ from lynx_compile.passes.speed_table import Form
 from lynx_compile.passes.target import Target
 from lynx_compile.passes.tune import SMALL
 from lynx_compile.recipe import Recipe
+from lynx_compile.solve.tune import BYTES_A_WEIGHT
 
 GIB = 2**30
 PROCESS = int(0.55 * GIB)  # torch, diffusers, ONNX and TensorRT, with nothing loaded

@@ -64,6 +64,11 @@ class SparseGroup(LinearGroup):
     def form(self) -> Form:
         return Form(self.operand, self.fp8)
 
+    @property
+    def weights(self) -> int:
+        """How many its linears have, biases apart."""
+        return sum(linear.in_channels * linear.out_channels for linear in self.linears)
+
 
 @dataclass(frozen=True)
 class SparsityPlan:

@@ -164,8 +164,7 @@ class Solved:
     def __init__(
         self, nodes: Sequence[SparseGroup], paths: Sequence[Path], device: torch.device, memory_gib: float
     ) -> None:
-        size = sum(4 * linear.in_channels * linear.out_channels for node in nodes for linear in node.linears)
-        self.fit = size <= memory_gib * 2**30
+        self.fit = 4 * sum(node.weights for node in nodes) <= memory_gib * 2**30
         # A node's linears are asked for one after the other, each in all forms.
         self._node = lru_cache(None if self.fit else AT_ONCE)(
             lambda number: node_linears(paths[number], device)

@@ -89,8 +89,7 @@ def is_tuned(dit: DiT, plan: SparsityPlan, recipe: Recipe) -> bool:
         return recipe.compensation.tune != "off"
     if isinstance(dit.checkpoint, OnnxSource):  # its module cannot run without ONNX Runtime
         return False
-    size = sum(linear.in_channels * linear.out_channels for group in plan.groups for linear in group.linears)
-    return on_gpu() or size <= SMALL
+    return on_gpu() or sum(group.weights for group in plan.groups) <= SMALL
 
 
 def reaches_end(dit: DiT, plan: SparsityPlan, recipe: Recipe) -> bool:

@@ -37,6 +37,9 @@ LOST = 2  # times the lowest that it was: it goes back at once
 SLOWER = 3  # times, from there on
 MOST_WORSE = 8  # such looks in a row end it
 SAVE_EVERY = 120  # seconds, at least, between what a stopped run could go on with
+BYTES_A_WEIGHT = (
+    28  # float32: itself, its gradient, Adam's two moments, mean and best; and what is cast of it
+)
 SAVED = ("now", "mean", "best")  # of each parameter
 
 log = logging.getLogger(__name__)
