@@ -70,9 +70,9 @@ def hub(repository: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.Monkey
                 self._send(200, json.dumps(tree if "/tree/" in path else model).encode(), {})
             else:
                 name = path.split("/", 5)[5]
-                self._send(200, repository[name], {"ETag": f'"{sha256(repository[name]).hexdigest()}"'})
-                if self.command == "GET":
+                if self.command == "GET":  # noted first: the client may be done before this thread goes on
                     sent.append(name)
+                self._send(200, repository[name], {"ETag": f'"{sha256(repository[name]).hexdigest()}"'})
 
         def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
             self.send_response(status)
