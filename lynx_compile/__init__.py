@@ -58,9 +58,10 @@ def apply(module: nn.Module, path: str | Path, *, restorable: bool = True) -> nn
         pipe.to("cuda")
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
 
-    Linears that read one tensor become one product; a GELU behind them, or SwiGLU or GEGLU behind 2:4 weights, is
-    part of it. Any resolution and number of tokens run. On a GPU the plugin library's kernels compute; on a CPU,
-    slowly, their definitions. A LoRA that is loaded before stays beside them; diffusers' group offload comes after.
+    Linears that read one tensor become one product; a GELU behind them is part of it, behind 2:4 weights and in FP8
+    SwiGLU and GEGLU too. Any resolution and number of tokens run. On a GPU the plugin library's kernels compute; on a
+    CPU, slowly, their definitions. A LoRA that is loaded before stays beside them; diffusers' group offload comes
+    after.
 
     Args:
         module: on any device, in the engine's dtype, without a fused LoRA.

@@ -286,9 +286,9 @@ class Sparsity(Section):
     globs over module paths to one of these ({"*.to_out.0": weight, "*": auto}), of which the first that matches counts,
     and auto where none does. To leave a linear as it was, `exclude` it."""
     precision: Literal["auto", "bf16", "fp16", "fp8"] = "auto"
-    """What linears multiply in: fp8; bf16 or fp16, which must be the model's dtype; or auto, the faster of both where
-    every GPU that the engine is for runs the FP8 kernels and nothing is asked for that they have not (method paper, a
-    rank, the scale)."""
+    """What linears multiply in: fp8; bf16 or fp16, which must be the model's dtype; or auto: FP8 competes on Hopper,
+    and on sm89 or sm120 with `costs` measured there, unless something is asked for that it has not (method paper or
+    magnitude, a rank, the scale)."""
     costs: Annotated[str, Field(min_length=1)] | None = None
     """Measured times to choose by: the JSON of lynx-compile bench. With it linears also stay dense where the one
     operand given is slower, unless a glob names it. null: a roofline."""

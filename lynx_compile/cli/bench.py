@@ -58,9 +58,9 @@ def bench(
 ) -> None:
     """Measure sparse linears on this GPU.
 
-    Against cuBLAS, and other ways to run them. By default the linears of FLUX.1-dev, Qwen-Image and Z-Image in all
-    forms that this GPU has kernels for; with --blocks FLUX.1-dev's blocks, with --model a step of a whole model.
-    Without a GPU a roofline is shown, as such.
+    Against cuBLAS, and other ways to run them. By default the linears of FLUX.1-dev, Qwen-Image and Z-Image, and where
+    the GPU runs FP8 those of FLUX.2-dev and Wan 2.2 too, in all forms that it has kernels for; with --blocks
+    FLUX.1-dev's blocks, with --model a step of a whole model. Without a GPU a roofline is shown, as such.
 
     \b
     Writes, into the folder of -o:
