@@ -128,6 +128,17 @@ def parse(arguments: list[str]) -> str:
     return str(name)
 
 
+def test_every_option_stands_on_a_page() -> None:
+    """By one of its names."""
+    group = typer.main.get_command(cli.app)
+    text = "".join(page.read_text() for page in PAGES)
+    for name, command in group.commands.items():
+        for option in command.params:
+            names = [each for each in (*option.opts, *option.secondary_opts) if each.startswith("-")]
+            shown = [each for each in names if re.search(rf"(?<![\w-]){re.escape(each)}(?![\w-])", text)]
+            assert shown or not names, f"{name}: no page tells of {names}"
+
+
 def test_an_option_that_is_not_there_is_found() -> None:
     with pytest.raises(Exception, match="--frehs"):
         parse(["flux.yaml", "-o", "flux.engine", "--frehs"])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +105,36 @@ def test_readme_and_docs_show_the_summary() -> None:
             assert ends[name] == f"{summary[f'quality.digits_flux.{method}.output_error']:.3f}"
     slower = bench_fp8.markdown(summary | {"linears.fp8_dense.all": 9.0})
     assert "| **dense FP8** |" in slower and "**9.00x**" in slower
+
+
+def test_the_page_shows_every_stored_result() -> None:
+    """Of linears in 16 bits, of whole models, of blocks and of two GPUs."""
+    page = (BENCH.parents[1] / "docs" / "benchmarks.md").read_text()
+    gpus = (BENCH.parents[1] / "docs" / "several-gpus.md").read_text()
+
+    def stored(name: str) -> Any:
+        return json.loads((BENCH / f"nvidia-h100-80gb-hbm3-{name}.json").read_text())
+
+    with_rank, without = stored("rank64"), stored("rank0")
+    for r, r0 in zip(with_rank["results"], without["results"], strict=True):
+        s = r["shape"]
+        ratios = (
+            r["weight_ratio"]["median"], r["steady_weight_ratio"], r["ratio"]["median"], r["steady_ratio"],
+            r0["ratio"]["median"], r0["steady_ratio"], r["cusparselt_ratio"]["median"], r["steady_cusparselt_ratio"],
+        )  # fmt: skip
+        weight, *others = (f"{ratio:.2f}x" for ratio in ratios)
+        size = f"{s['tokens']} x {s['channels']} → {s['out_channels']}"
+        cells = s["model"], s["linear"], size, f"{r['dense']['median']:.0f}", f"**{weight}**", *others
+        assert s["model"] == "square" or f"| {' | '.join(cells)} |" in page
+    means = {**with_rank["geometric_means"], "rank 0": without["geometric_means"]["activations"]}
+    assert f"| **{means['weights']:.2f}x** |" in page and f"| {means['activations']:.2f}x |" in page
+    assert f"| {means['rank 0']:.2f}x |" in page
+    models = (BENCH / "nvidia-h100-80gb-hbm3-model.md").read_text().splitlines()[2:]
+    assert len(models) > 20 and "\n".join(models) in page
+    for block in stored("blocks")["results"]:
+        assert f"{block['block']} block {block['ratio']['median']:.2f}x" in page
+    for form in stored("x2-parallel")["forms"].values():
+        assert f"| {' | '.join(f'{ms:.1f}' for ms in form['graph_ms'])} |" in gpus
 
 
 def test_fp8_stands_beside_the_others_in_one_table() -> None:
