@@ -141,14 +141,15 @@ def test_fault_has_its_place(fault: Fault) -> None:
     assert len(spoilt_files(fault, KERNELS)) == 1
 
 
-def test_every_mark_has_a_fault() -> None:
+def test_every_mark_has_a_fault_and_pages_count_them() -> None:
     from .test_fp8_mutations import FAULTS as FP8_FAULTS  # which are made of this module's
     from .test_fp8_round_mutations import FAULTS as ROUND_FAULTS
 
+    faults = [*FAULTS, *FP8_FAULTS, *ROUND_FAULTS]
     text = "".join(file.read_text() for file in sorted(KERNELS.iterdir()))
-    assert set(re.findall("// fault: (.*)", text)) == {
-        fault.mark for fault in [*FAULTS, *FP8_FAULTS, *ROUND_FAULTS]
-    }
+    assert set(re.findall("// fault: (.*)", text)) == {fault.mark for fault in faults}
+    for page in ("CHANGELOG.md", "docs/status.md"):
+        assert f"{len(faults)} deliberate faults" in (PLUGINS.parent / page).read_text()
 
 
 @pytest.mark.slow
