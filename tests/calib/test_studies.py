@@ -101,6 +101,27 @@ def test_images_of_emoji_flux_speak_for_activations(studies: dict[str, Study]) -
         assert of(studies["digits_flux"], activation, "psnr") < of(studies["digits_flux"], weight, "psnr")
 
 
+def test_slim_errs_more_than_the_paper_on_digits_and_less_on_emoji(studies: dict[str, Study]) -> None:
+    digits, emoji = studies["digits_flux"], studies["emoji_flux"]
+    assert of(digits, "slim") > of(digits, "paper") > of(digits, "paper_trained")
+    assert of(emoji, "slim") < of(emoji, "paper_trained")
+    assert of(emoji, "slim", "psnr") < of(emoji, "paper", "psnr")
+
+
+def test_the_evidence_says_how_many_times_and_how_much(studies: dict[str, Study]) -> None:
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    times = [of(study, "paper") / of(study, "weight_solved") for study in studies.values()]
+    off = [1 - of(study, "weight") / of(study, "weight_solved") for study in studies.values()]
+    digits, emoji, larger = (f"{factor:.1f} times" for factor in times)
+    assert f"{digits} as much as our solved weights on digits-flux" in page
+    assert f"{larger} on 156 M" in page and f"{emoji} on emoji-flux" in page
+    digits, emoji, larger = (f"{100 * share:.0f} %" for share in off)
+    assert (
+        f"{digits} off the error of 2:4 weights on digits-flux, {emoji} on emoji-flux and {larger} on 156 M"
+        in page
+    )
+
+
 @pytest.mark.parametrize("name", ["digits_flux", "emoji_flux"])
 def test_fp8_adds_to_solved_2_of_4_like_an_independent_error(name: str, studies: dict[str, Study]) -> None:
     for what in ("layer_error", "output_error"):
