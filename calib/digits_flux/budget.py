@@ -58,7 +58,7 @@ def main(
     print("steps | predicted | solved | tuned")
     for at in (made.verified.whole, *made.verified.steps):
         print(
-            f"{at.first} to {at.last} | {at.predicted:.4f} | {at.solved:.4f} | {at.tuned or 0:.4f}",
+            f"{at.first} to {at.last} | {at.predicted:.4f} | {at.solved or 0:.4f} | {at.tuned or 0:.4f}",
             flush=True,
         )
     found = made.selection.candidates

@@ -40,7 +40,7 @@ from lynx_compile.models.structure import is_pointwise
 from lynx_compile.passes.block_weights import node_linears
 from lynx_compile.passes.calibrate import replay
 from lynx_compile.passes.select import SparseGroup
-from lynx_compile.passes.states import weight_of
+from lynx_compile.passes.states import spread_calls, weight_of
 from lynx_compile.recipe import Recipe
 from lynx_compile.solve.tune import TunedLinear, differentiable_attention
 
@@ -145,17 +145,10 @@ def columns_of(nodes: Sequence[SparseGroup]) -> tuple[tuple[int, str], ...]:
 
 
 def probed_calls(recording: Recording, calls: Sequence[Call], seed: int, most: int) -> list[Call]:
-    """Calls that are not held out, in turn of every step and branch, of samples drawn at random."""
+    """Calls that are not held out, spread over steps, branches and samples."""
     out = recording.held_out(calls)
     left = [call for number, call in enumerate(calls) if number not in out] or list(calls)
-    order = torch.randperm(len(left), generator=torch.Generator().manual_seed(seed)).tolist()
-    turns: dict[tuple[int, str], int] = {}
-    ranked: list[tuple[int, int, int]] = []
-    for position in order:
-        kind = left[position].step, left[position].branch
-        turns[kind] = turns.get(kind, 0) + 1
-        ranked.append((turns[kind], len(ranked), position))
-    return [left[position] for *_, position in sorted(ranked)[:most]]
+    return spread_calls(left, seed, most)
 
 
 class Solved:

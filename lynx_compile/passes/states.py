@@ -30,6 +30,18 @@ def drawn_calls(calls: Sequence[Call], held_out: set[int], seed: int) -> list[in
     return [n for _, n in sorted(places, key=lambda pair: pair[0])]
 
 
+def spread_calls(calls: Sequence[Call], seed: int, most: int) -> list[Call]:
+    """So many of the calls, in turn of every step and branch, each time of a sample drawn at random."""
+    turns: dict[tuple[int, str], int] = {}
+    ranked: list[tuple[int, int, int]] = []
+    order = torch.randperm(len(calls), generator=torch.Generator().manual_seed(seed)).tolist()
+    for position in order:
+        kind = calls[position].step, calls[position].branch
+        turns[kind] = turns.get(kind, 0) + 1
+        ranked.append((turns[kind], len(ranked), position))
+    return [calls[position] for *_, position in sorted(ranked)[:most]]
+
+
 def calls_within(recording: Recording, calls: Sequence[Call], gib: float) -> int:
     """How many of the calls, from the first on, memory holds with what they return; two at least."""
     left, known = gib * 2**30, set[str]()

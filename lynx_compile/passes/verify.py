@@ -26,11 +26,11 @@ from lynx_compile.passes.block_weights import node_linears, substituted
 from lynx_compile.passes.budget import Selection
 from lynx_compile.passes.calibrate import replay
 from lynx_compile.passes.select import SparseGroup
-from lynx_compile.passes.states import weight_of
+from lynx_compile.passes.states import spread_calls, weight_of
 from lynx_compile.solve.tune import TunedLinear
 
 SELECT = StageVersion("select", 1, ("torch", "diffusers", "transformers"))
-VERIFY = StageVersion("verify", 2, ("torch", "diffusers", "transformers"))
+VERIFY = StageVersion("verify", 3, ("torch", "diffusers", "transformers"))
 CALLS = 64  # held out, that are measured at most
 QUARTERS = 4  # ranges of denoising steps that errors are told by
 ROOM = 0.75  # of the limit: an error below it leaves room that is worth a word
@@ -48,7 +48,8 @@ class AtSteps:
     """Relative error of the model's output at the denoising steps from ``first`` to ``last``.
 
     ``predicted`` and ``solved``: of the solved weights. ``tuned``: None where nothing was tuned, or where the solved
-    weights were taken, which can err less than weights that were tuned with more linears changed.
+    weights were taken, which can err less than weights that were tuned with more linears changed. Both None where no
+    call of these steps was measured.
     """
 
     first: int
@@ -143,13 +144,13 @@ def verify(
         taken = fewer
 
     def errors(steps: range) -> AtSteps:
-        tuned_error = None if weights is solved else held_out.error(squares, steps)
+        has_calls = any(call.step in steps for call in held_out.calls)
         return AtSteps(
             steps.start,
             steps.stop - 1,
             selection.error(taken, steps),
-            held_out.error(before, steps),
-            tuned_error,
+            held_out.error(before, steps) if has_calls else None,
+            held_out.error(squares, steps) if has_calls and weights is not solved else None,
         )
 
     ranges = selection.ranges(QUARTERS)
@@ -186,8 +187,8 @@ class HeldOut:
 
     def __init__(self, dit: DiT, recording: Recording, progress: Progress, most: int = CALLS) -> None:
         calls = dit.calls.calls
-        found = sorted(recording.held_out(calls))
-        self.calls: list[Call] = [calls[number] for number in found[:: -(-len(found) // most)]]
+        # Not every so manieth: runs are of one length, so that those could all be of one step or branch.
+        self.calls = spread_calls([calls[number] for number in sorted(recording.held_out(calls))], 0, most)
         like = next(p for p in dit.module.parameters() if p.is_floating_point())
         self.device, self.dtype = like.device, like.dtype
         self._run = partial(_outputs, dit, recording)

@@ -199,6 +199,34 @@ def test_calls_are_spread_over_steps_and_none_is_held_out(made: Probed) -> None:
     assert probed_calls(made.recording, calls[:1], 0, 128) == [calls[0]], "better than none"
 
 
+def test_what_is_measured_is_spread_over_steps_too(made: Probed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs keep four calls each: every fourth one would be the first of each run."""
+    monkeypatch.setattr(Recording, "held_out", lambda _, calls: set(range(len(calls))))
+    calls = made.dit.calls.calls
+    assert len(calls) == 16 and [call.step for call in calls[:5]] == [0, 1, 2, 3, 0]
+    few = HeldOut(made.dit, made.recording, no_progress, 4)
+    assert sorted(call.step for call in few.calls) == [0, 1, 2, 3]
+    assert len({call.sample for call in few.calls}) > 1
+    everything = HeldOut(made.dit, made.recording, no_progress)
+    assert sorted((call.sample, call.step) for call in everything.calls) == [
+        (a, b) for a in range(4) for b in range(4)
+    ]
+
+
+def test_steps_of_which_no_call_was_measured_have_no_error(
+    made: Probed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Recording, "held_out", lambda _, calls: {n for n, call in enumerate(calls) if call.step == 1}
+    )
+    tuned = {group: made.weights[group] for group in made.selection.plan(len(made.selection.steps)).groups}
+    found = _verify(made, made.selection, tuned=tuned)
+    assert [at.solved is None for at in found.steps] == [True, False, True, True]
+    assert [at.tuned is None for at in found.steps] == [True, False, True, True]
+    assert found.whole.solved is not None and all(at.predicted for at in found.steps)
+    assert _budget(made.selection, found).steps[0].solved is None
+
+
 def _verify(made: Probed, selection: Selection, **changes: Any) -> Verified:
     given = {"taken": len(selection.steps), "tuned": None, "psnr": None} | changes
     return verify(
