@@ -62,7 +62,7 @@ def test_in_every_stage(project: Path, tmp_path: Path, monkeypatch: pytest.Monke
         assert _in_child(lambda stage=stage: _kill_in(stage, project)) == -signal.SIGKILL
         assert ran(out / "tiny.engine") == (killed := (stage,))
         assert {path.name for path in out.iterdir()} == {"tiny.cache", "tiny.log"}
-    assert _in_child(lambda: _kill_while_publishing(project)) == -signal.SIGKILL
+    assert _in_child(lambda: _kill_while_publishing(project, "tiny.onnx")) == -signal.SIGKILL
     assert len({path.name for path in out.iterdir()} - {"tiny.cache", "tiny.log"}) == 1
     compile_tiny(project)
     assert not list(out.rglob("*.tmp")) and not list(out.rglob("unfinished"))
@@ -70,6 +70,17 @@ def test_in_every_stage(project: Path, tmp_path: Path, monkeypatch: pytest.Monke
         assert (out / name).read_bytes() == (whole / "out" / name).read_bytes()
     compile_tiny(project)
     assert ran(out / "tiny.engine") == ()
+
+
+@pytest.mark.parametrize("last", ["tiny.onnx", "tiny.engine", "tiny.json"])
+def test_while_outputs_take_their_places(project: Path, last: str) -> None:
+    """An engine bears no mark of ours, and no manifest names it yet."""
+    out = project / "out"
+    assert _in_child(lambda: _kill_while_publishing(project, last)) == -signal.SIGKILL
+    assert not (out / "tiny.json").exists()
+    assert (out / "tiny.engine").exists() == (last != "tiny.onnx")
+    compile_tiny(project)
+    assert (out / "tiny.json").exists() and not list(out.rglob("*.tmp"))
 
 
 def test_while_a_plan_is_chosen_by_images(project: Path) -> None:
@@ -124,16 +135,16 @@ def _kill_in(stage: str, project: Path) -> None:
     compile_tiny(project)
 
 
-def _kill_while_publishing(project: Path) -> None:
-    """When the first output is in its place."""
-    replace, published = os.replace, []
+def _kill_while_publishing(project: Path, last: str) -> None:
+    """When the output ``last`` is in its place; of the manifest, when it is about to be."""
+    replace, out = os.replace, project / "out"
 
     def replaced(source: Path, target: Path) -> None:
-        if Path(target).parent == project / "out":
-            if published:
-                _kill()
-            published.append(target)
+        if Path(target) == out / "tiny.json":
+            _kill()
         replace(source, target)
+        if Path(target) == out / last:
+            _kill()
 
     pytest.MonkeyPatch().setattr(os, "replace", replaced)
     compile_tiny(project)

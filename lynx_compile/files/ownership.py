@@ -110,9 +110,17 @@ def _recorded(outputs: Outputs) -> set[str]:
     with suppress(KeyError, TypeError):
         names |= {manifest["engine"]["file"], manifest["plugin"]["library"]}
     for stamp in outputs.cache.glob("*.stamp.json"):
-        with suppress(KeyError, TypeError):
-            names |= {entry["path"]["output"] for entry in _json(stamp)["files"] if "output" in entry["path"]}
+        with suppress(KeyError, TypeError, ValueError):
+            names |= {
+                Path(place["name"]).name for place, _ in _json(stamp)["files"] if _published(outputs, place)
+            }
     return names
+
+
+def _published(outputs: Outputs, place: dict[str, str]) -> bool:
+    """Whether a stamp's file is an output; a run that was killed may have moved it and not said so."""
+    in_cache = place["kind"] == "cache" and (outputs.cache / place["name"]).exists()
+    return place["kind"] != "path" and not in_cache
 
 
 def _ours(path: Path, recorded: set[str]) -> bool:
