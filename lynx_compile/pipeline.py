@@ -127,7 +127,7 @@ def _forget(outputs: Outputs) -> None:
     """What a stage would go on with where it stopped."""
     if not parallel.is_first():
         return
-    for name in ("recording", "statistics", "weights", "tuned"):
+    for name in ("recording", "statistics", "weights", "sensitivity", "tuned"):
         shutil.rmtree(outputs.cache / name, ignore_errors=True)
 
 

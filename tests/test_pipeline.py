@@ -138,13 +138,16 @@ def test_another_call_runs_everything_again(compiled: Path) -> None:
     assert _stages_run(compiled) == ["capture", "calibrate", "compensate", "export", "rewrite", "build"]
 
 
-def test_a_fresh_run_tunes_every_block_again(compiled: Path) -> None:
-    blocks = compiled / "out" / "tiny.cache" / "tuned" / "blocks"
-    blocks.mkdir(parents=True)
-    (blocks / "transformer_blocks.0.safetensors").write_bytes(b"left by a run that was stopped")
+@pytest.mark.parametrize(
+    "left", ["tuned/blocks/transformer_blocks.0.safetensors", "sensitivity/calls/0.safetensors"]
+)
+def test_a_fresh_run_tunes_and_probes_again(compiled: Path, left: str) -> None:
+    path = compiled / "out" / "tiny.cache" / left
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"left by a run that was stopped")
     with pytest.raises(StageError, match="there is none here"):
         pipeline.compile(load_recipe(compiled / "tiny.yaml"), compiled / "out" / "tiny.engine", fresh=True)
-    assert not blocks.exists()
+    assert not path.exists()
 
 
 def _weight_of(project: Path) -> np.ndarray:
