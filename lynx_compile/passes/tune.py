@@ -14,8 +14,9 @@ import copy
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -139,11 +140,12 @@ def tune(
                 tuner.pass_block(block, calls)
         compensated, blockwise = _output_errors(calls)
     log.info("held-out error at the output: %.4f compensated, %.4f block by block", compensated, blockwise)
-    solved = {linear: part for path in weights for linear, part in split(load_weights(path)).items()}
-    rows, tuned, whole = dict[str, Rows](), compensated, None
+    rows: Mapping[str, Rows] = {}
+    tuned, whole = compensated, None
     if blockwise < compensated:
         rows, tuned = tuner.rows(), blockwise
     if has_end:
+        solved = {linear: part for path in weights for linear, part in split(load_weights(path)).items()}
         effort = Effort(
             steps=END_STEPS * recipe.compensation.steps,
             seconds=max(seconds - tuner.spent, 1.0),
@@ -153,7 +155,7 @@ def tune(
         )
         saved = folder / "end_to_end.safetensors"
         moved, whole = end_to_end(
-            dit, files, solved, solved | rows, recording, recipe, effort, saved, key,
+            dit, files, solved, {**solved, **rows}, recording, recipe, effort, saved, key,
             lambda what, done, total: progress(f"{what} end to end", done, total),
         )  # fmt: skip
         compensated, tuned = whole.compensated_error, whole.given_error
@@ -182,25 +184,43 @@ def _written(
 
     The solved weights' errors are taken anew beside them: those that they have may be of more calls.
     """
-    moved = {
-        group: own
-        for group in files
-        if (own := {linear.path: rows[linear.path] for linear in group.linears if linear.path in rows})
-    }
+    moved = [group for group in files if any(linear.path in rows for linear in group.linears)]
     paths = {group: folder / path.name for group, path in files.items()}
-    for group in files.keys() - moved.keys():
+    for group in files.keys() - set(moved):
         save_weights(paths[group], load_weights(files[group]), dit.dtype)
     written = len(files) - len(moved)
     for name, finish in statistics.of(dict.fromkeys(group.name for group in moved), progress):
         moments = finish()
         for group in (group for group in moved if group.name == name):
             old = load_weights(files[group])
-            new = joined(old, moved[group])
+            new = joined(old, rows)
             before, after = expected_errors(dit, group, (old, new), moments)
             save_weights(paths[group], replace(new, errors=after, solved_errors=before), dit.dtype)
             written += 1
             progress("weights written", written, len(files))
     return tuple(paths.values())
+
+
+class _OfBlocks(Mapping[str, Rows]):
+    """The weights of linears, by path, in the files of their blocks: those of all would not fit into memory."""
+
+    def __init__(self, places: Mapping[str, Path], key: str) -> None:
+        self._places = places
+        self._block = lru_cache(1)(lambda path: load_block(path, key))
+
+    def __getitem__(self, linear: str) -> Rows:
+        done = self._block(self._places[linear])
+        assert done is not None, "it has just been written"
+        return done[0][linear]
+
+    def __contains__(self, linear: object) -> bool:
+        return linear in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 class _Tuner:
@@ -254,15 +274,16 @@ class _Tuner:
         """Seconds, on the blocks that are done."""
         return sum(outcome.seconds for outcome in self.outcomes.values())
 
-    def rows(self) -> dict[str, Rows]:
+    def rows(self) -> Mapping[str, Rows]:
         """The weights of the linears in blocks that tuning moved, by path."""
-        found: dict[str, Rows] = {}
-        for path, outcome in self.outcomes.items():
-            if outcome.after < outcome.before:
-                done = load_block(self._file(path), self._key)
-                assert done is not None, "it has just been written"
-                found |= done[0]
-        return found
+        moved = [path for path, outcome in self.outcomes.items() if outcome.after < outcome.before]
+        places = {
+            linear: self._file(path)
+            for path in moved
+            for group in self._files
+            for linear in inside_of(path, group)
+        }
+        return _OfBlocks(places, self._key)
 
     def _tuned(
         self, path: str, compensated: Mapping[str, Rows], train: Sequence[State], held_out: Sequence[State]

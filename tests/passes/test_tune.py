@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -335,6 +336,42 @@ def test_errors_come_of_fewer_calls_where_moments_are_not_kept(
             assert one.solved_errors == pytest.approx(before.errors, rel=0.2)
             assert one.solved_errors != other.solved_errors
             assert all(new > was for new, was in zip(one.errors, one.solved_errors, strict=True))
+
+
+def test_weights_of_all_blocks_are_never_in_memory_together(
+    compensated: Callable[[str], Compensated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But where tuning goes on end to end, which is for models that fit."""
+    given = compensated("weight")
+    read: list[weakref.ref[Any]] = []
+    output_errors, written, load_block = (
+        passes_tune._output_errors,
+        passes_tune._written,
+        passes_tune.load_block,
+    )
+
+    def noted(*arguments: Any) -> Any:
+        found = load_block(*arguments)
+        read.extend(weakref.ref(part) for part in found[0].values())
+        return found
+
+    def blocks_are_done(*arguments: Any) -> Any:
+        monkeypatch.setattr(passes_tune, "load_block", noted)
+        monkeypatch.setattr(passes_tune, "split", lambda weights: pytest.fail("of all nodes"))
+        return output_errors(*arguments)
+
+    def written_from_files(*arguments: Any) -> Any:
+        assert not read
+        rows = arguments[2]
+        for linear in rows:
+            assert rows[linear].weight.shape[0] and linear in rows
+            assert sum(part() is not None for part in read) <= 12, "a block's"
+        return written(*arguments)
+
+    monkeypatch.setattr(passes_tune, "_output_errors", blocks_are_done)
+    monkeypatch.setattr(passes_tune, "_written", written_from_files)
+    tuned = given.run(tmp_path, steps=10)
+    assert tuned.tuned_error < tuned.compensated_error and len(read) == 2 * 17, "both blocks, twice"
 
 
 def test_weights_split_and_join() -> None:
