@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from safetensors import SafetensorError, safe_open
 
 from lynx_compile.files import disk
 from lynx_compile.files.atomic import atomic_file
@@ -22,9 +24,26 @@ from lynx_compile.files.progress import Progress, no_progress
 def save_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically. What is on a GPU is copied from it one tensor at a time."""
     specs = [TensorSpec(name, x.dtype, tuple(x.shape), partial(_same, x)) for name, x in tensors.items()]
     write_tensors(path, specs, metadata)
+
+
+def save_keyed(path: Path, key: str, tensors: Mapping[str, torch.Tensor], facts: Any = None) -> None:
+    """The same for a run that may be stopped. ``key``: of all that it depends on. ``facts``: more, as JSON has it."""
+    save_tensors(path, tensors, {"lynx": json.dumps([key, facts])})
+
+
+def load_keyed(path: Path, key: str) -> tuple[dict[str, torch.Tensor], Any] | None:
+    """Tensors and facts that ``save_keyed`` wrote with this key; None where there is no such whole file."""
+    try:
+        with safe_open(path, "pt") as file:
+            written, facts = json.loads(file.metadata()["lynx"])
+            if written != key:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118, it is no mapping
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
 
 
 def map_tensor(path: Path, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
@@ -85,7 +104,7 @@ def write_tensors(
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for number, spec in enumerate(ordered, 1):
-            tensor = spec.read().contiguous()
+            tensor = spec.read().cpu().contiguous()
             assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), spec.name
             offsets[spec.name] = (file.tell(), tensor.nbytes)
             file.write(tensor.flatten().view(torch.uint8).numpy().data)

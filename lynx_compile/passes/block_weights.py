@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -11,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from lynx_compile.files.tensors import save_tensors
+from lynx_compile.files.tensors import load_keyed, save_keyed
 from lynx_compile.models.structure import is_pointwise
 from lynx_compile.ops.sparse_linear import collapse_low_rank, expand_low_rank
 from lynx_compile.passes.compensate import SparseLinearWeights, load_weights
@@ -165,28 +163,24 @@ def save_block(path: Path, key: str, rows: Mapping[str, Rows], outcome: Outcome)
         if (tensor := getattr(part, name)) is not None
     }
     facts = {
-        "key": key,
         "outcome": asdict(outcome),
         "linears": {linear: [part.operand, part.norm_scale] for linear, part in rows.items()},
     }
-    save_tensors(path, tensors, {"lynx": json.dumps(facts)})
+    save_keyed(path, key, tensors, facts)
 
 
 def load_block(path: Path, key: str) -> tuple[dict[str, Rows], Outcome] | None:
     """What ``save_block`` wrote with this key; None where there is no such whole file."""
-    try:
-        with safe_open(path, "pt") as file:
-            facts = json.loads(file.metadata()["lynx"])
-            if facts["key"] != key:
-                return None
-            tensors: dict[str, dict[str, torch.Tensor]] = {linear: {} for linear in facts["linears"]}
-            for key_of_tensor in file.keys():  # noqa: SIM118, it is no mapping
-                linear, name = key_of_tensor.rsplit(":", 1)
-                tensors[linear][name] = file.get_tensor(key_of_tensor)
-            rows = {
-                linear: Rows(operand=operand, norm_scale=norm_scale, **tensors[linear])
-                for linear, (operand, norm_scale) in facts["linears"].items()
-            }
-            return rows, Outcome(**facts["outcome"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+    done = load_keyed(path, key)
+    if done is None:
         return None
+    stored, facts = done
+    tensors: dict[str, dict[str, torch.Tensor]] = {linear: {} for linear in facts["linears"]}
+    for name_of_both, tensor in stored.items():
+        linear, name = name_of_both.rsplit(":", 1)
+        tensors[linear][name] = tensor
+    rows = {
+        linear: Rows(operand=operand, norm_scale=norm_scale, **tensors[linear])
+        for linear, (operand, norm_scale) in facts["linears"].items()
+    }
+    return rows, Outcome(**facts["outcome"])

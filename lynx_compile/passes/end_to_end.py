@@ -11,15 +11,15 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.utils._pytree import tree_map
 
 from lynx_compile.files.progress import Progress
-from lynx_compile.files.tensors import save_tensors
+from lynx_compile.files.tensors import load_keyed, save_keyed
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
 from lynx_compile.passes.block_weights import Files, all_linears, substituted
@@ -170,18 +170,8 @@ def _free_bytes(dit: DiT) -> float:
 def _on_disk(path: Path, key: str) -> Shelf:
     """A safetensors file; what another run left there is not taken."""
 
-    def save(tensors: Mapping[str, torch.Tensor]) -> None:
-        save_tensors(
-            path, {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"lynx": key}
-        )
-
     def load() -> dict[str, torch.Tensor] | None:
-        try:
-            with safe_open(path, "pt") as file:
-                if file.metadata().get("lynx") != key:
-                    return None
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
-        except (OSError, SafetensorError, AttributeError):
-            return None
+        done = load_keyed(path, key)
+        return None if done is None else done[0]
 
-    return Shelf(load, save)
+    return Shelf(load, partial(save_keyed, path, key))

@@ -13,7 +13,6 @@ a few nodes' solved weights in float32; those of all nodes where ``calibration.m
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
@@ -32,7 +31,7 @@ from lynx_compile.engine.arguments import flatten
 from lynx_compile.errors import StageError
 from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import StageVersion
-from lynx_compile.files.tensors import save_tensors
+from lynx_compile.files.tensors import load_keyed, save_keyed, save_tensors
 from lynx_compile.models.blocks import block_paths
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Call, Recording
@@ -120,8 +119,9 @@ def sensitivity(
         for number, call in enumerate(calls):
             progress("calls", number, len(calls))
             path = folder / "calls" / f"{number}.safetensors"
-            adds = _load(path, key)
-            if adds is None:
+            if (done := load_keyed(path, key)) is not None:
+                adds = done[0]["adds"]
+            else:
                 choice = torch.Generator().manual_seed(recipe.calibration.seed * len(calls) + number)
                 adds = probe(partial(_output, dit, recording, call), choice, least)
                 if not adds.isfinite().all():
@@ -130,7 +130,7 @@ def sensitivity(
                         "a gradient is not finite (NaN or infinity).",
                         "Use dtype bf16 (fp16 overflows in some models), or set budget to 'off'.",
                     )
-                save_tensors(path, {"adds": adds}, {"lynx": json.dumps(key)})
+                save_keyed(path, key, {"adds": adds})
             weight = torch.full((len(adds),), weight_of(call, last) / len(adds), dtype=torch.float64)
             parts.append(Rows(adds, weight, torch.full((len(adds),), call.step)))
     progress("calls", len(calls), len(calls))
@@ -249,12 +249,3 @@ def _by_samples(found: Mapping[int, torch.Tensor], columns: int, batch: int) -> 
 def _output(dit: DiT, recording: Recording, call: Call) -> tuple[torch.Tensor, ...]:
     result = replay(dit, recording.arguments(call), gradients=True)
     return tuple(t for t in flatten(result, "output").tensors.values() if t.requires_grad)
-
-
-def _load(path: Path, key: str) -> torch.Tensor | None:
-    """What was written for this call with this key; None where there is no such whole file."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.get_tensor("adds") if json.loads(file.metadata()["lynx"]) == key else None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return None

@@ -18,7 +18,7 @@ from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
 from lynx_compile.models.structure import Linear
 from lynx_compile.ops.sparse_linear import sparse_linear
-from lynx_compile.passes import lanes
+from lynx_compile.passes import end_to_end, lanes
 from lynx_compile.passes import tune as passes_tune
 from lynx_compile.passes.block_weights import joined, rows_of, split, tuned_linears
 from lynx_compile.passes.calibrate import Statistics, Unkept, calibrate, replay
@@ -414,3 +414,28 @@ def test_left_to_us_small_models_are_tuned_on_a_cpu(
     assert [asked(mode) for mode in ("auto", "off", "blockwise")] == [False, False, True]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [asked(mode) for mode in ("auto", "off", "blockwise")] == [True, False, True]
+
+
+def test_what_a_stopped_run_goes_on_with_is_copied_a_tensor_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off a GPU, which is played here: all of it at once is five times the float32 weights."""
+    copies: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        made = tensor.clone()
+        copies.append(weakref.ref(made))
+        alive.append(sum(copy() is not None for copy in copies))
+        return made
+
+    tensors = {f"now.{number}": torch.full((4, 4), float(number)) for number in range(8)}
+    shelf = end_to_end._on_disk(tmp_path / "shelf.safetensors", "key")
+    assert shelf.load() is None
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "cpu", copied)
+        shelf.save(tensors)
+    assert len(copies) == 8 and max(alive) <= 2
+    found = shelf.load()
+    assert found is not None and all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert end_to_end._on_disk(tmp_path / "shelf.safetensors", "another").load() is None
