@@ -51,6 +51,7 @@ class Whole:
 
 def fits(dit: DiT, plan: SparsityPlan) -> bool:
     """Whether the GPU's free memory holds what it takes, with a third left for activations."""
+    dit.module.requires_grad_(False)  # loads it, where no stage before has: what it takes is not free
     return _weight_bytes(plan.groups) < 2 / 3 * _free_bytes(dit)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -439,3 +440,27 @@ def test_what_a_stopped_run_goes_on_with_is_copied_a_tensor_at_a_time(
     found = shelf.load()
     assert found is not None and all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     assert end_to_end._on_disk(tmp_path / "shelf.safetensors", "another").load() is None
+
+
+def test_what_fits_is_what_the_model_leaves(
+    compensated: Callable[[str], Compensated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is not loaded yet, since the stages before were taken from the cache."""
+    plan = compensated("weight").plan
+    free = [3 * solve_tune.BYTES_A_WEIGHT * sum(group.weights for group in plan.groups) / 2 + 100]
+
+    class OnGpu:
+        device = torch.device("cuda")
+
+        @cached_property
+        def module(self) -> torch.nn.Module:
+            free[0] -= 200
+            return torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 2 * free[0]))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    dit: Any = OnGpu()
+    assert not end_to_end.fits(dit, plan)
+    free[0] += 200
+    assert end_to_end.fits(dit, plan)
