@@ -167,7 +167,8 @@ def tune(
         rows, tuned = {}, compensated
     paths = _written(dit, files, rows, statistics, folder, progress)
     shutil.rmtree(folder / "blocks", ignore_errors=True)  # they are as large as the weights
-    (folder / "end_to_end.safetensors").unlink(missing_ok=True)
+    for path in set(folder.glob("*.safetensors")).difference(paths):  # another plan's, and where ``fit`` was
+        path.unlink()
     blocks = tuple(TunedBlock(*item) for item in tuner.outcomes.items())
     return Tuned(paths, blocks, compensated, tuned, whole)
 

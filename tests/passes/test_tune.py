@@ -375,6 +375,14 @@ def test_weights_of_all_blocks_are_never_in_memory_together(
     assert tuned.tuned_error < tuned.compensated_error and len(read) == 2 * 17, "both blocks, twice"
 
 
+def test_nothing_of_another_plan_is_left(compensated: Callable[[str], Compensated], tmp_path: Path) -> None:
+    given = compensated("weight")
+    assert len(given.run(tmp_path, steps=1).weights) == len(given.weights) > 3
+    plan = SparsityPlan(given.plan.decisions, given.plan.groups[:3])
+    tuned = replace(given, plan=plan, weights=given.weights[:3]).run(tmp_path, steps=1, key="another")
+    assert set(tmp_path.iterdir()) == set(tuned.weights) and len(tuned.weights) == 3
+
+
 def test_weights_split_and_join() -> None:
     weights = _shared_between_blocks()
     blank = replace(weights, weight=weights.weight.clone())
