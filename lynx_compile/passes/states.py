@@ -96,7 +96,7 @@ def states_of(dit: DiT, recording: Recording, calls: Sequence[Call]) -> list[tup
             state = replace(state, kind=(rows_of_a_part(rows), shapes, shared), rows=rows)
         whole.append(state)
         parts.append(tuple(_cut(state)))
-    if not rows_are_alike(dit.module, [part for call in parts for part in call]):
+    if not rows_are_alike(dit.module, [part for call in parts for part in call], dit.device):
         log.info("the model's calls cannot be joined to one: they run one after the other")
         return [(replace(state, kind=None),) for state in whole]
     return parts
@@ -127,12 +127,13 @@ def _cut(state: State) -> Iterator[State]:
 
 
 @torch.no_grad()
-def rows_are_alike(module: Callable[..., object], states: Sequence[State]) -> bool:
+def rows_are_alike(
+    module: Callable[..., object], states: Sequence[State], device: torch.device | None = None
+) -> bool:
     """Whether two calls of a kind make the same as one call as each alone; true where there are no two.
 
     The first of a kind and the last: parts of one call follow each other, and have its step in common.
     """
-    device = next(module.parameters()).device if isinstance(module, torch.nn.Module) else None
     first: dict[Hashable, State] = {}
     last: dict[Hashable, State] = {}
     for state in states:

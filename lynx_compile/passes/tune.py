@@ -292,7 +292,7 @@ class _Tuner:
         """The block's weights: of an earlier run, or tuned now."""
         done = load_block(self._file(path), self._key)
         if done is None:
-            if not rows_are_alike(self._dit.module.get_submodule(path), train):
+            if not rows_are_alike(self._dit.module.get_submodule(path), train, self._device):
                 train, held_out = ([replace(s, kind=None) for s in some] for some in (train, held_out))
             linears = self._linears(path, compensated)
             outcome = fit(

@@ -190,7 +190,7 @@ class HeldOut:
         # Not every so manieth: runs are of one length, so that those could all be of one step or branch.
         self.calls = spread_calls([calls[number] for number in sorted(recording.held_out(calls))], 0, most)
         like = next(p for p in dit.module.parameters() if p.is_floating_point())
-        self.device, self.dtype = like.device, like.dtype
+        self.device, self.dtype = dit.device, like.dtype
         self._run = partial(_outputs, dit, recording)
         self._progress = partial(progress, "calls held out")
         self._module = dit.module

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lynx_compile.files.progress import no_progress
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
 from lynx_compile.passes.calibrate import replay
@@ -19,6 +20,7 @@ from lynx_compile.passes.states import (
     samples_of,
     states_of,
 )
+from lynx_compile.passes.verify import HeldOut
 from lynx_compile.recipe import load_recipe
 from lynx_compile.solve.stacking import State, batches, joined, parted
 from tests.conftest import open_dit
@@ -63,6 +65,21 @@ def test_a_call_stays_whole_where_its_parts_would_be_others(tiny: Path) -> None:
     dit, recording = open_dit(recipe.model_copy(update={"calibration": calibration}))
     ((whole,),) = states_of(dit, recording, dit.calls.calls[:1])
     assert (whole.rows, whole.kind) == (4, None)
+
+
+def test_a_module_whose_blocks_come_first_may_be_streamed(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first weights are on the meta device between two runs, and are no place to compute."""
+    dit, recording = open_dit(load_recipe(tiny / "tiny.yaml"))
+    monkeypatch.setattr("lynx_compile.models.dit.has_room", lambda *_: False)
+    members = dit.module._modules
+    for name in [name for name in members if name != "transformer_blocks"]:
+        members[name] = members.pop(name)
+    assert dit.is_streamed and next(dit.module.parameters()).is_meta
+    assert HeldOut(dit, recording, no_progress).device.type == dit.device.type
+    states = [state for call in states_of(dit, recording, dit.calls.calls[:2]) for state in call]
+    assert len(batches(states, 4)) == 1, "they may run as one"
 
 
 @pytest.mark.parametrize(("rows", "part"), [(1, 1), (2, 2), (3, 3), (7, 7), (10, 2), (15, 3), (64, 2)])
