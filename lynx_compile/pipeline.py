@@ -291,13 +291,16 @@ def _decide(
     selection = choose(found, sensitivities, judged, tuned=is_tuned(dit, found.fastest(), recipe))
     order = tuple((step.group, step.after.form) for step in selection.steps)
     drawn = Drawn(recipe, outputs.cache / "converted", dit.component) if judged.min_psnr is not None else None
+    images = (
+        None if drawn is None or recipe.compare.prompts is None else file_digest(Path(recipe.compare.prompts))
+    )
     taken = len(order)
     if drawn is not None:
         taken = stages.run(
             SELECT,
             int,
             lambda progress: within_psnr(selection, solved, drawn, progress),
-            stages.key(SENSITIVITY), *recorded, order, judged, recipe.call, recipe.compare,
+            stages.key(SENSITIVITY), *recorded, order, judged, recipe.call, recipe.compare, images,
             reads=(COMPENSATE,),
         )  # fmt: skip
     weights, by = _tuned(recipe, dit, selection.plan(taken), solved, statistics, recording, outputs, stages)
@@ -307,7 +310,7 @@ def _decide(
         lambda progress: verify(
             dit, selection, taken, solved, weights if TUNE in by else None, recording, drawn, progress
         ),
-        *map(stages.key, by), stages.key(SENSITIVITY), order, taken, judged, recipe.call, recipe.compare,
+        *map(stages.key, by), stages.key(SENSITIVITY), order, taken, judged, recipe.call, recipe.compare, images,
         reads=by,
     )  # fmt: skip
     by = (*dict.fromkeys((COMPENSATE, *by)), VERIFY)

@@ -30,6 +30,7 @@ from lynx_compile.passes import sensitivity as passes_sensitivity
 from lynx_compile.passes.budget import TUNED
 from lynx_compile.passes.rewrite import LynxOnnx
 from lynx_compile.passes.target import target_of
+from lynx_compile.passes.verify import AtSteps, Verified
 from lynx_compile.recipe import load_recipe
 from tests.conftest import write_costs
 
@@ -130,6 +131,34 @@ def test_tuning_is_a_stage_where_it_is_asked_for(compiled: Path, monkeypatch: py
     for was, node in zip(solved, last_tuned, strict=True):
         assert was.solved_errors == was.errors != node.errors
         assert node.solved_errors == pytest.approx(was.errors, rel=1e-2), "but for rounding to 16 bits"
+
+
+def test_other_prompts_of_a_comparison_draw_anew(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file has the same name, and other prompts in it."""
+    monkeypatch.setattr(passes_sensitivity, "ROWS", 8)
+    monkeypatch.setattr(pipeline, "within_psnr", lambda selection, *_: len(selection.steps))
+    monkeypatch.setattr(
+        pipeline,
+        "verify",
+        lambda dit, selection, taken, solved, *_: Verified(
+            taken,
+            tuple(solved[group] for group in selection.plan(taken).groups),
+            AtSteps(0, 3, 0.1, 0.1, None),
+            (),
+            4,
+            40.0,
+            (),
+        ),
+    )
+    recipe, others = compiled / "tiny.yaml", compiled / "others.safetensors"
+    recipe.write_text(recipe.read_text().replace("budget: false", "budget: {min_psnr: 12}"))
+    rows = load_file(compiled / "prompts.safetensors")
+    save_file(rows, others)
+    more = "compare: {prompts: others.safetensors}\n"
+    assert _stages_run(compiled, more)[-4:] == ["select", "verify", "rewrite", "build"]
+    assert _stages_run(compiled, more) == ["build"]
+    save_file({name: tensor + 1 for name, tensor in rows.items()}, others)
+    assert _stages_run(compiled, more)[:2] == ["select", "verify"]
 
 
 def test_another_call_runs_everything_again(compiled: Path) -> None:
