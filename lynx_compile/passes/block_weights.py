@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from lynx_compile.models.structure import is_pointwise
 from lynx_compile.ops.sparse_linear import collapse_low_rank, expand_low_rank
 from lynx_compile.passes.compensate import SparseLinearWeights, load_weights
 from lynx_compile.passes.select import SparseGroup
+from lynx_compile.solve.linalg import moved
 from lynx_compile.solve.tune import Outcome, Rows, TunedLinear
 
 Files = Mapping[SparseGroup, Path]  # what ``compensate`` wrote
@@ -98,12 +98,8 @@ def node_linears(
     path: Path, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> dict[str, TunedLinear]:
     """Modules of a node's linears by path, from its file; they take no gradients."""
-    weights = load_weights(path)
-    moved: dict[str, Any] = {
-        name: tensor.to(device) for name, tensor in vars(weights).items() if isinstance(tensor, torch.Tensor)
-    }
     found = {}
-    for linear, rows in split(replace(weights, **moved)).items():
+    for linear, rows in split(moved(load_weights(path), device)).items():
         down = None if rows.lora_down is None else torch.nn.Parameter(rows.lora_down)
         found[linear] = TunedLinear(rows, down).to(dtype=dtype).requires_grad_(False)
     return found

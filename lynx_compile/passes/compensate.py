@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from lynx_compile.passes.calibrate import Finish, Statistics, Unkept
 from lynx_compile.passes.select import SparseGroup, SparsityPlan
 from lynx_compile.recipe import NodeOperand, Sparsity
 from lynx_compile.solve import replayed
-from lynx_compile.solve.linalg import cholesky
+from lynx_compile.solve.linalg import cholesky, moved
 from lynx_compile.solve.low_rank import low_rank
 from lynx_compile.solve.masks import magnitude_mask, wanda_mask
 from lynx_compile.solve.moments import LayerStatistics, PrunedStatistics, dense_squares, relative_error
@@ -220,19 +220,13 @@ def solve(
     """The compensated weights of one group. weight: [N, K], bias: [N], float32."""
     device = device_type()
     weight, bias = weight.to(device), bias.to(device)
-    moments = moments.to(device)
+    moments = moved(moments, device)
     if group.fp8:
         return _solve_fp8(group, weight, bias, moments, sparsity)
     if group.operand == "weight":
         return _solve_weights(group, weight, bias, moments, sparsity)
     assert isinstance(moments, PrunedStatistics), "calibrate gathers them for every node that prunes"
     return _solve_activations(group, weight, bias, moments, sparsity)
-
-
-def _on(device: str, solved: SparseLinearWeights) -> SparseLinearWeights:
-    tensors = {name: value for name, value in vars(solved).items() if isinstance(value, torch.Tensor)}
-    moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return replace(solved, **moved)
 
 
 def largest(group: SparseGroup, weight: torch.Tensor, bias: torch.Tensor) -> SparseLinearWeights:
@@ -252,10 +246,10 @@ def expected_errors(
     """``SparseLinearWeights.errors`` of any weights of a group, each of ``solutions``."""
     device = device_type()
     weight, bias = (tensor.to(device) for tensor in dense_weights(dit, group))
-    moments = moments.to(device)
+    moments = moved(moments, device)
     dense = dense_squares(weight, bias, moments)
     return [
-        _errors(group, _lost(group, weight, bias, _on(device, solved), moments), dense)
+        _errors(group, _lost(group, weight, bias, moved(solved, device), moments), dense)
         for solved in solutions
     ]
 

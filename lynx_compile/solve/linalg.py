@@ -3,9 +3,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any, TypeVar
+
 import torch
 
 from lynx_compile.errors import StageError
+
+T = TypeVar("T")
+
+
+def moved(holder: T, device: str | torch.device) -> T:
+    """A dataclass with its tensors on another device."""
+    tensors: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(holder).items() if isinstance(value, torch.Tensor)
+    }
+    return replace(holder, **tensors)  # type: ignore[type-var]
 
 
 def cholesky(matrix: torch.Tensor, ridge: float, name: str) -> torch.Tensor:

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,13 +22,6 @@ class LayerStatistics:
     x_mean: torch.Tensor
     xx: torch.Tensor
     x_rounding: torch.Tensor | None = field(default=None, kw_only=True)
-
-    def to(self, device: str) -> Self:
-        """The same on another device."""
-        moved: dict[str, Any] = {
-            n: t.to(device) for n, t in vars(self).items() if isinstance(t, torch.Tensor)
-        }
-        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

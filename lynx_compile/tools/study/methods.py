@@ -23,6 +23,7 @@ from lynx_compile.passes.compensate import compensate, dense_weights, load_weigh
 from lynx_compile.passes.select import SparseGroup, SparsityPlan, select
 from lynx_compile.passes.tune import tune
 from lynx_compile.recipe import Recipe, Sparsity
+from lynx_compile.solve.linalg import moved
 from lynx_compile.solve.low_rank import slim
 from lynx_compile.solve.masks import bawa_mask, magnitude_mask, ria_mask, wanda_mask
 from lynx_compile.solve.moments import LayerStatistics
@@ -191,7 +192,7 @@ class Workshop:
         rows: dict[str, Rows] = {}
         for done, group in enumerate(plan.groups):
             weight, bias = (tensor.to(device) for tensor in dense_weights(self.dit, group))
-            moments = statistics.load(group.name).to(device)
+            moments = moved(statistics.load(group.name), device)
             if method.mask is not None:
                 branch = weight * method.mask(weight, moments), weight[:0], weight[:, :0]
             else:
