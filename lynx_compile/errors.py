@@ -72,6 +72,11 @@ def out_of_memory(stage: str | None, error: BaseException) -> OutOfMemoryError:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """Of somebody else's error, for a sentence of ours; its class where it says nothing."""
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+
+
 _GPU = re.compile(r"cuda|gpu|device memory", re.IGNORECASE)
 _MESSAGE = re.compile(
     r"out ?of ?memory|not enough memory|cannot allocate memory|(failed|unable) to allocate|could not be allocated"

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from lynx_compile.engine.calls import import_class
+from lynx_compile.errors import first_line
 
 PLAIN = (str, int, float, bool, type(None))
 
@@ -66,8 +67,9 @@ class ModelClass:
                 with self._no_weights:
                     self._model = kind.from_config(dict(self._config))
             except Exception as error:  # each class has its own
-                reason = str(error).strip().split("\n")[0]
-                raise AttributeError(f"{_missing(name)} Its class cannot be made ({reason:.200}).") from None
+                raise AttributeError(
+                    f"{_missing(name)} Its class cannot be made ({first_line(error):.200})."
+                ) from None
         return self._model
 
 

@@ -27,7 +27,7 @@ from lynx_compile.engine.arrays import DTYPES, DeviceArray, View, size_of, view
 from lynx_compile.engine.cuda import ALIGNMENT, Gpu, Handle, Memory
 from lynx_compile.engine.manifest import Manifest, Tensor, runs_on
 from lynx_compile.engine.weights import PIECE, open_weights, said, upload
-from lynx_compile.errors import EngineError, InputError
+from lynx_compile.errors import EngineError, InputError, first_line
 from lynx_compile.files.digest import file_digest
 from lynx_compile.files.outputs import Outputs
 from lynx_compile.files.progress import Progress
@@ -508,7 +508,7 @@ def _deserialize(backend: trt.Backend, plan: bytearray, path: Path) -> _Loaded:
         runtime = backend.module.Runtime(backend.messages)
     except Exception as error:  # pybind's word for a null pointer
         raise EngineError(
-            f"TensorRT cannot start ({str(error).splitlines()[0]:.200}).{trt.said(backend)}",
+            f"TensorRT cannot start ({first_line(error):.200}).{trt.said(backend)}",
             "Check the GPU's driver with nvidia-smi.",
         ) from None
     cuda_engine = runtime.deserialize_cuda_engine(plan)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lynx_compile.errors import InputError
+from lynx_compile.errors import InputError, first_line
 
 
 def parse(path: Path, text: str) -> tuple[Any, yaml.Node | None]:
@@ -115,7 +115,7 @@ def _refuse_ambiguous(path: Path, node: yaml.ScalarNode) -> None:
 def _explained(path: Path, text: str, error: Exception) -> InputError:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     where = f"{path}:{mark.line + 1}" if mark else str(path)
-    problem = getattr(error, "problem", None) or str(error).split("\n")[0] or type(error).__name__
+    problem = getattr(error, "problem", None) or first_line(error)
     if getattr(error, "context", None) == "while scanning an alias":
         found = _ALIAS.search(text.splitlines()[error.context_mark.line], error.context_mark.column)  # type: ignore[attr-defined]
         return _alias(where, found[0].rstrip(":") if found else "*")

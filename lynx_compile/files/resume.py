@@ -22,6 +22,7 @@ from lynx_compile.errors import (
     EngineError,
     LynxError,
     StageError,
+    first_line,
     is_out_of_memory,
     out_of_memory,
 )
@@ -329,9 +330,10 @@ def _produced(name: str, produce: Callable[[Progress], T], progress: Progress, f
         if isinstance(error, LynxError):
             raise
         log.exception("%s failed", name)
-        reason = str(error).strip().split("\n")[0]
         raise StageError(
-            name, f"{type(error).__name__}: {reason}.", "This is a bug; please report it with the log."
+            name,
+            f"{type(error).__name__}: {first_line(error)}.",
+            "This is a bug; please report it with the log.",
         ) from error
 
 

@@ -9,7 +9,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lynx_compile.errors import InputError
+from lynx_compile.errors import InputError, first_line
 from lynx_compile.files.atomic import save_text
 
 
@@ -41,5 +41,4 @@ class Kept(Strict):
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, ValidationError, RecursionError) as error:
-            reason = str(error).split("\n")[0]
-            raise InputError(f"{path} is damaged ({reason}).", remedy) from None
+            raise InputError(f"{path} is damaged ({first_line(error)}).", remedy) from None

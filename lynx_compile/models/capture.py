@@ -23,7 +23,7 @@ import torch
 from diffusers import ModelMixin
 
 from lynx_compile import parallel
-from lynx_compile.errors import InputError, LynxError, StageError
+from lynx_compile.errors import InputError, LynxError, StageError, first_line
 from lynx_compile.files.progress import Progress, no_progress
 from lynx_compile.models.prompts import update_digest
 from lynx_compile.models.recorder import Pipeline, Recorder, call_parameters, class_name, config, listed
@@ -133,7 +133,7 @@ def call_pipeline(
             inspect.signature(type(pipe).__call__).bind(pipe, **placed)
         except TypeError as error:
             raise InputError(
-                f"The {name} refuses its arguments ({_first_line(error)}).", "Correct 'call:'."
+                f"The {name} refuses its arguments ({first_line(error)}).", "Correct 'call:'."
             ) from None
         try:
             return pipe(**placed)
@@ -141,10 +141,10 @@ def call_pipeline(
             raise
         except ValueError as error:  # what pipelines raise when they check their arguments
             raise InputError(
-                f"The {name} refuses its arguments ({_first_line(error)}).", "Correct 'call:'."
+                f"The {name} refuses its arguments ({first_line(error)}).", "Correct 'call:'."
             ) from error
         except Exception as error:
-            reason = f"the {name} failed ({type(error).__name__}: {_first_line(error)})."
+            reason = f"the {name} failed ({type(error).__name__}: {first_line(error)})."
             raise StageError("capture", reason, "Check that the pipeline runs by itself.") from error
 
 
@@ -254,7 +254,3 @@ def _key(
 def sample_seed(seed: int, sample: int) -> int:
     """The seed of a run."""
     return int(np.random.SeedSequence([seed, sample]).generate_state(1, np.uint32)[0])
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -22,7 +22,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
-from lynx_compile.errors import InputError
+from lynx_compile.errors import InputError, first_line
 from lynx_compile.files.digest import file_digest
 from lynx_compile.files.progress import Progress, no_progress
 from lynx_compile.files.tensors import map_tensor
@@ -312,9 +312,9 @@ def _described(path: Path, model_class: type[torch.nn.Module], config: Mapping[s
     try:
         return _construct(model_class, config, "cpu", torch.float32)
     except Exception as error:  # whatever a constructor makes of wrong arguments
-        reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"{path}: this config does not describe a {model_class.__name__} ({type(error).__name__}: {reason}).",
+            f"{path}: this config does not describe a {model_class.__name__} "
+            f"({type(error).__name__}: {first_line(error)}).",
             "Correct it; it may have been written for another class or a newer version.",
         ) from None
 

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from diffusers.utils import logging as diffusers_logging
 
-from lynx_compile.errors import InputError, is_out_of_memory
+from lynx_compile.errors import InputError, first_line, is_out_of_memory
 from lynx_compile.files.progress import Progress, no_progress
 from lynx_compile.files.tensors import TensorSpec, write_tensors
 from lynx_compile.models.checkpoint import Checkpoint
-from lynx_compile.models.pipeline_loader import reason
 from lynx_compile.models.weight_files import StoredTensor, read_headers
 from lynx_compile.recipe import Lora
 
@@ -115,7 +114,7 @@ def _read(lora: Lora, pipeline: type[Any]) -> _Read:
         if is_out_of_memory(error):
             raise
         raise InputError(
-            f"The LoRA {_named(lora)} cannot be read ({reason(error)}).",
+            f"The LoRA {_named(lora)} cannot be read ({first_line(error)}).",
             "Give a safetensors file that pipe.load_lora_weights takes, by its 'weight_name' where there are several.",
         ) from None
     state, *alphas, metadata = found
@@ -161,7 +160,7 @@ def _added(
         if is_out_of_memory(error):
             raise
         raise InputError(
-            f"The LoRA {_named(lora)} does not fit '{component}' ({reason(error)}).",
+            f"The LoRA {_named(lora)} does not fit '{component}' ({first_line(error)}).",
             f"Give one that was made for a {checkpoint.class_name} of this size.",
         ) from None
     added: dict[str, partial[torch.Tensor]] = {}

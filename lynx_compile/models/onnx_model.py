@@ -18,7 +18,7 @@ import onnx_ir
 import torch
 from onnx_ir.passes import common
 
-from lynx_compile.errors import InputError
+from lynx_compile.errors import InputError, first_line
 from lynx_compile.files.digest import file_digest
 from lynx_compile.files.progress import Progress, no_progress
 from lynx_compile.files.tensors import map_tensor
@@ -149,8 +149,7 @@ def _prepared(path: Path) -> onnx_ir.Model:
     try:
         model = onnx_ir.load(path)
     except Exception as error:  # protobuf's DecodeError has no common base with OSError
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{path} is no ONNX file ({reason}).", "Export it again.") from None
+        raise InputError(f"{path} is no ONNX file ({first_line(error)}).", "Export it again.") from None
     opset = model.opset_imports.get("", 0)
     if opset < OLDEST_OPSET:
         raise InputError(f"{path} has opset {opset}.", f"Export it with opset {OLDEST_OPSET} or a later one.")
@@ -167,8 +166,7 @@ def _prepared(path: Path) -> onnx_ir.Model:
             with _quiet():
                 model = common.ShapeInferencePass()(model).model  # leaves the model as it is where it fails
     except Exception as error:  # onnx's checkers and onnx_ir raise many kinds
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise InputError(f"{path} is not valid ONNX ({reason}).", "Export it again.") from None
+        raise InputError(f"{path} is not valid ONNX ({first_line(error)}).", "Export it again.") from None
     return model
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lynx_compile.errors import InputError
+from lynx_compile.errors import InputError, first_line
 from lynx_compile.files.tensors import TensorSpec, write_tensors
 from lynx_compile.models.weight_files import StoredTensor
 
@@ -63,9 +63,9 @@ def _converted(model_class: Any, place: Path, file: Path, dtype: torch.dtype, ca
             str(file), config=str(place), torch_dtype=dtype, local_files_only=True
         )
     except Exception as error:  # what a conversion makes of names that it does not know
-        reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"{cause}, and diffusers makes no {model_class.__name__} of them ({type(error).__name__}: {reason}).",
+            f"{cause}, and diffusers makes no {model_class.__name__} of them "
+            f"({type(error).__name__}: {first_line(error)}).",
             "Give the checkpoint in diffusers' layout.",
         ) from None
     if empty := [name for name, tensor in module.state_dict().items() if tensor.is_meta]:

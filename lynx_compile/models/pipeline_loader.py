@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
-from lynx_compile.errors import InputError, is_out_of_memory
+from lynx_compile.errors import InputError, first_line, is_out_of_memory
 from lynx_compile.models.place import device_type
 from lynx_compile.models.source import only_variant
 
@@ -70,7 +70,7 @@ def load_pipeline(
         if is_out_of_memory(error):
             raise
         raise InputError(
-            f"The pipeline in {folder} cannot be loaded ({reason(error)}).",
+            f"The pipeline in {folder} cannot be loaded ({first_line(error)}).",
             "Fetch the whole checkpoint, as safetensors; pickles are never loaded.",
         ) from None
     return pipe.to(device or device_type())
@@ -110,7 +110,7 @@ def _index(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} cannot be read as JSON ({reason(error)}).", "Fetch the checkpoint again."
+            f"{path} cannot be read as JSON ({first_line(error)}).", "Fetch the checkpoint again."
         ) from None
     return values if isinstance(values, dict) else {}
 
@@ -133,8 +133,3 @@ def pipeline_class(name: object, source: str) -> Any:
 
 def _is_missing(folder: Path, name: str, where: list[Any]) -> bool:
     return where == [None, None] or not (folder / name).is_dir()
-
-
-def reason(error: Exception) -> str:
-    """The first line of somebody else's error, for a sentence of ours."""
-    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from lynx_compile.errors import InputError
+from lynx_compile.errors import InputError, first_line
 
 TEXTS = (".txt", "")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -149,7 +149,7 @@ def _of_yaml(path: Path) -> list[dict[str, Any]]:
     try:
         node = yaml.compose(_text(path), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path} is not valid YAML ({_first_line(error)}).", "Correct the file.") from None
+        raise InputError(f"{path} is not valid YAML ({first_line(error)}).", "Correct the file.") from None
     return of_node(node) if node is not None else []
 
 
@@ -184,7 +184,7 @@ def _encoded(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"The file {path} does not exist.", "Check the path.") from None
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{path} cannot be read ({_first_line(error)}).", "Write it with safetensors."
+            f"{path} cannot be read ({first_line(error)}).", "Write it with safetensors."
         ) from None
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.itemsize == 1:
@@ -215,7 +215,7 @@ def _with_images(value: Any, folder: Path) -> Any:
             return image.convert("RGB")
     except OSError as error:  # PIL's own error for what is no image is one
         raise InputError(
-            f"The image {path} cannot be read ({_first_line(error)}).", "Check the path."
+            f"The image {path} cannot be read ({first_line(error)}).", "Check the path."
         ) from None
 
 
@@ -229,7 +229,3 @@ def _text(path: Path) -> str:
         ) from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).", "Check the path.") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().split("\n")), "") or type(error).__name__

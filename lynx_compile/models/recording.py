@@ -30,7 +30,7 @@ from lynx_compile.engine.arguments import (
     schema,
     unflatten,
 )
-from lynx_compile.errors import InputError
+from lynx_compile.errors import InputError, first_line
 from lynx_compile.files.atomic import strict_json
 
 VERSION = 1
@@ -351,7 +351,7 @@ def read(path: Path, kind: type[T]) -> T:
     except FileNotFoundError:
         raise InputError(f"{path} does not exist.", "Give the folder of a recording.") from None
     except (OSError, ValueError, RecursionError, ValidationError) as error:
-        raise _damaged(path, str(error).split("\n")[0]) from None
+        raise _damaged(path, first_line(error)) from None
 
 
 def count_samples(folder: Path, samples: int) -> int:

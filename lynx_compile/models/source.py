@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from lynx_compile.errors import InputError
+from lynx_compile.errors import InputError, first_line
 from lynx_compile.files.progress import Progress, no_progress
 from lynx_compile.models.checkpoint import read_json, unquantized_config
 from lynx_compile.models.weight_files import refuse_other_formats
@@ -87,7 +87,7 @@ def read_index(source: str, revision: str | None = None) -> dict[str, Any]:
     try:
         return read_json(Path(hf_hub_download(source, INDEX, revision=revision)))
     except Exception as error:  # huggingface_hub raises many kinds
-        return _index(_cached(source, revision, _first_line(error)))
+        return _index(_cached(source, revision, first_line(error)))
 
 
 def pipeline_parts(folder: Path) -> dict[str, tuple[str, str]]:
@@ -184,11 +184,7 @@ def _fetched(
     except (
         Exception
     ) as error:  # huggingface_hub raises many kinds: gated, unknown id, bad revision, no network
-        return _cached(source, revision, _first_line(error))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+        return _cached(source, revision, first_line(error))
 
 
 def _cached(source: str, revision: str | None, reason: str) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lynx_compile.engine.arguments import bind, parameters, spread
-from lynx_compile.errors import InputError
+from lynx_compile.errors import InputError, first_line
 from lynx_compile.models.weightless import Weightless
 
 FEWEST_LINEARS = 2  # of a block
@@ -106,9 +106,8 @@ def find_structure(
         raise
     except Exception as error:  # whatever torch says of a value that is not there
         if loaded is None or with_weights:
-            reason = str(error).strip().split("\n")[0]
             raise InputError(
-                f"The module {type(module).__name__} cannot be run without its weights ({reason}).",
+                f"The module {type(module).__name__} cannot be run without its weights ({first_line(error)}).",
                 "Check the arguments of its call; a module that decides by what its weights give must be loaded first.",
             ) from error
         module, with_weights = loaded(), True

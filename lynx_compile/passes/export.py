@@ -25,7 +25,7 @@ from torch.export import Dim
 
 from lynx_compile.engine.arguments import Arguments, Structure, flatten, unflatten
 from lynx_compile.engine.manifest import Length
-from lynx_compile.errors import LynxError, StageError
+from lynx_compile.errors import LynxError, StageError, first_line
 from lynx_compile.files.atomic import save_bytes
 from lynx_compile.files.onnx_check import check_onnx
 from lynx_compile.files.resume import StageVersion
@@ -267,9 +267,10 @@ def _traced(
     except LynxError:
         raise
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
         raise StageError(
-            "export", f"torch could not trace the model ({reason}).", "Report the model and this message."
+            "export",
+            f"torch could not trace the model ({first_line(error)}).",
+            "Report the model and this message.",
         ) from error
 
 
@@ -285,9 +286,10 @@ def _translated(
             dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
         )  # fmt: skip
     except Exception as error:
-        reason = str(error.__cause__ or error).strip().split("\n")[0]
         raise StageError(
-            "export", f"ONNX has no form of the model ({reason}).", "Report the model and this message."
+            "export",
+            f"ONNX has no form of the model ({first_line(error.__cause__ or error)}).",
+            "Report the model and this message.",
         ) from error
     assert translated is not None
     return translated

@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lynx_compile.engine import trt
 from lynx_compile.engine.manifest import Manifest
-from lynx_compile.errors import InputError, StageError
+from lynx_compile.errors import InputError, StageError, first_line
 from lynx_compile.models.structure import find_structure
 from lynx_compile.passes.select import select
 from lynx_compile.passes.speed_table import DENSE, Form
@@ -217,7 +217,7 @@ class _Step:
         except torch._dynamo.exc.TorchDynamoException as error:
             raise StageError(
                 "bench",
-                f"a block of {type(module).__name__} does not compile whole ({_first_line(error)}).",
+                f"a block of {type(module).__name__} does not compile whole ({first_line(error)}).",
                 "It cannot be measured like this; lynx_compile.apply runs it without torch.compile.",
             ) from None
         del eager
@@ -235,12 +235,8 @@ def _replay(work: Callable[[], object], log: Callable[[str], None]) -> tuple[Cal
         return captured(work), True
     except RuntimeError as error:
         synchronize()
-        log(f"no CUDA graph, so that launches count: {_first_line(error)}")
+        log(f"no CUDA graph, so that launches count: {first_line(error)}")
         return work, False
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def _timed(steps: dict[str, _Step], rounds: int, keep: dict[str, FormResult]) -> dict[str, FormResult]:

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.attention import sdpa_kernel
 
-from lynx_compile.errors import InputError, StageError
+from lynx_compile.errors import InputError, StageError, first_line
 from lynx_compile.files.atomic import save_text
 from lynx_compile.tools.bench_model import ATTENTION
 from lynx_compile.tools.full_size import find, step_model
@@ -222,7 +222,7 @@ def _of_graphs(works: Mapping[str, Callable[[], object]], rounds: int) -> tuple[
     try:
         return _medians(_captured(works), rounds), None
     except RuntimeError as error:
-        return {}, str(error).split("\n")[0]
+        return {}, first_line(error)
 
 
 def _timed(

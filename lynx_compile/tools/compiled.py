@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lynx_compile.errors import InputError
+from lynx_compile.errors import InputError, first_line
 from lynx_compile.files.atomic import save_text
 from lynx_compile.files.outputs import Outputs
 from lynx_compile.recipe import Recipe
@@ -46,8 +46,9 @@ class Compiled:
             elsewhere = f"Give its cache with --cache if it lies elsewhere. {again}"
             raise InputError(f"{error.filename} cannot be read ({error.strerror}).", elsewhere) from None
         except (ValueError, ValidationError) as error:
-            reason = str(error).split("\n")[0]
-            raise InputError(f"{path} does not tell how the engine was compiled ({reason}).", again) from None
+            raise InputError(
+                f"{path} does not tell how the engine was compiled ({first_line(error)}).", again
+            ) from None
         if found.engine_sha256 != engine_sha256 or stamp.get("key") != found.export_key:
             raise InputError(f"{path.parent} belongs to another run than {outputs.engine}.", again)
         return found
