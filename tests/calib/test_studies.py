@@ -75,6 +75,10 @@ def test_the_evidence_shows_what_a_budget_made(summary: dict[str, float | str]) 
             summary[f"quality.{name}.budget.{what}"] for what in ("output_error", "psnr", "speed")
         )
         assert f"| {error} | {images:.1f} dB | {speed:.2f}x |" in page and float(error) <= 0.015
+    images, speed = (summary[f"quality.emoji_flux.budget.{what}"] for what in ("psnr", "speed"))
+    assert f"({images:.0f} dB; {speed:.2f}x on its small linears" in (ROOT / "README.md").read_text()
+    inside = (ROOT / "docs" / "how-it-works.md").read_text()
+    assert f"[{images:.0f} and {summary['quality.digits_flux.budget.psnr']:.0f} dB]" in inside
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -137,6 +137,20 @@ def test_the_page_shows_every_stored_result() -> None:
         assert f"| {' | '.join(f'{ms:.1f}' for ms in form['graph_ms'])} |" in gpus
 
 
+def test_the_readme_and_flux_page_show_the_measured_step() -> None:
+    forms = json.loads((BENCH / "nvidia-h100-80gb-hbm3-model.json").read_text())["flux1_dev"]["forms"]
+    dense, fast = forms["bf16_dense"], forms["fp8_weight"]
+    pages = [(BENCH.parents[1] / page).read_text() for page in ("README.md", "docs/flux1-dev.md")]
+    gain = f"{fast['ratio']:.2f}x"
+    assert (
+        f"{gain} for FLUX.1-dev with random weights, {fast['ms']:.0f} ms against {dense['ms']:.0f}"
+        in pages[0]
+    )
+    assert f"{fast['ms']:.1f} ms a step against {dense['ms']:.1f} in bf16: {gain}" in pages[1]
+    for page in pages:
+        assert f"{fast['peak_gib']:.1f} GiB" in page and f"{dense['peak_gib']:.1f}" in page
+
+
 def test_fp8_stands_beside_the_others_in_one_table() -> None:
     measured = stored_fp8()
     first = measured.results[0]
