@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -68,6 +69,7 @@ def held_out_accuracy() -> float:
 
 
 def main() -> None:
+    """Train on the real digits, and overwrite the committed weights."""
     torch.manual_seed(SEED)
     save_file(trained_on(*digits.digits("train")).state_dict(), WEIGHTS)
     trained.cache_clear()
@@ -93,4 +95,4 @@ def trained_on(images: torch.Tensor, labels: torch.Tensor) -> Classifier:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    typer.run(main)

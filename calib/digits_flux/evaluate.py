@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+import typer
 
 from calib.digits_flux import classifier, digits, sampler
 
@@ -27,6 +28,7 @@ class Quality:
 
 
 def main() -> None:
+    """Draw samples, print how good they are, and overwrite the committed sheet."""
     begin = time.monotonic()
     labels = torch.arange(digits.CLASSES).repeat(PER_CLASS)  # 0 .. 9 in turn: a column each
     images = sampler.sample(sampler.dense(sampler.load_model()), labels, SEED, STEPS)
@@ -63,4 +65,4 @@ def frechet_distance(features_a: torch.Tensor, features_b: torch.Tensor) -> floa
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    main()
+    typer.run(main)

@@ -227,7 +227,7 @@ def _through_torch(job: Job) -> Measured:
         linears = _by_linear(job.manifest, compare_torch.linear_squares(module, engine, chosen, progress))
     with job.display("images") as progress:
         images, metric, reasons = _images(sampler, compare_torch.applied(module, engine), job, progress)
-    reasons |= _shared(sampler) | {"engines": "torch ran the models"}
+    reasons |= _shared(sampler) | {"engines": "torch ran the models; --with onnx times them"}
     return Measured(len(states), linears, on_output, images, metric, (), reasons)
 
 

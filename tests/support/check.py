@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
@@ -108,8 +109,8 @@ def _attempt(row: Row, what: str, stage: Callable[[], Any]) -> Any:
     try:
         return stage()
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        row.reason.append(f"{what}: {text[:300]}")
+        text = textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
+        row.reason.append(f"{what}: {text}")
         return None
 
 

@@ -39,7 +39,8 @@ def through_torch(engine: Path) -> Comparison:
 
 
 def test_its_figures_are_those_of_onnx_runtime(engine: Path, through_torch: Comparison) -> None:
-    assert through_torch.not_measured["engines"] == "torch ran the models"  # chosen without being asked for
+    # Chosen without being asked for.
+    assert through_torch.not_measured["engines"] == "torch ran the models; --with onnx times them"
     assert Comparison.read(engine.with_suffix(".compare.json")) == through_torch
     onnx = compare.compare(engine, through="onnx")
     assert "torch" not in onnx.not_measured["engines"]

@@ -96,7 +96,7 @@ def draw_chart(study: Study, path: Path) -> None:
     right.set_yscale("log")
     right.set_xlabel("denoising step")
     right.set_title("output error by step", loc="left", fontsize=10)
-    right.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    right.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=5.5)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     with atomic_path(path) as temporary:
