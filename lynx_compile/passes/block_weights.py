@@ -102,6 +102,7 @@ def node_linears(
     for linear, rows in split(moved(load_weights(path), device)).items():
         down = None if rows.lora_down is None else torch.nn.Parameter(rows.lora_down)
         found[linear] = TunedLinear(rows, down).to(dtype=dtype).requires_grad_(False)
+        found[linear].keep = None  # it is for gradients: what is pruned is 0
     return found
 
 

@@ -14,8 +14,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional
@@ -72,7 +72,10 @@ class TunedLinear(torch.nn.Module):
     def __init__(self, rows: Rows, lora_down: torch.nn.Parameter | None = None) -> None:
         """``lora_down``: A of all linears of the node, one parameter; those of ``rows`` are not read."""
         super().__init__()
-        self._rows = rows
+        self._operand, self._norm_scale = (
+            rows.operand,
+            rows.norm_scale,
+        )  # and not their tensors, as large as its own
         weight = rows.weight.float()
         self.register_buffer("keep", keep_mask(weight) if rows.operand == "weight" else None)
         self.register_buffer("first_scale", rows.weight_scale)
@@ -111,7 +114,8 @@ class TunedLinear(torch.nn.Module):
             "lora_up": self.lora_up,
             "weight_scale": scale,
         }
-        return replace(self._rows, **{name: _on_cpu(tensor) for name, tensor in tensors.items()})  # type: ignore[arg-type]
+        on_cpu: dict[str, Any] = {name: _on_cpu(tensor) for name, tensor in tensors.items()}
+        return Rows(operand=self._operand, norm_scale=self._norm_scale, **on_cpu)
 
     def _scale(self) -> torch.Tensor | None:
         """s_w [N]."""
@@ -129,7 +133,7 @@ class TunedLinear(torch.nn.Module):
 
     def _read(self, x: torch.Tensor) -> torch.Tensor:
         """What of x is multiplied."""
-        prunes = self._rows.operand == "activation"
+        prunes = self._operand == "activation"
         if not prunes and self.log_scale is None:
             return x
         with torch.no_grad():
@@ -140,7 +144,7 @@ class TunedLinear(torch.nn.Module):
             else:
                 assert keep is not None
                 read = torch.where(keep, tokens, torch.zeros_like(tokens))
-                if self._rows.norm_scale:
+                if self._norm_scale:
                     read = read * norm_scale_of(tokens, keep).to(x.dtype)
         return _straight_through(x, read.reshape(x.shape))
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from lynx_compile.models.structure import Linear
 from lynx_compile.ops.sparse_linear import sparse_linear
 from lynx_compile.passes import end_to_end, lanes
 from lynx_compile.passes import tune as passes_tune
-from lynx_compile.passes.block_weights import joined, rows_of, split, tuned_linears
+from lynx_compile.passes.block_weights import joined, node_linears, rows_of, split, tuned_linears
 from lynx_compile.passes.calibrate import Statistics, Unkept, calibrate, replay
 from lynx_compile.passes.compensate import SparseLinearWeights, compensate, load_weights, save_weights
 from lynx_compile.passes.select import SparseGroup, SparsityPlan, select
@@ -472,3 +473,24 @@ def test_what_fits_is_what_the_model_leaves(
     assert not end_to_end.fits(dit, plan)
     free[0] += 200
     assert end_to_end.fits(dit, plan)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_linears_that_are_not_tuned_hold_their_weights_once(
+    compensated: Callable[[str], Compensated], form: str
+) -> None:
+    """In the dtype that is asked for: those of a whole model are held beside it."""
+    path = max(compensated(form).weights, key=lambda path: path.stat().st_size)
+
+    def held() -> dict[int, int]:
+        gc.collect()
+        found = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+        storages = [tensor.untyped_storage() for tensor in found if not tensor.is_meta]
+        return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+    before = held()
+    linears = node_linears(path, torch.device("cpu"), torch.bfloat16)
+    taken = sum(size for place, size in held().items() if place not in before)
+    weights = sum(linear.weight.numel() for linear in linears.values())
+    rest = sum(t.nbytes for linear in linears.values() for t in linear.state_dict().values()) - 2 * weights
+    assert 2 * weights <= taken <= 2 * weights + rest + 4096 and rest < weights, taken / weights
