@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from logging import ERROR, getLogger
@@ -16,8 +15,9 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 
 from lynx_compile.errors import InputError, first_line, is_out_of_memory
+from lynx_compile.models.checkpoint import read_json
 from lynx_compile.models.place import device_type
-from lynx_compile.models.source import only_variant
+from lynx_compile.models.source import INDEX, only_variant
 
 ENCODERS = ("text_encoder", "tokenizer")  # how components start that encoded prompts make needless
 
@@ -46,7 +46,8 @@ def load_pipeline(
     Raises:
         InputError: it is no pipeline, needs code of its own, lacks safetensors, or cannot be loaded.
     """
-    index = {name: value for name, value in _index(folder).items() if isinstance(value, list)}
+    values = read_json(folder / INDEX)
+    index = {name: value for name, value in values.items() if isinstance(value, list)}
     given: dict[str, torch.nn.Module | None] = {
         name: None
         for name, where in index.items()
@@ -54,7 +55,7 @@ def load_pipeline(
     }
     given |= modules or {}
     variant = variant or only_variant(folder, [name for name in index if name not in given])
-    kind = pipeline_class(pipeline or _index(folder).get("_class_name"), str(folder))
+    kind = pipeline_class(pipeline or values.get("_class_name"), str(folder))
     try:
         with _without_progress_bars():
             pipe = kind.from_pretrained(
@@ -97,22 +98,6 @@ def _without_fallbacks() -> Iterator[None]:
         yield
     finally:
         importing.setLevel(before)
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    """``model_index.json``: the pipeline's class, and {component: [library, class]}."""
-    path = folder / "model_index.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder} holds no model_index.json.", "model.source must be a diffusers pipeline's folder."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read as JSON ({first_line(error)}).", "Fetch the checkpoint again."
-        ) from None
-    return values if isinstance(values, dict) else {}
 
 
 def pipeline_class(name: object, source: str) -> Any:

@@ -84,7 +84,7 @@ def test_code_of_a_checkpoint_is_never_run(folder: Path) -> None:
 
 
 def test_what_is_no_pipeline(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no model_index.json"):
+    with pytest.raises(InputError, match="model_index.json does not exist"):
         load_pipeline(tmp_path, dtype=torch.float32)
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read as JSON"):
