@@ -296,6 +296,7 @@ def _decide(
     )
     taken = len(order)
     if drawn is not None:
+        dit.release()  # the pipeline has a transformer of its own
         taken = stages.run(
             SELECT,
             int,
@@ -303,6 +304,7 @@ def _decide(
             stages.key(SENSITIVITY), *recorded, order, judged, recipe.call, recipe.compare, images,
             reads=(COMPENSATE,),
         )  # fmt: skip
+        drawn.release()
     weights, by = _tuned(recipe, dit, selection.plan(taken), solved, statistics, recording, outputs, stages)
     verified = stages.run(
         VERIFY,

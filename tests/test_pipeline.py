@@ -25,9 +25,10 @@ from lynx_compile.engine import trt
 from lynx_compile.errors import InputError, StageError
 from lynx_compile.files.progress import Progress
 from lynx_compile.models.checkpoint import Checkpoint
+from lynx_compile.models.dit import DiT
 from lynx_compile.ops.functions import DOMAIN
 from lynx_compile.passes import sensitivity as passes_sensitivity
-from lynx_compile.passes.budget import TUNED
+from lynx_compile.passes.budget import TUNED, Selection
 from lynx_compile.passes.rewrite import LynxOnnx
 from lynx_compile.passes.target import target_of
 from lynx_compile.passes.verify import AtSteps, Verified
@@ -136,7 +137,15 @@ def test_tuning_is_a_stage_where_it_is_asked_for(compiled: Path, monkeypatch: py
 def test_other_prompts_of_a_comparison_draw_anew(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file has the same name, and other prompts in it."""
     monkeypatch.setattr(passes_sensitivity, "ROWS", 8)
-    monkeypatch.setattr(pipeline, "within_psnr", lambda selection, *_: len(selection.steps))
+    made: list[DiT] = []
+    find_dit = pipeline.find_dit
+
+    def within_psnr(selection: Selection, *_: object) -> int:
+        assert "module" not in vars(made[-1]), "the pipeline has its own"
+        return len(selection.steps)
+
+    monkeypatch.setattr(pipeline, "find_dit", lambda *given: made.append(find_dit(*given)) or made[-1])
+    monkeypatch.setattr(pipeline, "within_psnr", within_psnr)
     monkeypatch.setattr(
         pipeline,
         "verify",

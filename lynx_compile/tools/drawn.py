@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ class Drawn:
 
     def __init__(self, recipe: Recipe, converted: Path, component: str) -> None:
         self._recipe, self._converted, self._component = recipe, converted, component
-        self._dense: tuple[Sampler, np.ndarray] | None = None
+        self._sampler: Sampler | None = None
+        self._dense: np.ndarray | None = None
 
     def __call__(self, linears: Mapping[str, TunedLinear]) -> float:
         """Mean PSNR of the images, dB, where the denoiser computes with ``linears``.
@@ -35,11 +37,12 @@ class Drawn:
         Raises:
             InputError: the pipeline returns no images.
         """
+        if self._sampler is None:
+            self._sampler = open_sampler(self._recipe, self._converted)
+        sampler = self._sampler
+        assert sampler is not None, "the recipe has checked it"
         if self._dense is None:
-            sampler = open_sampler(self._recipe, self._converted)
-            assert sampler is not None, "the recipe has checked it"
-            self._dense = sampler, self._images(sampler)
-        sampler, dense = self._dense
+            self._dense = self._images(sampler)
         module: Any = getattr(sampler.pipe, self._component)
         like = next(p for p in module.parameters() if p.is_floating_point())
         with (
@@ -49,7 +52,14 @@ class Drawn:
             torch.no_grad(),
         ):
             images = self._images(sampler)
-        return float(np.mean([psnr(a, b) for a, b in zip(dense, images, strict=True)]))
+        return float(np.mean([psnr(a, b) for a, b in zip(self._dense, images, strict=True)]))
+
+    def release(self) -> None:
+        """Forget the pipeline, whose memory other stages need, and not the dense model's images."""
+        self._sampler = None
+        gc.collect()  # a pipeline's modules and their hooks refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _images(self, sampler: Sampler) -> np.ndarray:
         images = draw(sampler, no_progress)

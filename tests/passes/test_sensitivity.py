@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -316,5 +317,9 @@ def test_the_pipeline_draws_with_other_linears(made: Probed, tmp_path: Path) -> 
     drawn = Drawn(made.recipe.model_copy(update={"compare": compare}), tmp_path, made.dit.component)
     few, all_ = (linears_of(made.selection, n, made.weights, CPU) for n in (3, len(made.selection.steps)))
     assert drawn({}) == BEST_PSNR
-    assert BEST_PSNR > drawn(few) > drawn(all_) > 20
-    assert drawn({}) == BEST_PSNR
+    assert BEST_PSNR > (worst := drawn(all_)) > 20 and BEST_PSNR > drawn(few) > worst
+    assert drawn._sampler is not None
+    transformer = weakref.ref(drawn._sampler.pipe.transformer)
+    drawn.release()
+    assert transformer() is None, "tuning needs its memory"
+    assert drawn(all_) == worst and drawn({}) == BEST_PSNR
