@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +17,7 @@ from lynx_compile.engine.arguments import flatten, unflatten
 from lynx_compile.models import families
 from lynx_compile.models.checkpoint import Checkpoint
 from lynx_compile.models.onnx_source import OnnxSource
-from lynx_compile.models.place import on_gpu
+from lynx_compile.models.place import on_gpu, reclaim
 from lynx_compile.models.recording import Axis, Call, Component, Group, Recording
 from lynx_compile.models.streamed import Streamed, has_room
 from lynx_compile.models.structure import Linear, LinearGroup, find_structure
@@ -91,11 +89,7 @@ class DiT:
         """Forget ``module``, whose memory a later stage needs; it is read again where it is asked for again."""
         self.__dict__.pop("module", None)
         self.__dict__.pop("_streamed", None)
-        gc.collect()  # a module and its hooks refer to each other
-        with suppress(OSError, AttributeError):  # glibc keeps what was freed between what was not
-            ctypes.CDLL(None).malloc_trim(0)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        reclaim()
 
     def taken(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """What ``module`` takes of a recorded call."""

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import re
+from contextlib import suppress
 
 import torch
 
@@ -23,6 +26,15 @@ def on_gpu() -> bool:
 def device_type() -> str:
     """``cuda`` or ``cpu``."""
     return "cuda" if on_gpu() else "cpu"
+
+
+def reclaim() -> None:
+    """Give the system back the memory of what was forgotten just now, before someone looks at what is free."""
+    gc.collect()  # modules, pipelines and their hooks refer to each other
+    with suppress(OSError, AttributeError):  # glibc keeps what was freed between what was not
+        ctypes.CDLL(None).malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def choose(device: str) -> None:

@@ -19,7 +19,7 @@ from lynx_compile.models.capture import capture
 from lynx_compile.models.dtypes import DTYPES
 from lynx_compile.models.opened import Opened
 from lynx_compile.models.pipeline_loader import load_pipeline
-from lynx_compile.models.place import on_gpu
+from lynx_compile.models.place import on_gpu, reclaim
 from lynx_compile.models.recording import Recording
 from lynx_compile.recipe import Model, Recipe
 
@@ -44,9 +44,8 @@ def record(recipe: Recipe, opened: Opened, rows: Rows, folder: Path, progress: P
     calibration = recipe.calibration
     split = prompts.split(rows, calibration.held_out)
     _warn_of_few(split, calibration.samples)
-    pipe = open_pipeline(recipe, opened, rows)
-    return capture(
-        pipe,
+    recording = capture(
+        open_pipeline(recipe, opened, rows),
         [rows[number] for number in islice(cycle(split.calibration), calibration.samples)],
         folder,
         held_out=[
@@ -60,6 +59,8 @@ def record(recipe: Recipe, opened: Opened, rows: Rows, folder: Path, progress: P
         model_digest=" ".join([str(CAPTURE.number), *(c.digest() for c in opened.checkpoints.values())]),
         progress=progress,
     )
+    reclaim()  # whether the model fits is asked next, and the pipeline has text encoders beside it
+    return recording
 
 
 def _warn_of_few(split: prompts.Split, samples: int) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from lynx_compile.errors import InputError
 from lynx_compile.files.progress import no_progress
+from lynx_compile.models.place import reclaim
 from lynx_compile.passes.block_weights import substituted
 from lynx_compile.recipe import Recipe
 from lynx_compile.solve.tune import TunedLinear
@@ -57,9 +57,7 @@ class Drawn:
     def release(self) -> None:
         """Forget the pipeline, whose memory other stages need, and not the dense model's images."""
         self._sampler = None
-        gc.collect()  # a pipeline's modules and their hooks refer to each other
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        reclaim()
 
     def _images(self, sampler: Sampler) -> np.ndarray:
         images = draw(sampler, no_progress)

@@ -2,20 +2,25 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lynx_compile.errors import StageError
 from lynx_compile.files.progress import Progress, no_progress
+from lynx_compile.models import prompts
 from lynx_compile.models.blocks import block_paths
 from lynx_compile.models.dit import DiT
+from lynx_compile.models.opened import open_model
 from lynx_compile.models.streamed import has_room
 from lynx_compile.models.structure import find_structure
 from lynx_compile.ops.fp8 import round_rows
 from lynx_compile.ops.sparse_linear import keep_mask
+from lynx_compile.passes import record as passes_record
 from lynx_compile.passes.calibrate import Measurement, Statistics, _measured, calibrate, measurements
 from lynx_compile.passes.select import select
 from lynx_compile.recipe import Recipe, Sparsity, load_recipe
@@ -181,6 +186,27 @@ def test_block_by_block_from_disk_gives_what_one_pass_gives(
     assert "measuring on 1 of 12 calls" in caplog.text
     dit.release()
     assert "_streamed" not in vars(dit)
+
+
+def test_no_pipeline_is_in_memory_when_the_model_asks_for_room(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Diffusers' pipelines are in cycles: one with text encoders, on a GPU, would have had the model streamed."""
+    opened, rows = (
+        open_model(recipe, tmp_path / "converted"),
+        prompts.read(Path(recipe.calibration.prompts or "")),
+    )
+    made: list[weakref.ref[torch.nn.Module]] = []
+    open_pipeline = passes_record.open_pipeline
+
+    def noted(*given: Any) -> Any:
+        pipe = open_pipeline(*given)
+        made.append(weakref.ref(pipe.transformer))
+        return pipe
+
+    monkeypatch.setattr(passes_record, "open_pipeline", noted)
+    passes_record.record(recipe, opened, rows, tmp_path / "recording", no_progress)
+    assert [module() for module in made] == [None]
 
 
 def test_tokens_per_call_limits_the_tokens(recipe: Recipe, tmp_path: Path) -> None:
