@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -246,11 +246,6 @@ class Calibration(Section):
     """Most memory that moments take at once; those of more are solved part by part, and not kept on disk.
     Tuning holds its calls in as much."""
 
-    @field_validator("memory_gib", mode="before")
-    @classmethod
-    def _whole_numbers_are_fine(cls, value: Any) -> Any:
-        return float(value) if type(value) is int else value
-
     @model_validator(mode="after")
     def _one_source(self) -> Calibration:
         if self.prompts is not None and self.recording is not None:
@@ -415,11 +410,6 @@ class Budget(Section):
     """The least error at which the blocks' linears together are so many times as fast as dense, by `sparsity.costs` or
     a roofline."""
 
-    @field_validator("min_psnr", "min_speed", mode="before")
-    @classmethod
-    def _whole_numbers_are_fine(cls, value: Any) -> Any:
-        return float(value) if type(value) is int else value
-
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
         given = [name for name, value in self if value is not None]
@@ -454,11 +444,6 @@ class Compensation(Section):
     @classmethod
     def _false_is_off(cls, value: Any) -> Any:
         return "off" if value is False else value
-
-    @field_validator("minutes", mode="before")
-    @classmethod
-    def _whole_numbers_are_fine(cls, value: Any) -> Any:
-        return float(value) if type(value) is int else value
 
 
 class Engine(Section):
@@ -669,7 +654,7 @@ def _explain(
     where = set_by[-1] if set_by and error["type"] != "missing" else f"{path}:{_line(node, keys)}"
     if error["type"] == "extra_forbidden":
         known = list(_section(error["loc"][:-1]).model_fields)
-        if keys[0] == "model" and keys[-1] in ("source", "module", "onnx"):
+        if keys[:-1] == ["model"] and keys[-1] in ("source", "module", "onnx"):
             return f"{where}: 'model' has both '{keys[-1]}' and '{known[0]}'.", "Keep one of them."
         close = difflib.get_close_matches(keys[-1], known, 1)
         hint = f"Did you mean '{close[0]}'?" if close else f"Known keys here: {', '.join(known)}."
@@ -709,8 +694,10 @@ def _section(loc: tuple[Any, ...]) -> type[BaseModel]:
     """The section that a place in pydantic's terms is in."""
     section: type[BaseModel] = Recipe
     for key in loc:
+        if isinstance(key, int):  # an item of a list of sections
+            continue
         annotation = FORMS.get(key) or section.model_fields[key].annotation
-        if NoneType in get_args(annotation):
+        if NoneType in get_args(annotation) or get_origin(annotation) is tuple:
             annotation = get_args(annotation)[0]
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             section = annotation

@@ -619,11 +619,25 @@ def test_tuning_is_left_to_us_or_switched_off(tmp_path: Path) -> None:
     [
         ("{tune: true}", "'compensation.tune' is wrong"),
         ("{minutes: 0}", "'compensation.minutes' is wrong"),
+        (f"{{minutes: 1{'0' * 400}}}", "'compensation.minutes' is wrong: it should be a number"),
         ("{steps: 0}", "'compensation.steps' is wrong"),
     ],
 )
 def test_wrong_tuning(tmp_path: Path, section: str, message: str) -> None:
     assert message in _error(tmp_path, f"model: {{source: model}}\ncompensation: {section}\n")
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ("{source: a, scal: 2}", "unknown key 'model.loras.0.scal'. Did you mean 'scale'?"),
+        ("{source: a, module: b:C}", "unknown key 'model.loras.0.module'. Known keys here: source,"),
+        ("{scale: 2}", "the key 'model.loras.0.source' is missing"),
+        ("a.safetensors", "'model.loras.0' is wrong: it should be a section"),
+    ],
+)
+def test_wrong_loras(tmp_path: Path, lora: str, message: str) -> None:
+    assert message in _error(tmp_path, f"model:\n  source: model\n  loras:\n  - {lora}\n")
 
 
 def test_errors_decide_where_they_can(tmp_path: Path) -> None:
