@@ -38,11 +38,11 @@ from lynx_compile.passes.durations import Calls
 from lynx_compile.passes.export import EXPORT, DenseOnnx, export, referred
 from lynx_compile.passes.forecast import forecast
 from lynx_compile.passes.keep import keep
-from lynx_compile.passes.record import CAPTURE, named_components, record
+from lynx_compile.passes.record import CAPTURE, check_files, named_components, record
 from lynx_compile.passes.rewrite import REWRITE, LynxOnnx, graph_digest, rewrite
 from lynx_compile.passes.select import Candidates, SparseGroup, SparsityPlan, candidates, require_fp8
 from lynx_compile.passes.sensitivity import SENSITIVITY, Sensitivities, sensitivity
-from lynx_compile.passes.speed_table import CostTable, Form
+from lynx_compile.passes.speed_table import Form
 from lynx_compile.passes.target import Target, target_of
 from lynx_compile.passes.tune import TUNE, Tuned, is_tuned, tune
 from lynx_compile.passes.verify import SELECT, VERIFY, Verified, verify, within_psnr
@@ -92,10 +92,7 @@ def compile(
         target = target_of(recipe.engine)
         plugin = trt.plugin_library(recipe.engine.plugin)
         require_fp8(recipe.sparsity, target.gpus)
-        if recipe.sparsity.costs is not None:
-            CostTable.load(
-                Path(recipe.sparsity.costs)
-            )  # what is wrong with it is said before the pipeline runs
+        check_files(recipe)
         with (display or silent)("open") as progress:  # a download, and hashing, take minutes
             with parallel.first_process_first():
                 opened = open_model(recipe, outputs.cache / "converted", progress)

@@ -21,6 +21,7 @@ from lynx_compile.models.opened import Opened
 from lynx_compile.models.pipeline_loader import load_pipeline
 from lynx_compile.models.place import on_gpu, reclaim
 from lynx_compile.models.recording import Recording
+from lynx_compile.passes.speed_table import CostTable
 from lynx_compile.recipe import Model, Recipe
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,18 @@ def record(recipe: Recipe, opened: Opened, rows: Rows, folder: Path, progress: P
     )
     reclaim()  # whether the model fits is asked next, and the pipeline has text encoders beside it
     return recording
+
+
+def check_files(recipe: Recipe) -> None:
+    """Read the recipe's small files: what is wrong with one is said before a model is fetched or run.
+
+    Raises:
+        InputError: one is missing or damaged.
+    """
+    if recipe.calibration.prompts is not None:
+        prompts.read(Path(recipe.calibration.prompts))
+    if recipe.sparsity.costs is not None:
+        CostTable.load(Path(recipe.sparsity.costs))
 
 
 def _warn_of_few(split: prompts.Split, samples: int) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from lynx_compile.engine import trt
 from lynx_compile.files.outputs import Outputs
 from lynx_compile.models import recording as recordings
 from lynx_compile.models.dit import find_groups
@@ -14,6 +15,7 @@ from lynx_compile.models.opened import open_model
 from lynx_compile.models.source import download_bytes
 from lynx_compile.passes.durations import Calls
 from lynx_compile.passes.forecast import forecast
+from lynx_compile.passes.record import check_files
 from lynx_compile.passes.select import candidates, require_fp8
 from lynx_compile.passes.target import target_of
 from lynx_compile.recipe import Model, Recipe
@@ -28,7 +30,9 @@ def check(recipe: Recipe, output: Path) -> Iterator[str]:
     """
     outputs = Outputs.of(output.resolve())
     target = target_of(recipe.engine)
+    trt.plugin_library(recipe.engine.plugin)
     require_fp8(recipe.sparsity, target.gpus)
+    check_files(recipe)
     yield f"{target.name} {target.version}, for {', '.join(target.gpus)}"
     if isinstance(recipe.model, Model) and recipe.checkpoint is None:
         missing = download_bytes(recipe.model.source, recipe.model.revision, recipe.model.variant)

@@ -13,7 +13,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from lynx_compile import cli
-from lynx_compile.errors import DiskFullError, OutOfMemoryError
+from lynx_compile.errors import DiskFullError, InputError, OutOfMemoryError
 from lynx_compile.files.outputs import Outputs
 from lynx_compile.models.checkpoint import open_checkpoint
 from lynx_compile.passes import forecast as forecasts
@@ -135,6 +135,20 @@ def test_check_says_it_before_and_after_the_calls_are_recorded(
     with pytest.raises(DiskFullError):
         cli.app(["check", str(tiny / "tiny.yaml"), "-o", str(output)], standalone_mode=False)
     assert "\nbuild " in capsys.readouterr().out, "what it takes is said before"
+
+
+@pytest.mark.parametrize(
+    "setting", ["calibration.prompts=none.txt", "sparsity.costs=none.json", "engine.plugin=none.so"]
+)
+@pytest.mark.parametrize("command", ["check", "compile"])
+def test_a_file_that_is_missing_is_said_before_the_model_is_opened(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, setting: str
+) -> None:
+    for module in ("lynx_compile.pipeline", "lynx_compile.tools.check"):
+        monkeypatch.setattr(f"{module}.open_model", lambda *_: pytest.fail("the model was opened"))
+    given = [str(tiny / "tiny.yaml"), "-o", str(tmp_path / "tiny.engine"), "--set", setting]
+    with pytest.raises(InputError, match=r"none\.\w+ (does not exist|cannot be read)"):
+        cli.app([command, *given], standalone_mode=False)
 
 
 def test_what_flux_takes_is_what_its_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
