@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -75,8 +76,10 @@ def study(
       lynx-compile study flux.yaml --methods wanda,weight_solved --seeds 3
     """
     speak(progress, quiet=quiet)
-    if minutes is not None and not minutes > 0:
-        raise InputError(f"--minutes is {minutes:g}.", "Give more than 0.")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise InputError(f"--minutes is {minutes:g}.", "Give a number above 0.")
+    if budget is not None and summary is None:
+        raise InputError("--budget says what goes into --summary, and that is missing.", "Give both.")
     with interruptible("what was measured is kept; the same command goes on from there."):
         from lynx_compile.recipe import load_recipe
 
@@ -91,9 +94,12 @@ def study(
         values = run.with_choices(
             values, minutes=minutes, samples=samples, batch=batch, prompts_calibrated=prompts, states=states
         )
+        compiled = {} if budget is None else results.of_budget(name, budget)
+        if summary is not None:
+            summary_file.read(summary)  # what is wrong with it is said before hours of measuring
         found = run.study(values, name, folder, methods=wanted, seeds=seeds, run_metric=metric, display=stage)
         if summary is not None:
-            compiled = {} if budget is None else results.of_budget(name, budget)
             summary_file.add(results.summary(found) | compiled, summary)
     Console(highlight=False, width=max(out.width, 150)).print(show.table(found))
-    out.print(f"wrote {escape(str(folder / 'study.json'))}, study.md, study.png and, of images, sheet.png")
+    written = [file for file in ("study.md", "study.png", "sheet.png") if (folder / file).exists()]
+    out.print(f"wrote {escape(', '.join([str(folder / 'study.json'), *written]))}")

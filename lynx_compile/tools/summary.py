@@ -17,10 +17,19 @@ def add(values: Mapping[str, float | str], path: Path) -> None:
     Raises:
         InputError: what is there is no JSON mapping.
     """
+    save_text(path, json.dumps({**read(path), **values}, indent=1) + "\n")
+
+
+def read(path: Path) -> dict[str, float | str]:
+    """What is there; empty where nothing is.
+
+    Raises:
+        InputError: what is there is no JSON mapping.
+    """
     try:
-        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if not isinstance(old, dict):
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(found, dict):
             raise ValueError("it is no mapping")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}).", "Delete it, or name another file.") from None
-    save_text(path, json.dumps({**old, **values}, indent=1) + "\n")
+    return found

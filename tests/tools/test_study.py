@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,9 @@ from torch.nn import functional
 from lynx_compile import cli
 from lynx_compile.errors import InputError
 from lynx_compile.files.progress import no_progress
-from lynx_compile.recipe import load_recipe
+from lynx_compile.recipe import Recipe, load_recipe
 from lynx_compile.tools.images import BEST_PSNR, psnr, ssim
-from lynx_compile.tools.study import methods, results, run
+from lynx_compile.tools.study import methods, results, run, show
 from lynx_compile.tools.study.measure import hold_out, measure
 from lynx_compile.tools.study.methods import METHODS, Workshop, chosen
 from lynx_compile.tools.study.results import Row, Run, Study
@@ -84,6 +85,40 @@ def test_what_is_done_is_not_done_again(
         "weight_solved",
     ]
     assert "weights 2:4, RIA" in capsys.readouterr().out
+
+
+def test_a_study_of_other_choices_loses_none_of_this_one(studied: Path, tiny: Path, tmp_path: Path) -> None:
+    """Nor does another name."""
+    path = Path(shutil.copy(studied / "study.json", tmp_path))
+    before = Study.read(path)
+    recipe = run.with_choices(load_recipe(tiny / "tiny.yaml"), samples=2)
+    assert before is not None
+
+    def begun(recipe: Recipe, name: str) -> run._Studies:
+        return run._Studies(recipe, name, tmp_path, run_metric=False, display=run.silent)
+
+    other = begun(run.with_choices(recipe, samples=3), "tiny")
+    assert other._study is None
+    before.model_copy(update={"key": other._key, "rows": ()}).write(path)
+    assert begun(recipe, "renamed")._study == before.model_copy(update={"name": "renamed"})
+
+
+def test_pictures_of_another_study_do_not_stay(studied: Path, tmp_path: Path) -> None:
+    found = Study.read(studied / "study.json")
+    assert found is not None
+    for name in ("study.png", "sheet.png"):
+        shutil.copy(studied / name, tmp_path)
+    show.draw_chart(found.model_copy(update={"rows": found.rows[:1]}), tmp_path / "study.png")
+    show.draw_sheet(found, tmp_path / "no images", tmp_path / "sheet.png")
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.filterwarnings("error")  # matplotlib warns of a legend of nothing
+def test_the_chart_by_step_shows_what_there_is(studied: Path, tmp_path: Path) -> None:
+    found = Study.read(studied / "study.json")
+    assert found is not None
+    show.draw_chart(found.model_copy(update={"rows": found.rows[:2]}), tmp_path / "study.png")
+    assert (tmp_path / "study.png").exists()
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +227,8 @@ def test_an_engine_of_a_budget_joins_the_summary(tmp_path: Path, monkeypatch: py
 def test_wrong_choices_are_said(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no method 'wand' to study"):
         chosen("wand")
+    with pytest.raises(InputError, match="--methods names none"):
+        chosen(" ,")
     assert chosen(" ria") == ("dense", "ria") and chosen(None) == tuple(METHODS)
     recipe = load_recipe(tiny / "tiny.yaml")
     calibration = recipe.calibration.model_copy(update={"prompts": None, "recording": "somewhere"})
@@ -200,6 +237,31 @@ def test_wrong_choices_are_said(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text('{"format_version": 1}')
     with pytest.raises(InputError, match=r"study.json is damaged"):
         Study.read(tmp_path / "study.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--minutes", "inf"), "--minutes is inf."),
+        (("--budget", "x.engine"), "--budget says what goes into --summary"),
+        (("--budget", "x.engine", "--summary", "all.json"), "x.json does not exist"),
+        (("--summary", "."), "cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_measured(
+    arguments: tuple[str, ...],
+    message: str,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lynx-compile", "study", str(tiny / "tiny.yaml"), *arguments])
+    monkeypatch.setattr(run, "study", lambda *_, **__: pytest.fail("it was measured"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_psnr_is_over_the_dense_images_peak_and_ssim_its_definition() -> None:

@@ -211,9 +211,11 @@ def chosen(names: str | None) -> tuple[str, ...]:
     """Methods by their names, comma-separated, in the table's order; None: all. The dense model is always there.
 
     Raises:
-        InputError: one is not known.
+        InputError: one is not known, or none is named.
     """
     wanted = list(METHODS) if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise InputError("--methods names none.", f"Choose from {', '.join(METHODS)}, or leave it out.")
     for name in wanted:
         if name not in METHODS:
             raise InputError(f"There is no method '{name}' to study.", f"Choose from {', '.join(METHODS)}.")

@@ -97,8 +97,7 @@ class _Studies:
         self._key = _digest(_common(recipe), digests, _device())
         self._cache = folder / "cache" / self._key[:16]
         self._sampler: Sampler | None = None
-        old = Study.read(folder / "study.json")
-        self._study = old if old is not None and old.key == self._key else None
+        self._study = self._measured()
 
     def run(self, methods: Sequence[str], seeds: int) -> Study:
         """Every method of every seed that is not there yet."""
@@ -109,8 +108,19 @@ class _Studies:
         assert self._study is not None, "there is a seed and a method"
         save_text(self._folder / "study.md", f"{markdown(self._study)}\n")
         show.draw_chart(self._study, self._folder / "study.png")
-        show.draw_sheet(self._study, self._folder / "cache" / "images", self._folder / "sheet.png")
+        show.draw_sheet(self._study, self._cache / "images", self._folder / "sheet.png")
         return self._study
+
+    def _measured(self) -> Study | None:
+        """What is there of this study; that of another in the same folder goes into the cache, to be found again."""
+        path = self._folder / "study.json"
+        old = Study.read(path)
+        if old is not None and old.key != self._key:
+            kept = self._folder / "cache" / old.key[:16] / path.name
+            log.warning("%s is of other choices; it is kept as %s, for a run with those", path, kept)
+            old.write(kept)
+            old = Study.read(self._cache / path.name)
+        return old and old.model_copy(update={"name": self._name})
 
     def _has(self, method: str, seed: int) -> bool:
         row = self._study.row(method) if self._study is not None else None
@@ -161,7 +171,7 @@ class _Studies:
         minutes = self._recipe.compensation.minutes if METHODS[method].tuned else None
         self._study = self._study.with_run(method, self._row_key(method), minutes, run)
         if seed == 0 and found.images is not None:
-            show.save_strip(found.images, self._folder / "cache" / "images" / f"{method}.png")
+            show.save_strip(found.images, self._cache / "images" / f"{method}.png")
         self._study.write(self._folder / "study.json")
 
     def _record(self, recipe: Recipe, folder: Path, progress: Progress) -> Recording:

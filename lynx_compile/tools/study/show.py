@@ -39,7 +39,7 @@ def save_strip(images: np.ndarray, path: Path) -> None:
 
 
 def draw_sheet(study: Study, folder: Path, path: Path) -> None:
-    """The strips in ``folder`` with the methods' names and errors; nothing where there is none."""
+    """The strips in ``folder`` with the methods' names and errors; no picture where there is none."""
     strips: list[tuple[Row, Image.Image]] = []
     for row in study.rows:
         kept = folder / f"{row.method}.png"
@@ -47,6 +47,7 @@ def draw_sheet(study: Study, folder: Path, path: Path) -> None:
             with Image.open(kept) as opened:
                 strips.append((row, opened.convert("RGB")))
     if not strips:
+        path.unlink(missing_ok=True)  # it is another study's
         return
     width = LABEL + max(strip.width for _, strip in strips)
     sheet = Image.new("RGB", (width, sum(strip.height for _, strip in strips)), "white")
@@ -63,7 +64,8 @@ def draw_sheet(study: Study, folder: Path, path: Path) -> None:
 
 
 def draw_chart(study: Study, path: Path) -> None:
-    """Output error of every method, logarithmic, with its spread; and by step of those that are talked about most."""
+    """Output error of every method, logarithmic, with its spread; and by step of those that are talked about most,
+    or, where there are none of those, of the first ones."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -71,6 +73,7 @@ def draw_chart(study: Study, path: Path) -> None:
 
     rows = [row for row in study.rows if row.method != "dense"]
     if not rows:
+        path.unlink(missing_ok=True)  # it is another study's
         return
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(13, 0.32 * len(rows) + 1.8), layout="constrained", width_ratios=(3, 2)
@@ -89,7 +92,8 @@ def draw_chart(study: Study, path: Path) -> None:
     left.set_xlim(min(errors) * 0.7, max(errors) * 1.8)
     left.set_xlabel("output error, all candidate linears")
     left.set_title(f"{study.name}: {study.linears} linears, {study.device}", loc="left", fontsize=10)
-    for row in (row for row in rows if row.method in SHOWN_BY_STEP):
+    shown = [row for row in rows if row.method in SHOWN_BY_STEP] or rows[: len(SHOWN_BY_STEP)]
+    for row in shown:
         right.plot(
             range(1, len(study.timesteps) + 1), row.by_step(), label=METHODS[row.method].title, linewidth=1.4
         )
