@@ -31,6 +31,7 @@ import yaml
 from diffusers import DiffusionPipeline
 
 import lynx_compile
+from lynx_compile.errors import InputError, LynxError
 from lynx_compile.files.atomic import save_text
 from lynx_compile.files.progress import no_progress
 from lynx_compile.files.tensors import TensorSpec, write_tensors
@@ -38,6 +39,7 @@ from lynx_compile.models.capture import capture
 from lynx_compile.models.checkpoint import open_checkpoint
 from lynx_compile.models.recording import Recording
 from lynx_compile.models.weightless import Weightless
+from lynx_compile.recipe import load_recipe
 from lynx_compile.tools.full_size import FullSize, find, step
 from lynx_compile.tools.summary import add
 
@@ -74,7 +76,7 @@ class Stage:
 def write_model(model: FullSize, folder: Path) -> int:
     """A checkpoint as diffusers lays it out, of random bf16 weights, one shard after the other; returns its bytes."""
     skeleton = _skeleton(model)
-    config = {"_class_name": model.class_name} | dict(skeleton.config)
+    config = _config(model, skeleton)
     shards: list[list[tuple[str, torch.Size]]] = [[]]
     used = total = 0
     for name, tensor in skeleton.state_dict().items():
@@ -99,8 +101,30 @@ def write_model(model: FullSize, folder: Path) -> int:
         folder / "diffusion_pytorch_model.safetensors.index.json",
         json.dumps({"metadata": {"total_size": total}, "weight_map": index}),
     )
-    save_text(folder / "config.json", json.dumps(config, default=str))
+    save_text(folder / "config.json", json.dumps(config))
     return total
+
+
+def _config(model: FullSize, skeleton: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(dict(skeleton.config), default=str))
+    return {"_class_name": model.class_name} | found
+
+
+def _require_same(model: FullSize, folder: Path) -> None:
+    """What an earlier run has written into ``folder`` is this model.
+
+    Raises:
+        InputError: it is another one.
+    """
+    there, wanted = (
+        {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
+        for config in (json.loads((folder / "config.json").read_text()), _config(model, _skeleton(model)))
+    )
+    if there != wanted:
+        raise InputError(
+            f"{folder} holds the weights of another model, or of another --config.",
+            "Give another folder, or delete that one.",
+        )
 
 
 def write_recording(model: FullSize, folder: Path, calls: int) -> Recording:
@@ -240,8 +264,13 @@ def _gpu_used() -> int:
 def _skeleton(model: FullSize) -> Any:
     import diffusers  # seconds, and only here
 
-    with torch.device("meta"):
-        return getattr(diffusers, model.class_name)(**model.config).bfloat16().eval()
+    try:
+        with torch.device("meta"):
+            return getattr(diffusers, model.class_name)(**model.config).bfloat16().eval()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{model.class_name} cannot be made with this configuration ({error}).", "Correct --config."
+        ) from None
 
 
 def _random(name: str, shape: torch.Size) -> torch.Tensor:
@@ -322,8 +351,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lynx_compile.tools.flagship", description=__doc__)
     parser.add_argument("folder", type=Path, help="for weights, recording and outputs; kept for the next run")
     parser.add_argument("--model", default="flux1_dev")
-    parser.add_argument("--config", type=json.loads, default={}, help="JSON over the model's configuration")
-    parser.add_argument("--recipe", type=json.loads, default={}, help="JSON of the recipe's sections")
+    parser.add_argument("--config", type=_mapping, default={}, help="JSON over the model's configuration")
+    parser.add_argument("--recipe", type=_mapping, default={}, help="JSON of the recipe's sections")
     parser.add_argument("--calls", type=int, default=1, help="in the recording")
     parser.add_argument(
         "--limit", type=float, help="seconds after which the compiler is killed, to be resumed"
@@ -332,15 +361,20 @@ def main() -> None:
     parser.add_argument("--summary", type=Path, help="summary.json to write the result into")
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run has done")
     arguments = parser.parse_args()
+    if arguments.calls < 1:
+        parser.error(f"--calls is {arguments.calls}: give at least 1")
     folder: Path = arguments.folder.resolve()
     model = find(arguments.model)
     model = replace(model, config=model.config | arguments.config)
-    if not (folder / "model" / "config.json").exists():
+    recipe = write_recipe(folder, arguments.recipe)
+    load_recipe(recipe)  # what is wrong with it is said before gigabytes are written
+    if (folder / "model" / "config.json").exists():
+        _require_same(model, folder / "model")
+    else:
         start = time.monotonic()
         size = write_model(model, folder / "model")
         print(f"{size / 1e9:.1f} GB of weights written in {time.monotonic() - start:.0f} s")
     write_recording(model, folder / "recording", arguments.calls)
-    recipe = write_recipe(folder, arguments.recipe)
     if arguments.fresh:
         shutil.rmtree(folder / "out", ignore_errors=True)
         (folder / STAGES).unlink(missing_ok=True)
@@ -378,6 +412,20 @@ def main() -> None:
         add(found, arguments.summary)
 
 
+def _mapping(text: str) -> dict[str, Any]:
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError("it should be a JSON object, such as {}")
+    return values
+
+
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    main()
+    try:
+        main()
+    except LynxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted: run this again to go on", file=sys.stderr)
+        sys.exit(130)

@@ -65,6 +65,30 @@ def test_a_small_model(tmp_path: Path) -> None:
     assert {"compile.flux1_dev.cpu.peak_anon_gib", "compile.flux1_dev.cpu.minutes"} <= summary.keys()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nope"], "error: There is no model 'nope'"),
+        (["--config", "[]"], "argument --config: it should be a JSON object"),
+        (["--config", '{"num_layers": "x"}'], "error: FluxTransformer2DModel cannot be made"),
+        (["--recipe", '{"budget": 5}'], "'budget' is wrong"),
+        (["--calls", "0"], "--calls is 0"),
+        (["--config", '{"num_layers": 1, "num_single_layers": 1}'], "holds the weights of another model"),
+    ],
+)
+def test_what_is_wrong_is_said_before_weights_are_written(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    if "another" in message:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    done = subprocess.run(
+        [*COMMAND, str(tmp_path), *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 @pytest.mark.slow
 def test_the_width_of_flux_in_little_memory(tmp_path: Path) -> None:
     """A double and a single block, 0.5 billion parameters: pruned, exported and rewritten within twice their bytes."""
