@@ -75,6 +75,13 @@ def bench(
     speak(quiet=quiet)
     if rank is not None and rank not in range(0, 129, 16):
         raise InputError(f"--rank is {rank}.", "Give a multiple of 16 from 0 to 128.")
+    if not model and (random_weights or plan is not None):
+        option = "--random-weights" if random_weights else "--plan"
+        raise InputError(f"{option} is for --model, and that is missing.", "Give both.")
+    if model and blocks:
+        raise InputError("--model and --blocks are two benchmarks.", "Give one of them.")
+    if rank is not None and fp8:
+        raise InputError("--rank is for 16 bits alone, and --fp8 is given.", "Leave one of them out.")
     with interruptible("nothing was written."):
         from lynx_compile.engine import trt
         from lynx_compile.passes.select import FP8_GPUS

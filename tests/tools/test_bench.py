@@ -218,15 +218,26 @@ def test_hopper_measures_all_forms_unless_a_rank_is_asked_for(
     assert summary["linears.fp8_weight.gemm"] == round(stored_fp8().mean("fp8_weight.gemm"), 3)
 
 
-@pytest.mark.parametrize("rank", ["8", "144", "-16"])
-def test_wrong_rank_is_one_clear_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rank=8"], "multiple of 16"),
+        (["--rank=144"], "multiple of 16"),
+        (["--rank=-16"], "multiple of 16"),
+        (["--plan", "x.engine"], "--plan is for --model"),
+        (["--random-weights"], "--random-weights is for --model"),
+        (["--model", "z_image", "--blocks"], "two benchmarks"),
+        (["--rank=16", "--fp8"], "--rank is for 16 bits alone"),
+    ],
+)
+def test_wrong_options_are_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["lynx-compile", "bench", f"--rank={rank}"])
+    monkeypatch.setattr(sys, "argv", ["lynx-compile", "bench", *options])
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 2
-    assert "multiple of 16" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_library_that_is_missing_or_another(tmp_path: Path) -> None:
