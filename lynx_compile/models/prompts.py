@@ -93,15 +93,15 @@ def split(rows: Sequence[Mapping[str, Any]], held_out: int | None = None) -> Spl
     return Split(left, tuple(sorted(out)) or left)
 
 
-def of_node(node: yaml.Node) -> list[dict[str, Any]]:
-    """Prompts that stand in a recipe, from the YAML node of their list: 016 is a prompt there, and no number.
+def of_node(node: yaml.Node, path: Path) -> list[dict[str, Any]]:
+    """Prompts from the YAML node of their list in ``path``: 016 is a prompt there, and no number.
 
     Raises:
-        InputError: it is no list of texts or of mappings. The message names the line.
+        InputError: it is no list of texts or of mappings. The message names the file and the line.
     """
     if not isinstance(node, yaml.SequenceNode):
-        raise InputError(f"Line {node.start_mark.line + 1}: prompts are a list.", "Start each with '- '.")
-    return [_row(item) for item in node.value]
+        raise InputError(f"{path}:{node.start_mark.line + 1}: prompts are a list.", "Start each with '- '.")
+    return [_row(item, path) for item in node.value]
 
 
 def update_digest(digest: Any, value: Any) -> None:
@@ -124,14 +124,14 @@ def update_digest(digest: Any, value: Any) -> None:
         digest.update(f"{type(value).__name__} {value!r} ".encode())
 
 
-def _row(node: yaml.Node) -> dict[str, Any]:
+def _row(node: yaml.Node, path: Path) -> dict[str, Any]:
     value = _plain(node)
     if isinstance(value, str):
         return {"prompt": value}
     if isinstance(value, dict):
         return value
     raise InputError(
-        f"Line {node.start_mark.line + 1}: a prompt is a text, or a mapping of the pipeline's arguments.",
+        f"{path}:{node.start_mark.line + 1}: a prompt is a text, or a mapping of the pipeline's arguments.",
         "Correct it.",
     )
 
@@ -148,9 +148,9 @@ def _plain(node: yaml.Node) -> Any:
 def _of_yaml(path: Path) -> list[dict[str, Any]]:
     try:
         node = yaml.compose(_text(path), Loader=yaml.SafeLoader)
+        return of_node(node, path) if node is not None else []
     except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path} is not valid YAML ({first_line(error)}).", "Correct the file.") from None
-    return of_node(node) if node is not None else []
 
 
 def _of_csv(path: Path) -> list[dict[str, Any]]:

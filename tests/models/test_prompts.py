@@ -31,7 +31,7 @@ def test_numbers_in_yaml_stay_text(tmp_path: Path) -> None:
     expected.append({"prompt": "007", "negative_prompt": "no"})
     assert prompts.read(tmp_path / "p.yaml") == expected
     node = yaml.compose(f"calibration:\n  prompts: [{text.split()[1]}, 0x10]\n", Loader=yaml.SafeLoader)
-    assert prompts.of_node(node.value[0][1].value[0][1]) == [{"prompt": "016"}, {"prompt": "0x10"}]
+    assert prompts.of_node(node.value[0][1].value[0][1], tmp_path) == [{"prompt": "016"}, {"prompt": "0x10"}]
 
 
 def test_columns_of_a_csv_are_arguments(tmp_path: Path) -> None:
@@ -68,8 +68,9 @@ def test_encoded_prompts_are_rows(tmp_path: Path) -> None:
         ("p.csv", b"prompt\na cat, sitting\n", "row 2 does not have 1 columns"),
         ("p.csv", b'prompt\n"a\n', "this is not CSV"),
         ("p.pdf", b"%PDF", "'.pdf' is not known"),
-        ("p.yaml", b"prompt: x\n", "Line 1: prompts are a list"),
-        ("p.yaml", b"- x\n- [y]\n", "Line 2: a prompt is a text"),
+        ("p.yaml", b"prompt: x\n", "p.yaml:1: prompts are a list"),
+        ("p.yaml", b"- x\n- [y]\n", "p.yaml:2: a prompt is a text"),
+        ("p.yaml", b"- &b {prompt: *b}\n", "p.yaml is not valid YAML"),
         ("p.yaml", b"- [", "not valid YAML"),
         ("p.safetensors", b"12345678", "cannot be read"),
     ],
