@@ -627,11 +627,13 @@ _SECTIONS = list(Recipe.model_fields)
 
 def _read(path: Path) -> str:
     try:
-        if path.stat().st_size > 1 << 20:
+        with path.open("rb") as file:
+            text = file.read((1 << 20) + 1)  # no more of a device, which has no end
+        if len(text) > 1 << 20:
             raise InputError(
                 f"{path} is larger than 1 MiB.", "Give a recipe (YAML), not a model or an engine."
             )
-        return path.read_text(encoding="utf-8")
+        return text.decode()
     except FileNotFoundError:
         raise InputError(f"The recipe {path} does not exist.", "Check the path.") from None
     except UnicodeDecodeError:

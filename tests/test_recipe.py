@@ -172,6 +172,7 @@ def _error(folder: Path, text: str) -> str:
         ),
         ("  batch: 2", "  1: 4", "r.yaml:12: 'calibration.1' is wrong: Keys should be strings"),
         (RECIPE, "\x00", "this is not valid YAML"),
+        ("  source: model", '  source: "a\\0b"', "r.yaml:2: the value holds a NUL character."),
     ],
 )
 def test_mistakes(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -185,6 +186,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
         (tmp_path, "cannot be read"),
         (tmp_path / "binary.yaml", "is not UTF-8 text"),
         (tmp_path / "huge.yaml", "is larger than 1 MiB"),
+        (Path("/dev/zero"), "is larger than 1 MiB"),
     ):
         (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfd")
         (tmp_path / "huge.yaml").write_bytes(b" " * (2 << 20))
@@ -322,7 +324,8 @@ def test_names_of_any_script_under_any_locale(tmp_path: Path, environment: dict[
     folder = tmp_path / "modèle"
     folder.mkdir()
     recipe = folder / "モデル.yaml"
-    recipe.write_text(RECIPE.replace("source: model", "source: ./größe"), encoding="utf-8")
+    text = RECIPE.replace("source: model", "source: ./größe").replace("  prompts: prompts.safetensors\n", "")
+    recipe.write_text(text, encoding="utf-8")
     command = [COMMAND, recipe, "-o", folder / "é.engine"]
     found = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, check=False)
     text = found.stderr.decode()

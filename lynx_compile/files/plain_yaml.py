@@ -95,10 +95,13 @@ def _values(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
 
 
 def _refuse_ambiguous(path: Path, node: yaml.ScalarNode) -> None:
-    """Numbers and switches that YAML's versions and people read differently, unless they are quoted."""
+    """Numbers and switches that YAML's versions and people read differently, unless they are quoted; and NUL, of which
+    no path can have one."""
+    where, text = f"{path}:{node.start_mark.line + 1}", node.value
+    if "\0" in text:
+        raise InputError(f"{where}: the value holds a NUL character.", "Remove it.")
     if node.style is not None:
         return
-    where, text = f"{path}:{node.start_mark.line + 1}", node.value
     if _NUMBER.fullmatch(text):
         raise InputError(
             f"{where}: {text} can be read as more than one number.",

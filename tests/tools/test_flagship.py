@@ -82,9 +82,7 @@ def test_what_is_wrong_is_said_before_weights_are_written(
     if "another" in message:
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
-    done = subprocess.run(
-        [*COMMAND, str(tmp_path), *arguments], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*COMMAND, str(tmp_path), *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.safetensors"))
 
