@@ -15,7 +15,6 @@ from lynx_compile import __version__, parallel
 from lynx_compile.engine import trt
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError, LynxError
-from lynx_compile.files.digest import file_digest
 from lynx_compile.files.lock import lock, this_process
 from lynx_compile.files.outputs import Outputs
 from lynx_compile.files.ownership import claimed
@@ -133,8 +132,7 @@ def _recording(recipe: Recipe, opened: Opened, outputs: Outputs, stages: Stages)
     if recipe.calibration.recording is not None:
         return recordings.load(Path(recipe.calibration.recording))
     assert recipe.calibration.prompts is not None, "the recipe has checked it"
-    path = Path(recipe.calibration.prompts)
-    rows = prompts.read(path)
+    rows = prompts.read(Path(recipe.calibration.prompts))
 
     def capture(progress: Progress) -> Recording:
         opened.check_values(DTYPES[recipe.model.dtype], progress)
@@ -145,7 +143,7 @@ def _recording(recipe: Recipe, opened: Opened, outputs: Outputs, stages: Stages)
         Recording,
         capture,
         {name: checkpoint.digest() for name, checkpoint in opened.checkpoints.items()},
-        file_digest(path), recipe.call, named_components(recipe), recipe.model.dtype,
+        prompts.digest_of(rows), recipe.call, named_components(recipe), recipe.model.dtype,
         recipe.calibration.model_copy(update=RECORDED_ALIKE),
         shared=True,
     )  # fmt: skip
@@ -288,9 +286,8 @@ def _decide(
     selection = choose(found, sensitivities, judged, tuned=is_tuned(dit, found.fastest(), recipe))
     order = tuple((step.group, step.after.form) for step in selection.steps)
     drawn = Drawn(recipe, outputs.cache / "converted", dit.component) if judged.min_psnr is not None else None
-    images = (
-        None if drawn is None or recipe.compare.prompts is None else file_digest(Path(recipe.compare.prompts))
-    )
+    others = recipe.compare.prompts if drawn is not None else None
+    images = None if others is None else prompts.digest_of(prompts.read(Path(others)))
     taken = len(order)
     if drawn is not None:
         dit.release()  # the pipeline has a transformer of its own

@@ -18,21 +18,25 @@ import onnx
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lynx_compile import pipeline
 from lynx_compile.engine import trt
 from lynx_compile.errors import InputError, StageError
+from lynx_compile.files.outputs import Outputs
 from lynx_compile.files.progress import Progress
+from lynx_compile.files.resume import StageVersion, key_of
 from lynx_compile.models.checkpoint import Checkpoint
 from lynx_compile.models.dit import DiT
+from lynx_compile.models.opened import Opened
 from lynx_compile.ops.functions import DOMAIN
 from lynx_compile.passes import sensitivity as passes_sensitivity
 from lynx_compile.passes.budget import TUNED, Selection
 from lynx_compile.passes.rewrite import LynxOnnx
 from lynx_compile.passes.target import target_of
 from lynx_compile.passes.verify import AtSteps, Verified
-from lynx_compile.recipe import load_recipe
+from lynx_compile.recipe import Recipe, load_recipe
 from tests.conftest import write_costs
 
 
@@ -132,6 +136,25 @@ def test_tuning_is_a_stage_where_it_is_asked_for(compiled: Path, monkeypatch: py
     for was, node in zip(solved, last_tuned, strict=True):
         assert was.solved_errors == was.errors != node.errors
         assert node.solved_errors == pytest.approx(was.errors, rel=1e-2), "but for rounding to 16 bits"
+
+
+def test_another_image_behind_a_prompt_is_another_call(tmp_path: Path) -> None:
+    """The file of prompts names it, and is the same."""
+    (tmp_path / "prompts.csv").write_text("prompt,image\na cat,cat.png\na dog,dog.png\n")
+    recipe = Recipe.model_validate(
+        {"model": {"source": "owner/name"}, "calibration": {"prompts": str(tmp_path / "prompts.csv")}}
+    )
+
+    class Noted:
+        def run(self, stage: StageVersion, kind: Any, produce: Any, *inputs: Any, **more: Any) -> str:
+            return key_of(stage, *inputs)
+
+    def key(colour: str) -> Any:
+        for name in ("cat.png", "dog.png"):
+            Image.new("RGB", (8, 8), colour if name == "dog.png" else "white").save(tmp_path / name)
+        return pipeline._recording(recipe, Opened(None, {}), Outputs.of(tmp_path / "x.engine"), Noted())  # type: ignore[arg-type]
+
+    assert key("red") == key("red") != key("blue")
 
 
 def test_other_prompts_of_a_comparison_draw_anew(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,9 +81,7 @@ def split(rows: Sequence[Mapping[str, Any]], held_out: int | None = None) -> Spl
     """
     places: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
-        digest = hashlib.sha256()
-        update_digest(digest, row)
-        places.setdefault(digest.hexdigest(), []).append(number)
+        places.setdefault(digest_of([row]), []).append(number)
     if held_out is None:
         held_out = min(len(places) // HELD_OUT, MOST_HELD_OUT) if len(places) >= FEWEST else 0
     order = random.Random(0).sample(list(places), min(held_out, len(places) - 1))
@@ -102,6 +100,13 @@ def of_node(node: yaml.Node, path: Path) -> list[dict[str, Any]]:
     if not isinstance(node, yaml.SequenceNode):
         raise InputError(f"{path}:{node.start_mark.line + 1}: prompts are a list.", "Start each with '- '.")
     return [_row(item, path) for item in node.value]
+
+
+def digest_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 over what ``read`` returned: images that a file of prompts names are in it, by their content."""
+    digest = hashlib.sha256()
+    update_digest(digest, rows)
+    return digest.hexdigest()
 
 
 def update_digest(digest: Any, value: Any) -> None:
