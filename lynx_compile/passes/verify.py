@@ -29,8 +29,8 @@ from lynx_compile.passes.select import SparseGroup
 from lynx_compile.passes.states import spread_calls, weight_of
 from lynx_compile.solve.tune import TunedLinear
 
-SELECT = StageVersion("select", 1, ("torch", "diffusers", "transformers"))
-VERIFY = StageVersion("verify", 3, ("torch", "diffusers", "transformers"))
+SELECT = StageVersion("select", 2, ("torch", "diffusers", "transformers"))
+VERIFY = StageVersion("verify", 4, ("torch", "diffusers", "transformers"))
 CALLS = 64  # held out, that are measured at most
 QUARTERS = 4  # ranges of denoising steps that errors are told by
 ROOM = 0.75  # of the limit: an error below it leaves room that is worth a word

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch.nn import functional
@@ -87,6 +87,13 @@ class TunedLinear(torch.nn.Module):
         self.bias = torch.nn.Parameter(rows.bias.clone())
         self.lora_down = lora_down
         self.lora_up = torch.nn.Parameter(rows.lora_up.clone()) if rows.lora_up is not None else None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """In any dtype its scales stay float32, as those of the engine: those of small rows would be 0 in fp16."""
+        scale = self.first_scale
+        super()._apply(fn, recurse)
+        self.first_scale = None if scale is None else scale.to(self.weight.device)
+        return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N]."""

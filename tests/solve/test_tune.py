@@ -55,6 +55,23 @@ def test_fp8_is_that_of_the_op(operand: str) -> None:
     assert torch.allclose(_linear(rows)(x), want, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fp8_is_that_of_the_op_in_16_bits_too(dtype: torch.dtype) -> None:
+    """As a GPU runs it. Scales of small rows are below what fp16 holds, and an empty row's far below."""
+    rows, x = _rows("weight", fp8=True), torch.randn(2, 5, K).to(dtype)
+    assert rows.weight_scale is not None
+    scale = rows.weight_scale.clone()
+    scale[1], scale[2] = 2.0**-18, 2.0**-100 / 448
+    weight = rows.weight.float()
+    weight[2] = 0.0
+    rows = replace(rows, weight=weight.to(rows.weight.dtype), weight_scale=scale, bias=torch.zeros(N))
+    made = _linear(rows).to(dtype=dtype)(x)
+    want = fp8_linear(x.float(), Rounded(rows.weight, scale), rows.bias)
+    assert made.dtype == dtype and made.isfinite().all() and not made[..., 2].any()
+    lost = (made.float() - want).flatten(0, 1).norm(dim=0) / want.flatten(0, 1).norm(dim=0).clamp_min(1e-30)
+    assert float(lost.max()) < 0.01, "of any row"
+
+
 def test_channels_may_stand_second() -> None:
     linear, x = _linear(_rows("weight")), torch.randn(2, K, 3, 4)
     assert torch.allclose(linear.on_channels(x).movedim(1, -1), linear(x.movedim(1, -1)))
