@@ -204,7 +204,6 @@ def run(
             spent = max(_cpu_seconds(process.pid), spent)
             now.cpu_seconds = spent - sum(stage.cpu_seconds for stage in stages[:-1])
             time.sleep(EVERY_S)
-            now.seconds += EVERY_S
             elapsed = time.monotonic() - start
             now.seconds += elapsed - sum(stage.seconds for stage in stages)
     log = output.with_suffix(".log")
