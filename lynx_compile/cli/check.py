@@ -22,8 +22,9 @@ def check(
 ) -> None:
     """Say what compiling will take of memory, disk and time.
 
-    And whether this machine has it. Nothing is run, downloaded or written. Once a compilation has recorded the
-    pipeline's calls, its linears are known and the figures are closer.
+    And whether this machine has it. Nothing is run, downloaded or written, but for weights that LoRAs or a conversion
+    change: they go into OUT.cache, for the compilation. Once that has recorded the pipeline's calls, its linears are
+    known and the figures are closer.
 
     \b
     Reads:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lynx_compile.engine import trt
 from lynx_compile.files.outputs import Outputs
+from lynx_compile.files.ownership import LOCK
 from lynx_compile.models import recording as recordings
 from lynx_compile.models.dit import find_groups
 from lynx_compile.models.dtypes import DTYPES
@@ -23,6 +24,7 @@ from lynx_compile.recipe import Model, Recipe
 
 def check(recipe: Recipe, output: Path) -> Iterator[str]:
     """Lines for the user, all of them before a refusal. Nothing is downloaded; what is not here yet is only counted.
+    Weights that a LoRA or a conversion changes are written into the cache, where a compilation finds them.
 
     Raises:
         InputError: the recipe or the model is wrong, or the GPUs do not fit.
@@ -39,7 +41,10 @@ def check(recipe: Recipe, output: Path) -> Iterator[str]:
         if missing:
             yield f"{missing / 1e9:.1f} GB have to be downloaded first; check again when they are here."
             return
+    was_there = outputs.cache.exists()
     opened = open_model(recipe, outputs.cache / "converted")
+    if not was_there and outputs.cache.exists():
+        (outputs.cache / LOCK).touch()  # by which a compilation knows its cache
     recorded = recipe.calibration.recording or outputs.cache / "recording"
     if not (Path(recorded) / "recording.json").exists():
         yield (

@@ -14,8 +14,11 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import save_file
 
 from lynx_compile.errors import InputError
+from lynx_compile.files.outputs import Outputs
+from lynx_compile.files.ownership import refuse_foreign
 from lynx_compile.models.opened import open_model
 from lynx_compile.recipe import load_recipe
+from lynx_compile.tools.check import check
 
 pytest.importorskip("peft", reason="diffusers reads LoRAs by it")
 ADAPTED = ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_out", "x_embedder")
@@ -107,3 +110,14 @@ def test_what_cannot_be_folded_is_named(project: Path, loras: str, message: str)
     save_file({**pair, "transformer.norm_out.linear.weight": torch.ones(4)}, project / "norm.safetensors")
     with pytest.raises(InputError, match=message):
         opened(project, loras)
+
+
+def test_a_cache_that_check_has_begun_is_the_compilations(project: Path, tmp_path: Path) -> None:
+    text = (
+        (project / "tiny.yaml").read_text().replace("model:", "model:\n  loras: [{source: a.safetensors}]", 1)
+    )
+    (project / "checked.yaml").write_text(text)
+    outputs = Outputs.of(tmp_path / "x.engine")
+    assert "GiB" in "".join(check(load_recipe(project / "checked.yaml"), outputs.engine))
+    assert list((outputs.cache / "converted").iterdir())
+    refuse_foreign(outputs)
