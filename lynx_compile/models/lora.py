@@ -91,7 +91,13 @@ def _folded(
     total = weight.to(torch.float32, copy=True)
     for scale, read in added:
         total += scale * read().view_as(total)
-    return total.to(weight.dtype)
+    folded = total.to(weight.dtype)
+    if not folded.isfinite().all() and weight.isfinite().all():
+        raise InputError(
+            f"model.loras make the weight '{name}' infinite or NaN.",
+            "Fetch them again, or lower their scale.",
+        )
+    return folded
 
 
 def _read(lora: Lora, pipeline: type[Any]) -> _Read:

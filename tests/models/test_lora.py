@@ -96,6 +96,7 @@ def test_folded_is_what_diffusers_fuses(project: Path) -> None:
             "is for 'transformer_2', which is not compiled",
         ),
         ("[{source: norm.safetensors}]", "norm_out.*which is of no low rank"),
+        ("[{source: a.safetensors, scale: 1.0e+300}]", "model.loras make the weight .* infinite or NaN"),
     ],
 )
 def test_what_cannot_be_folded_is_named(project: Path, loras: str, message: str) -> None:
