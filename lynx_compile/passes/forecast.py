@@ -41,6 +41,9 @@ FLOAT, HALF = 4, 2  # bytes
 BUILDER, BUILDER_A_BLOCK = GIB, 8 << 20  # TensorRT, besides the constants that it holds twice
 REWRITTEN = 10 << 20  # of a block while nodes are matched and replaced
 PACKING = 2.0  # times a node's float32 weights: they, and what is written of them
+SHELVED = (
+    2 * 20
+)  # a weight, of what tuning end to end could go on with, while a new file takes the old one's place
 WORK_ON_THE_LARGEST = 1.5  # the same, where the largest weights are kept and nothing is solved
 # What a solve holds, as measured, while it works on weights and while it factorises moments: so many times the float32
 # weights of its node, and so many times K x K.
@@ -207,11 +210,16 @@ def forecast(
     in_floats = FLOAT * sizes.node_weights
     probed = in_floats if in_floats <= budget else AT_ONCE * sizes.largest
     tuning = place[0].itemsize * sizes.largest_block + BYTES_A_WEIGHT * sizes.block_changed
+    to_end = recipe.compensation.tune == "end_to_end" or (
+        recipe.compensation.tune == "auto"
+        and (not with_gpu or BYTES_A_WEIGHT * sizes.changed < 2 / 3 * ((free_memory("cuda") or 0) - module))
+    )
+    tuned_disk = sizes.solved + sizes.tuned + (SHELVED * sizes.changed if to_end else 0)
     needs = [
         Need("calibrate", *_split(with_gpu, measured), sizes.moments),
         Need("compensate", *_split(with_gpu, sizes.solve + (module if kept else measured)), sizes.solved),
         Need("sensitivity", *_split(with_gpu, 2 * run - module + probed), 0),
-        Need("tune", *_split(with_gpu, 2 * run - module + side_by_side(COPIES) + tuning), 2 * sizes.solved),
+        Need("tune", *_split(with_gpu, 2 * run - module + side_by_side(COPIES) + tuning), tuned_disk),
         Need("verify", *_split(with_gpu, run + place[0].itemsize * sizes.changed), 0),
         Need("export", PROCESS + GRAPH * sizes.blocks + copied, 0, copied),
         Need("rewrite", PROCESS + REWRITTEN * sizes.blocks + int(PACKING * sizes.largest), 0, written),
@@ -298,7 +306,7 @@ class _Sizes:
     ``solve``: of what solving the worst node takes. ``largest``: float32 bytes of the largest node.
     ``moments``: of all, and ``block_moments`` of the worst block. ``block_changed``: weights of a block that change, at
     most. ``solved``: of what ``compensate`` writes. ``lynx``: of the rewritten weights.
-    ``node_weights``: numbers in all nodes that could be.
+    ``tuned``: of what tuning keeps of blocks until all are done. ``node_weights``: numbers in all nodes that could be.
     """
 
     parameters: int
@@ -312,6 +320,7 @@ class _Sizes:
     moments: int
     block_moments: int
     solved: int
+    tuned: int
     lynx: int
     node_weights: int
 
@@ -359,6 +368,10 @@ def _sizes(
         moments=sum(moments.values()) if needs else 0,
         block_moments=_most_in_a_block(moments, of_blocks) if needs else 0,
         solved=sum(node.rows * node.channels * (1 if node.form.fp8 else HALF) for node in nodes),
+        tuned=sum(
+            changed[path] * max(1 if node.form.fp8 else FLOAT for node in nodes if path in dict(node.linears))
+            for path in changed
+        ),
         lynx=int(sum(changed[path] * most for path, most in bytes_of.items())),
         node_weights=sum(node.rows * node.channels for node in nodes),
     )

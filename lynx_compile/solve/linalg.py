@@ -35,7 +35,11 @@ def cholesky(matrix: torch.Tensor, ridge: float, name: str) -> torch.Tensor:
         factor, info = torch.linalg.cholesky_ex(symmetric)
         if info == 0:
             return factor
-    raise StageError(
+    raise not_factorised(name)
+
+
+def not_factorised(name: str) -> StageError:
+    return StageError(
         "compensate",
         f"the moments of '{name}' cannot be factorised.",
         "Calibrate on more tokens, or raise sparsity.ridge.",

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from lynx_compile.ops.sparse_linear import GROUP, keep_mask
-from lynx_compile.solve.linalg import cholesky
+from lynx_compile.solve.linalg import cholesky, not_factorised
 from lynx_compile.solve.moments import LayerStatistics
 from lynx_compile.solve.replayed import replayed
 
@@ -37,7 +37,10 @@ def prune(
     swept = sweep(weight, moments.xx, ridge, name)
     keep = keep_mask(swept)
     if weight.shape[1] <= EXACT_CHANNELS:
-        return refit(weight, keep, moments, ridge)
+        try:
+            return refit(weight, keep, moments, ridge)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            raise not_factorised(name) from None  # few tokens, and a ridge below float32's rounding
     descended = descend(weight, swept, keep, moments.xx, ridge)
     return descended, (weight - descended) @ moments.x_mean
 

@@ -117,6 +117,25 @@ def test_tuning_takes_its_minutes_and_the_runs_to_its_blocks(recipe: Recipe, tmp
     assert seconds(calls, 8.0) < seconds(calls, 1e-4)  # whose moments are measured again
 
 
+@pytest.mark.parametrize(("tune", "precision", "of_a_weight"), [
+    ("blockwise", "bf16", 4), ("blockwise", "fp8", 1), ("end_to_end", "bf16", 4 + 40)
+])  # fmt: skip
+def test_tuning_keeps_its_blocks_on_disk_and_what_it_could_go_on_with(
+    recipe: Recipe, tmp_path: Path, tune: str, precision: str, of_a_weight: int
+) -> None:
+    """Float32 or e4m3 of a block that is done; weights, mean, best and Adam's two moments, twice, end to end."""
+    dit, _ = open_dit(recipe)
+    own = recipe.model_copy(
+        update={
+            "compensation": recipe.compensation.model_copy(update={"tune": tune}),
+            "sparsity": recipe.sparsity.model_copy(update={"operand": "weight", "precision": precision}),
+        }
+    )
+    found = forecast(own, dit.checkpoint, target_of(own.engine), Outputs.of(tmp_path / "x.engine"))
+    needs = {need.stage: need for need in found.needs}
+    assert needs["tune"].disk == needs["compensate"].disk + of_a_weight * found.changed
+
+
 def test_check_says_it_before_and_after_the_calls_are_recorded(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

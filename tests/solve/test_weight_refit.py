@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 
+from lynx_compile.errors import StageError
 from lynx_compile.ops.sparse_linear import keep_mask
 from lynx_compile.solve import weight_refit
 from lynx_compile.solve.masks import magnitude_mask, wanda_mask
@@ -55,6 +56,13 @@ def test_refit_is_the_least_squares_fit_of_what_is_kept() -> None:
         assert torch.allclose(refitted[row, keep[row]].double(), best[:-1], atol=1e-3)
         assert (bias + offset)[row].item() == pytest.approx(best[-1].item(), abs=1e-3)
     assert not refitted[~keep].any()
+
+
+def test_a_ridge_below_rounding_is_told() -> None:
+    """Of few tokens: the sweep tries larger ones by itself, the exact solve of what is kept has this one alone."""
+    x, weight, _ = _layer(96)
+    with pytest.raises(StageError, match="moments of 'proj' cannot be factorised.*raise sparsity.ridge"):
+        prune(weight, _moments(x[:8]), 1e-9, "proj")
 
 
 @pytest.mark.parametrize("swept_at_once", [4, 12, 128])
