@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -82,6 +83,13 @@ def bench(
         raise InputError("--model and --blocks are two benchmarks.", "Give one of them.")
     if rank is not None and fp8:
         raise InputError("--rank is for 16 bits alone, and --fp8 is given.", "Leave one of them out.")
+    try:  # said before minutes of measuring
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written ({error.strerror}).", "Check the folder and its permissions."
+        ) from None
     with interruptible("nothing was written."):
         from lynx_compile.engine import trt
         from lynx_compile.passes.select import FP8_GPUS

@@ -61,7 +61,9 @@ class Statistics:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise StageError(
-                "calibrate", f"{path} cannot be read ({error}).", "Run again with --fresh."
+                "calibrate",
+                f"{path} cannot be read ({error}).",
+                "Run again with --fresh, or delete the cache.",
             ) from None
         kind = PrunedStatistics if "ss" in tensors else LayerStatistics
         return kind(int(tensors.pop("tokens")), **tensors)

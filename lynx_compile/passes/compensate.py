@@ -207,7 +207,9 @@ def _read(path: Path, get: Callable[[Any, str], torch.Tensor]) -> SparseLinearWe
 
 
 def _unreadable(path: Path, error: Exception) -> StageError:
-    return StageError("compensate", f"{path} cannot be read ({error}).", "Run again with --fresh.")
+    return StageError(
+        "compensate", f"{path} cannot be read ({error}).", "Run again with --fresh, or delete the cache."
+    )
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:

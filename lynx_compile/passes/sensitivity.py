@@ -86,7 +86,9 @@ class Sensitivities:
             return Rows(**load_file(self.path))
         except (OSError, SafetensorError, TypeError) as error:
             raise StageError(
-                "sensitivity", f"{self.path} cannot be read ({error}).", "Run again with --fresh."
+                "sensitivity",
+                f"{self.path} cannot be read ({error}).",
+                "Run again with --fresh, or delete the cache.",
             ) from None
 
 

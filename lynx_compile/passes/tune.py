@@ -324,10 +324,10 @@ class _Tuner:
         )
 
     def _steps(self, path: str) -> Progress:
-        """Of all blocks together."""
+        """Of all blocks together, where time may leave each fewer."""
         steps, number = self._recipe.compensation.steps, len(self.outcomes)
         return lambda what, done, total: self._progress(
-            f"steps at {path}", number * steps + done, len(self._paths) * steps
+            f"steps at {path}", number * steps + done * steps // total, len(self._paths) * steps
         )
 
     def _with(self, path: str, rows: Mapping[str, Rows]) -> torch.nn.Module:

@@ -223,7 +223,7 @@ def fit(
         run = _Fit(module, linears, train, held_out, effort, shelf)
         while run.step < run.total and run.worse < MOST_WORSE:
             run.take_step()
-            progress("steps", run.step, effort.steps)
+            progress("steps", run.step, run.total)
             if not run.step % LOOK_EVERY or run.step >= run.total:
                 run.look()
     return run.finish()
@@ -269,6 +269,8 @@ class _Fit:
         self._averaged += 1
         decay = min(AVERAGED, 1 - 1 / self._averaged)
         get_ema_multi_avg_fn(decay)(self._mean, [p.detach() for p in self._parameters], self._averaged)
+        if time.monotonic() - self._start >= self._effort.seconds:
+            self.total = self.step
 
     def look(self) -> None:
         with self._at_mean():

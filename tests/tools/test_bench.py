@@ -228,6 +228,7 @@ def test_hopper_measures_all_forms_unless_a_rank_is_asked_for(
         (["--random-weights"], "--random-weights is for --model"),
         (["--model", "z_image", "--blocks"], "two benchmarks"),
         (["--rank=16", "--fp8"], "--rank is for 16 bits alone"),
+        (["-o", "/proc/out"], "/proc/out cannot be written"),
     ],
 )
 def test_wrong_options_are_one_clear_error(
