@@ -37,7 +37,7 @@ from lynx_compile.passes.durations import Calls
 from lynx_compile.passes.export import EXPORT, DenseOnnx, export, referred
 from lynx_compile.passes.forecast import forecast
 from lynx_compile.passes.keep import keep
-from lynx_compile.passes.record import CAPTURE, check_files, named_components, record
+from lynx_compile.passes.record import CAPTURE, Rows, named_components, read_files, record
 from lynx_compile.passes.rewrite import REWRITE, LynxOnnx, graph_digest, rewrite
 from lynx_compile.passes.select import Candidates, SparseGroup, SparsityPlan, candidates, require_fp8
 from lynx_compile.passes.sensitivity import SENSITIVITY, Sensitivities, sensitivity
@@ -91,7 +91,7 @@ def compile(
         target = target_of(recipe.engine)
         plugin = trt.plugin_library(recipe.engine.plugin)
         require_fp8(recipe.sparsity, target.gpus)
-        check_files(recipe)
+        rows = read_files(recipe)
         with (display or silent)("open") as progress:  # a download, and hashing, take minutes
             with parallel.first_process_first():
                 opened = open_model(recipe, outputs.cache / "converted", progress)
@@ -101,7 +101,8 @@ def compile(
                 opened.check_values(DTYPES[recipe.model.dtype], progress)
         if fresh:
             _forget(outputs)
-        recording = _recording(recipe, opened, outputs, stages)
+        recording = _recording(recipe, rows, opened, outputs, stages)
+        del rows  # encoded ones are large
         ways = recording.ways()
         if len(ways) == 1:
             only = _compile_engine(recipe, opened, recording, ways[0], outputs, stages, target, plugin)
@@ -127,12 +128,10 @@ def _forget(outputs: Outputs) -> None:
         shutil.rmtree(outputs.cache / name, ignore_errors=True)
 
 
-def _recording(recipe: Recipe, opened: Opened, outputs: Outputs, stages: Stages) -> Recording:
+def _recording(recipe: Recipe, rows: Rows, opened: Opened, outputs: Outputs, stages: Stages) -> Recording:
     """The pipeline's calls, or those that were recorded before."""
     if recipe.calibration.recording is not None:
         return recordings.load(Path(recipe.calibration.recording))
-    assert recipe.calibration.prompts is not None, "the recipe has checked it"
-    rows = prompts.read(Path(recipe.calibration.prompts))
 
     def capture(progress: Progress) -> Recording:
         opened.check_values(DTYPES[recipe.model.dtype], progress)

@@ -152,7 +152,8 @@ def test_another_image_behind_a_prompt_is_another_call(tmp_path: Path) -> None:
     def key(colour: str) -> Any:
         for name in ("cat.png", "dog.png"):
             Image.new("RGB", (8, 8), colour if name == "dog.png" else "white").save(tmp_path / name)
-        return pipeline._recording(recipe, Opened(None, {}), Outputs.of(tmp_path / "x.engine"), Noted())  # type: ignore[arg-type]
+        rows, outputs = pipeline.read_files(recipe), Outputs.of(tmp_path / "x.engine")
+        return pipeline._recording(recipe, rows, Opened(None, {}), outputs, Noted())  # type: ignore[arg-type]
 
     assert key("red") == key("red") != key("blue")
 

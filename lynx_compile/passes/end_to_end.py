@@ -8,7 +8,7 @@ moments at once, so it is for what fits in memory; blocks are recomputed in the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,7 @@ from lynx_compile.files.tensors import load_keyed, save_keyed
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
 from lynx_compile.passes.block_weights import Files, all_linears, substituted
-from lynx_compile.passes.select import SparseGroup, SparsityPlan
+from lynx_compile.passes.select import SparsityPlan
 from lynx_compile.passes.states import apart, calls_within, drawn_calls, samples_of, states_of
 from lynx_compile.recipe import Recipe
 from lynx_compile.solve.stacking import State, batches, joined, outputs_of, parted
@@ -50,9 +50,14 @@ class Whole:
 
 
 def fits(dit: DiT, plan: SparsityPlan) -> bool:
-    """Whether the GPU's free memory holds what it takes, with a third left for activations."""
+    """Whether the GPU's free memory holds what it takes."""
     dit.module.requires_grad_(False)  # loads it, where no stage before has: what it takes is not free
-    return _weight_bytes(plan.groups) < 2 / 3 * _free_bytes(dit)
+    return leaves_room(sum(group.weights for group in plan.groups), _free_bytes(dit))
+
+
+def leaves_room(weights: int, free: float) -> bool:
+    """Whether so many weights leave a third of the ``free`` bytes to activations."""
+    return BYTES_A_WEIGHT * weights < 2 / 3 * free
 
 
 def end_to_end(
@@ -137,7 +142,7 @@ def _checkpointing(dit: DiT, files: Files, samples: int, recording: Recording) -
         for group in files
     )
     calls = samples / samples_of(recording, dit.calls.calls[0])
-    left = _free_bytes(dit) - _weight_bytes(files)
+    left = _free_bytes(dit) - BYTES_A_WEIGHT * sum(group.weights for group in files)
     if KEPT * calls * read * dit.dtype.itemsize < 2 / 3 * left or not can_recompute(dit.module):
         yield
         return
@@ -152,11 +157,6 @@ def _checkpointing(dit: DiT, files: Files, samples: int, recording: Recording) -
 
 def can_recompute(module: torch.nn.Module) -> bool:
     return bool(getattr(module, "_supports_gradient_checkpointing", False))
-
-
-def _weight_bytes(groups: Iterable[SparseGroup]) -> int:
-    """What tuning takes for the weights of these linears."""
-    return BYTES_A_WEIGHT * sum(group.weights for group in groups)
 
 
 def _free_bytes(dit: DiT) -> float:

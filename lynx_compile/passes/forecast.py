@@ -6,7 +6,7 @@ Activations are not counted: they are small beside the weights, but for calls si
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from lynx_compile.models.place import on_gpu
 from lynx_compile.models.streamed import free_memory, has_room
 from lynx_compile.passes.calibrate import measurements
 from lynx_compile.passes.durations import Calls, seconds_of_stages
+from lynx_compile.passes.end_to_end import leaves_room
 from lynx_compile.passes.lanes import COPIES
 from lynx_compile.passes.select import MEASURED_FP8_GPUS, Candidates, SparsityPlan
 from lynx_compile.passes.sensitivity import AT_ONCE
@@ -32,7 +33,7 @@ from lynx_compile.passes.speed_table import Form
 from lynx_compile.passes.target import Target
 from lynx_compile.passes.tune import SMALL
 from lynx_compile.recipe import Recipe
-from lynx_compile.solve.tune import BYTES_A_WEIGHT
+from lynx_compile.solve.tune import BYTES_A_WEIGHT, SAVED
 
 GIB = 2**30
 PROCESS = int(0.55 * GIB)  # torch, diffusers, ONNX and TensorRT, with nothing loaded
@@ -41,9 +42,9 @@ FLOAT, HALF = 4, 2  # bytes
 BUILDER, BUILDER_A_BLOCK = GIB, 8 << 20  # TensorRT, besides the constants that it holds twice
 REWRITTEN = 10 << 20  # of a block while nodes are matched and replaced
 PACKING = 2.0  # times a node's float32 weights: they, and what is written of them
-SHELVED = (
-    2 * 20
-)  # a weight, of what tuning end to end could go on with, while a new file takes the old one's place
+# Of a weight, what tuning end to end could go on with, Adam's two moments among it; twice, while a new file takes the
+# old one's place.
+SHELVED = 2 * FLOAT * (len(SAVED) + 2)
 WORK_ON_THE_LARGEST = 1.5  # the same, where the largest weights are kept and nothing is solved
 # What a solve holds, as measured, while it works on weights and while it factorises moments: so many times the float32
 # weights of its node, and so many times K x K.
@@ -210,9 +211,9 @@ def forecast(
     in_floats = FLOAT * sizes.node_weights
     probed = in_floats if in_floats <= budget else AT_ONCE * sizes.largest
     tuning = place[0].itemsize * sizes.largest_block + BYTES_A_WEIGHT * sizes.block_changed
+    free = (free_memory("cuda") or 0) - module if with_gpu else float("inf")
     to_end = recipe.compensation.tune == "end_to_end" or (
-        recipe.compensation.tune == "auto"
-        and (not with_gpu or BYTES_A_WEIGHT * sizes.changed < 2 / 3 * ((free_memory("cuda") or 0) - module))
+        recipe.compensation.tune == "auto" and leaves_room(sizes.changed, free)
     )
     tuned_disk = sizes.solved + sizes.tuned + (SHELVED * sizes.changed if to_end else 0)
     needs = [
@@ -351,11 +352,17 @@ def _sizes(
     of_blocks = {path: _count(module.get_submodule(path)) for path in block_paths(module)}
     parameters, needs = _count(module), recipe.sparsity.needs_moments
     nodes, moments = _every_linear(module, recipe, target) if plan is None else _planned(plan)
-    changed = {path: rows * node.channels for node in nodes for path, rows in node.linears}
-    bytes_of = {  # of candidates, the largest
-        path: max(BYTES_OF_A_WEIGHT[node.form] for node in nodes if path in dict(node.linears))
-        for path in changed
-    }
+    changed: dict[str, int] = {}
+    forms: defaultdict[str, set[Form]] = defaultdict(set)
+    for node in nodes:
+        for path, rows in node.linears:
+            changed[path] = rows * node.channels
+            forms[path].add(node.form)
+
+    def at_most(bytes_of: Callable[[Form], float]) -> int:
+        """All that change, each in the form that takes most."""
+        return int(sum(weights * max(map(bytes_of, forms[path])) for path, weights in changed.items()))
+
     return _Sizes(
         parameters=parameters,
         changed=sum(changed.values()),
@@ -368,11 +375,8 @@ def _sizes(
         moments=sum(moments.values()) if needs else 0,
         block_moments=_most_in_a_block(moments, of_blocks) if needs else 0,
         solved=sum(node.rows * node.channels * (1 if node.form.fp8 else HALF) for node in nodes),
-        tuned=sum(
-            changed[path] * max(1 if node.form.fp8 else FLOAT for node in nodes if path in dict(node.linears))
-            for path in changed
-        ),
-        lynx=int(sum(changed[path] * most for path, most in bytes_of.items())),
+        tuned=at_most(lambda form: 1 if form.fp8 else FLOAT),
+        lynx=at_most(BYTES_OF_A_WEIGHT.__getitem__),
         node_weights=sum(node.rows * node.channels for node in nodes),
     )
 

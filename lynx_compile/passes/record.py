@@ -64,16 +64,18 @@ def record(recipe: Recipe, opened: Opened, rows: Rows, folder: Path, progress: P
     return recording
 
 
-def check_files(recipe: Recipe) -> None:
-    """Read the recipe's small files: what is wrong with one is said before a model is fetched or run.
+def read_files(recipe: Recipe) -> Rows:
+    """The recipe's prompts, none where it has a recording. What is wrong with them, or with its costs, is said by this
+    before a model is fetched or run.
 
     Raises:
-        InputError: one is missing or damaged.
+        InputError: a file is missing or damaged.
     """
-    if recipe.calibration.prompts is not None:
-        prompts.read(Path(recipe.calibration.prompts))
+    given = recipe.calibration.prompts
+    rows = [] if given is None else prompts.read(Path(given))
     if recipe.sparsity.costs is not None:
         CostTable.load(Path(recipe.sparsity.costs))
+    return rows
 
 
 def _warn_of_few(split: prompts.Split, samples: int) -> None:

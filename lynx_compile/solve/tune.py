@@ -72,10 +72,9 @@ class TunedLinear(torch.nn.Module):
     def __init__(self, rows: Rows, lora_down: torch.nn.Parameter | None = None) -> None:
         """``lora_down``: A of all linears of the node, one parameter; those of ``rows`` are not read."""
         super().__init__()
-        self._operand, self._norm_scale = (
-            rows.operand,
-            rows.norm_scale,
-        )  # and not their tensors, as large as its own
+        # Not ``rows`` itself: its tensors are as large as these.
+        self._operand = rows.operand
+        self._norm_scale = rows.norm_scale
         weight = rows.weight.float()
         self.register_buffer("keep", keep_mask(weight) if rows.operand == "weight" else None)
         self.register_buffer("first_scale", rows.weight_scale)
@@ -286,14 +285,17 @@ class _Fit:
             _restore(self._parameters, self._kept)
             _restore(self._mean, self._kept)
             self._adam, self._rate, self._averaged = self._fresh_adam(), self._rate / SLOWER, 0
-        spent = time.monotonic() - self._start
-        self.total = min(self._effort.steps, max(int(self.step * self._effort.seconds / spent), self.step))
+        self._foresee(time.monotonic() - self._start)
         if time.monotonic() - self._saved > SAVE_EVERY:
             self._lay_down()
 
     def finish(self) -> Outcome:
         _restore(self._parameters, self._kept)
         return Outcome(self.before, self.best, self.step, time.monotonic() - self._start)
+
+    def _foresee(self, spent: float) -> None:
+        """How many steps it will be, at the pace of those that took ``spent`` seconds."""
+        self.total = min(self._effort.steps, max(int(self.step * self._effort.seconds / spent), self.step))
 
     @contextmanager
     def _at_mean(self) -> Iterator[None]:
@@ -328,7 +330,7 @@ class _Fit:
         step, worse, averaged, self._rate, self.best, self.before, spent = saved["numbers"].tolist()
         self.step, self.worse, self._averaged = int(step), int(worse), int(averaged)
         self._start -= spent
-        self.total = min(self._effort.steps, max(int(step * self._effort.seconds / spent), self.step))
+        self._foresee(spent)
         for _ in range(self.step):
             self._drawn()
         for number, parameter in enumerate(self._parameters):

@@ -16,7 +16,7 @@ from lynx_compile.models.opened import open_model
 from lynx_compile.models.source import download_bytes
 from lynx_compile.passes.durations import Calls
 from lynx_compile.passes.forecast import forecast
-from lynx_compile.passes.record import check_files
+from lynx_compile.passes.record import read_files
 from lynx_compile.passes.select import candidates, require_fp8
 from lynx_compile.passes.target import target_of
 from lynx_compile.recipe import Model, Recipe
@@ -34,7 +34,7 @@ def check(recipe: Recipe, output: Path) -> Iterator[str]:
     target = target_of(recipe.engine)
     trt.plugin_library(recipe.engine.plugin)
     require_fp8(recipe.sparsity, target.gpus)
-    check_files(recipe)
+    read_files(recipe)
     yield f"{target.name} {target.version}, for {', '.join(target.gpus)}"
     if isinstance(recipe.model, Model) and recipe.checkpoint is None:
         missing = download_bytes(recipe.model.source, recipe.model.revision, recipe.model.variant)
