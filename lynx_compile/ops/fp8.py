@@ -33,6 +33,7 @@ from lynx_compile.ops.sparse_linear import GROUP, KEPT, activate, keep_mask
 from lynx_compile.ops.sparse_weight_linear import kept_positions, pack_values
 
 E4M3 = torch.float8_e4m3fn
+HALVES = (torch.bfloat16, torch.float16)
 LARGEST = 448.0
 LEAST = 2.0**-100
 STEP = 128  # channels: K' comes in whole steps of it
@@ -83,8 +84,8 @@ def fp8_linear(
 
 def round_rows(tensor: torch.Tensor, keep: torch.Tensor | None = None) -> Rounded:
     """``tensor`` [rows, K] with a scale a row: x [tokens, K] or W [N, K]; what ``keep`` [rows, K] drops becomes 0."""
-    values = tensor.float()
-    largest = values.abs().amax(-1)
+    values = tensor if tensor.dtype in HALVES else tensor.float()  # products with float32 are float32
+    largest = values.abs().amax(-1).float()
     bounded = largest.clamp_min(LEAST)
     finite = largest.isfinite()  # false for a NaN too, which amax hands on
     nan, limit = torch.full_like(largest, float("nan")), torch.full_like(largest, LARGEST)

@@ -50,7 +50,7 @@ def tuned_linears(
         down = rows[inside[0]].lora_down if inside else None
         whole = len(inside) == len(group.linears)
         shared = None if down is None else torch.nn.Parameter(down.to(device, copy=True), requires_grad=whole)
-        found |= {linear: TunedLinear(rows[linear], shared).to(device) for linear in inside}
+        found |= {linear: _on(device, rows[linear], shared) for linear in inside}
     return _low_rank_alone(found) if low_rank_alone else found
 
 
@@ -62,8 +62,13 @@ def all_linears(
     for group in files:
         down = rows[group.linears[0].path].lora_down
         shared = None if down is None else torch.nn.Parameter(down.to(device, copy=True))
-        found |= {linear.path: TunedLinear(rows[linear.path], shared).to(device) for linear in group.linears}
+        found |= {linear.path: _on(device, rows[linear.path], shared) for linear in group.linears}
     return _low_rank_alone(found) if low_rank_alone else found
+
+
+def _on(device: torch.device, rows: Rows, lora_down: torch.nn.Parameter | None) -> TunedLinear:
+    """Made there: on a CPU, masks of a FLUX block's weights take seconds, and every block needs three modules."""
+    return TunedLinear(moved(rows, device), lora_down).to(device)
 
 
 def _low_rank_alone(linears: dict[str, TunedLinear]) -> dict[str, TunedLinear]:

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from lynx_compile.files.tensors import TensorSpec
+from lynx_compile.models.place import device_type
 from lynx_compile.ops.fp8 import E4M3, ROW_STEP, STEP, pack_dense, pack_kept, pack_positions, to_words
 from lynx_compile.ops.sparse_linear import keep_mask
-from lynx_compile.passes.compensate import SparseLinearWeights, load_weights
+from lynx_compile.passes.compensate import stored_weight
 
 WORD = 4  # values
 
@@ -28,40 +29,35 @@ def fp8_tensors(
     out_channels, width = len(rows), -(-in_channels // STEP) * STEP
 
     def spec(
-        part: str, kind: torch.dtype, shape: tuple[int, ...], read: Callable[..., torch.Tensor]
+        part: str, kind: torch.dtype, shape: tuple[int, ...], read: Callable[[], torch.Tensor]
     ) -> TensorSpec:
-        return TensorSpec(f"{name}.{part}", kind, shape, lambda: read(load_weights(file)))
+        return TensorSpec(f"{name}.{part}", kind, shape, read)
+
+    def weight() -> torch.Tensor:
+        stored = stored_weight(file, "weight").to(device_type())  # where packing takes no time
+        return stored.view(torch.uint8)[rows].view(E4M3)  # torch indexes no e4m3
 
     if sparse:
         padded = -(-out_channels // ROW_STEP) * ROW_STEP
-        weight = [
-            spec(
-                "values",
-                torch.int32,
-                (padded, width // 2 // WORD),
-                lambda solved: _values(_weight(solved, rows)),
-            ),
+        packed = [
+            spec("values", torch.int32, (padded, width // 2 // WORD), lambda: _values(weight())),
             spec(
                 "metadata",
                 torch.int32,
                 (width // STEP, padded, 4),
-                lambda solved: pack_positions(keep_mask(_weight(solved, rows))),
+                lambda: pack_positions(keep_mask(weight())),
             ),
         ]
     else:
         shape = (out_channels, width // WORD)
-        weight = [
-            spec("weight", torch.int32, shape, lambda solved: to_words(pack_dense(_weight(solved, rows))))
-        ]
+        packed = [spec("weight", torch.int32, shape, lambda: to_words(pack_dense(weight())))]
     return [
-        *weight,
-        spec("weight_scale", torch.float32, (out_channels,), lambda solved: solved.weight_scale[rows]),
-        spec("bias", dtype, (out_channels,), lambda solved: solved.bias[rows].to(dtype)),
+        *packed,
+        spec(
+            "weight_scale", torch.float32, (out_channels,), lambda: stored_weight(file, "weight_scale")[rows]
+        ),
+        spec("bias", dtype, (out_channels,), lambda: stored_weight(file, "bias")[rows].to(dtype)),
     ]
-
-
-def _weight(solved: SparseLinearWeights, rows: list[int]) -> torch.Tensor:
-    return solved.weight.view(torch.uint8)[rows].view(E4M3)  # torch indexes no e4m3
 
 
 def _values(weight: torch.Tensor) -> torch.Tensor:

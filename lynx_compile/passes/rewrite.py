@@ -75,6 +75,7 @@ from lynx_compile.files.ownership import PRODUCER
 from lynx_compile.files.progress import Progress, no_progress
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.files.tensors import TORCH_DTYPES, TensorSpec, read_external, refer, write_tensors
+from lynx_compile.models.place import device_type
 from lynx_compile.ops.fp8_functions import (
     FP8_GATED_OP,
     FP8_GATED_WEIGHT_OP,
@@ -452,12 +453,15 @@ def _weight_tensors(
     rows = _rows(node, solved)
     padded, channels = -(-node.out_channels // STEP) * STEP, node.in_channels
 
+    def weight() -> torch.Tensor:
+        return _taken(stored_weight(file, "weight").to(device_type()), rows)  # where packing takes no time
+
     def values() -> torch.Tensor:
-        weight = _taken(stored_weight(file, "weight"), rows)
-        return pack_values(weight.to(dtype), keep_mask(weight))
+        kept = weight()
+        return pack_values(kept.to(dtype), keep_mask(kept))
 
     def metadata() -> torch.Tensor:
-        return pack_metadata(keep_mask(_taken(stored_weight(file, "weight"), rows)), layout)
+        return pack_metadata(keep_mask(weight()), layout)
 
     def bias() -> torch.Tensor:
         return _taken(stored_weight(file, "bias"), rows).to(dtype)

@@ -3,8 +3,9 @@
 
 The closed form repairs each linear alone, on what the dense model feeds it. Here the linears of a block are moved
 together, on what the block is really given, so that they make up for each other and for the blocks before them. Masks
-stay: of weights as they were solved, of activations by magnitude. What rounding does (to FP8) happens in every step,
-and gradients pass it as if it did not (straight through), activations' pruning too.
+stay: of weights as they were solved, of activations by magnitude. Weights are rounded (to FP8) in every step, and
+gradients pass that as if it did not happen (straight through), activations' pruning too. Activations are rounded where
+the error is looked at, and not in steps, which would take twice as long for what weights can hardly mend.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class TunedLinear(torch.nn.Module):
         # Not ``rows`` itself: its tensors are as large as these.
         self._operand = rows.operand
         self._norm_scale = rows.norm_scale
+        self.rounds_activations = rows.weight_scale is not None
         weight = rows.weight.float()
         self.register_buffer("keep", keep_mask(weight) if rows.operand == "weight" else None)
         self.register_buffer("first_scale", rows.weight_scale)
@@ -140,17 +142,17 @@ class TunedLinear(torch.nn.Module):
     def _read(self, x: torch.Tensor) -> torch.Tensor:
         """What of x is multiplied."""
         prunes = self._operand == "activation"
-        if not prunes and self.log_scale is None:
+        if not prunes and not self.rounds_activations:
             return x
         with torch.no_grad():
             tokens = x.reshape(-1, x.shape[-1])
             keep = keep_mask(tokens) if prunes else None
-            if self.log_scale is not None:
+            if self.rounds_activations:
                 read = round_rows(tokens, keep).dequantized(x.dtype)
             else:
                 assert keep is not None
                 read = torch.where(keep, tokens, torch.zeros_like(tokens))
-                if self._norm_scale:
+                if self._norm_scale and self.log_scale is None:
                     read = read * norm_scale_of(tokens, keep).to(x.dtype)
         return _straight_through(x, read.reshape(x.shape))
 
@@ -159,9 +161,34 @@ def _on_cpu(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.detach().cpu().clone()
 
 
+class _StraightThrough(torch.autograd.Function):
+    """``rounded``, with the gradient of ``value``: exactly, where value + (rounded - value) would round once more."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
 def _straight_through(value: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
-    """``rounded``, with the gradient of ``value``."""
-    return value + (rounded - value).detach()
+    made: torch.Tensor = _StraightThrough.apply(value, rounded)
+    return made
+
+
+@contextmanager
+def activations_unrounded(linears: Iterable[TunedLinear]) -> Iterator[None]:
+    """Those in FP8 read activations as they are meanwhile, pruned where they are pruned; weights stay rounded."""
+    rounding = [linear for linear in linears if linear.rounds_activations]
+    for linear in rounding:
+        linear.rounds_activations = False
+    try:
+        yield
+    finally:
+        for linear in rounding:
+            linear.rounds_activations = True
 
 
 @dataclass(frozen=True)
@@ -241,7 +268,7 @@ class _Fit:
         shelf: Shelf,
     ) -> None:
         self._start, self._saved = time.monotonic(), time.monotonic()
-        self._module, self._effort, self._shelf = module, effort, shelf
+        self._module, self._linears, self._effort, self._shelf = module, linears, effort, shelf
         self._held_out = _taken(iter(held_out), LOOK_EVERY * effort.samples // 3, LEAST_HELD_OUT)
         self._parameters = _parameters(linears)
         self._sizes = [_size(parameter, linears) for parameter in self._parameters]
@@ -261,8 +288,9 @@ class _Fit:
         for group, size in zip(self._adam.param_groups, self._sizes, strict=True):
             group["lr"] = rate * size
         self._adam.zero_grad()
-        for batch in batches(self._drawn(), self._effort.samples):
-            _loss(self._module, batch).sum().backward()
+        with activations_unrounded(self._linears):
+            for batch in batches(self._drawn(), self._effort.samples):
+                _loss(self._module, batch).sum().backward()
         self._adam.step()
         self.step += 1
         self._averaged += 1

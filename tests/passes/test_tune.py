@@ -22,7 +22,7 @@ from lynx_compile.models.structure import Linear
 from lynx_compile.ops.sparse_linear import sparse_linear
 from lynx_compile.passes import end_to_end, lanes
 from lynx_compile.passes import tune as passes_tune
-from lynx_compile.passes.block_weights import joined, node_linears, rows_of, split, tuned_linears
+from lynx_compile.passes.block_weights import all_linears, joined, node_linears, rows_of, split, tuned_linears
 from lynx_compile.passes.calibrate import Statistics, Unkept, calibrate, replay
 from lynx_compile.passes.compensate import SparseLinearWeights, compensate, load_weights, save_weights
 from lynx_compile.passes.select import SparseGroup, SparsityPlan, select
@@ -407,6 +407,26 @@ def test_what_blocks_share_is_not_tuned_in_one_of_them(tmp_path: Path) -> None:
         assert len({id(linear.lora_down) for linear in made}) == 1
         assert made[0].lora_down is not None and made[0].lora_down.requires_grad == whole
         assert made[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("of_block", [True, False])
+def test_modules_are_made_where_they_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_block: bool
+) -> None:
+    """Masks of a large model's weights take a CPU seconds a block."""
+    save_weights(tmp_path / "w.safetensors", _shared_between_blocks())
+    linears = (Linear("a.0.k", 32, 8, True, None), Linear("a.1.k", 32, 16, True, None))
+    files = {SparseGroup("a.0.k", linears, 4, "weight"): tmp_path / "w.safetensors"}
+    rows = {path: replace(part, operand="weight") for path, part in rows_of(files, "a").items()}
+    masked: list[str] = []
+    real = solve_tune.keep_mask
+    monkeypatch.setattr(solve_tune, "keep_mask", lambda z: masked.append(z.device.type) or real(z))
+    meta = torch.device("meta")
+    made = tuned_linears(files, "a", rows, meta) if of_block else all_linears(files, rows, meta)
+    assert masked == ["meta"] * 2
+    assert {tensor.device.type for linear in made.values() for tensor in linear.state_dict().values()} == {
+        "meta"
+    }
 
 
 def test_left_to_us_small_models_are_tuned_on_a_cpu(

@@ -15,7 +15,17 @@ from lynx_compile.ops.fp8 import Rounded, fp8_linear, round_rows
 from lynx_compile.ops.sparse_linear import expand_low_rank, keep_mask, sparse_linear
 from lynx_compile.solve import tune
 from lynx_compile.solve.stacking import State, outputs_of
-from lynx_compile.solve.tune import NOWHERE, Effort, Outcome, Rows, Shelf, TunedLinear, block_error, fit
+from lynx_compile.solve.tune import (
+    NOWHERE,
+    Effort,
+    Outcome,
+    Rows,
+    Shelf,
+    TunedLinear,
+    activations_unrounded,
+    block_error,
+    fit,
+)
 
 K, N, RANK = 32, 24, 16
 
@@ -71,6 +81,19 @@ def test_fp8_is_that_of_the_op_in_16_bits_too(dtype: torch.dtype) -> None:
     assert made.dtype == dtype and made.isfinite().all() and not made[..., 2].any()
     lost = (made.float() - want).flatten(0, 1).norm(dim=0) / want.flatten(0, 1).norm(dim=0).clamp_min(1e-30)
     assert float(lost.detach().max()) < 0.01, "of any row"
+
+
+@pytest.mark.parametrize("operand", ["none", "weight", "activation"])
+def test_steps_round_weights_and_leave_activations(operand: str) -> None:
+    linear, x = _linear(_rows(operand, fp8=True)), torch.randn(7, K).bfloat16()
+    read = torch.where(keep_mask(x), x, 0.0) if operand == "activation" else x
+    with activations_unrounded([linear, TunedLinear(_rows("weight"))]):
+        assert torch.equal(linear._read(x), read)
+        rows = linear.rows()
+        assert rows.weight_scale is not None
+        assert torch.equal(linear._kept(), Rounded(rows.weight, rows.weight_scale).dequantized())
+    rounded = round_rows(x, keep_mask(x) if operand == "activation" else None).dequantized(x.dtype)
+    assert torch.equal(linear._read(x), rounded), "exactly, in 16 bits too"
 
 
 def test_channels_may_stand_second() -> None:
