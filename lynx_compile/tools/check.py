@@ -42,9 +42,11 @@ def check(recipe: Recipe, output: Path) -> Iterator[str]:
             yield f"{missing / 1e9:.1f} GB have to be downloaded first; check again when they are here."
             return
     was_there = outputs.cache.exists()
-    opened = open_model(recipe, outputs.cache / "converted")
-    if not was_there and outputs.cache.exists():
-        (outputs.cache / LOCK).touch()  # by which a compilation knows its cache
+    try:
+        opened = open_model(recipe, outputs.cache / "converted")
+    finally:
+        if not was_there and outputs.cache.exists():
+            (outputs.cache / LOCK).touch()  # by which a compilation knows its cache
     recorded = recipe.calibration.recording or outputs.cache / "recording"
     if not (Path(recorded) / "recording.json").exists():
         yield (

@@ -17,7 +17,8 @@ from lynx_compile.errors import InputError
 from lynx_compile.files.outputs import Outputs
 from lynx_compile.files.ownership import refuse_foreign
 from lynx_compile.models.opened import open_model
-from lynx_compile.recipe import load_recipe
+from lynx_compile.recipe import Recipe, load_recipe
+from lynx_compile.tools import check as tools_check
 from lynx_compile.tools.check import check
 
 pytest.importorskip("peft", reason="diffusers reads LoRAs by it")
@@ -121,4 +122,19 @@ def test_a_cache_that_check_has_begun_is_the_compilations(project: Path, tmp_pat
     outputs = Outputs.of(tmp_path / "x.engine")
     assert "GiB" in "".join(check(load_recipe(project / "checked.yaml"), outputs.engine))
     assert list((outputs.cache / "converted").iterdir())
+    refuse_foreign(outputs)
+
+
+def test_a_check_that_is_stopped_while_it_folds_leaves_a_cache_of_ours(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(recipe: Recipe, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "transformer.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tools_check, "open_model", stopped)
+    outputs = Outputs.of(tmp_path / "x.engine")
+    with pytest.raises(KeyboardInterrupt):
+        list(check(load_recipe(project / "tiny.yaml"), outputs.engine))
     refuse_foreign(outputs)
