@@ -42,6 +42,8 @@ def tuned_linears(
 ) -> dict[str, TunedLinear]:
     """Modules of the linears in ``block``. What a node's linears share is tuned where all of them are in the block.
 
+    They are made on ``device``: on a CPU, masks of a FLUX block's weights take seconds.
+
     ``low_rank_alone``: whether weights and biases stay as they are.
     """
     found: dict[str, TunedLinear] = {}
@@ -50,7 +52,7 @@ def tuned_linears(
         down = rows[inside[0]].lora_down if inside else None
         whole = len(inside) == len(group.linears)
         shared = None if down is None else torch.nn.Parameter(down.to(device, copy=True), requires_grad=whole)
-        found |= {linear: _on(device, rows[linear], shared) for linear in inside}
+        found |= {linear: TunedLinear(moved(rows[linear], device), shared) for linear in inside}
     return _low_rank_alone(found) if low_rank_alone else found
 
 
@@ -62,13 +64,9 @@ def all_linears(
     for group in files:
         down = rows[group.linears[0].path].lora_down
         shared = None if down is None else torch.nn.Parameter(down.to(device, copy=True))
-        found |= {linear.path: _on(device, rows[linear.path], shared) for linear in group.linears}
+        for linear in group.linears:
+            found[linear.path] = TunedLinear(moved(rows[linear.path], device), shared)
     return _low_rank_alone(found) if low_rank_alone else found
-
-
-def _on(device: torch.device, rows: Rows, lora_down: torch.nn.Parameter | None) -> TunedLinear:
-    """Made there: on a CPU, masks of a FLUX block's weights take seconds, and every block needs three modules."""
-    return TunedLinear(moved(rows, device), lora_down).to(device)
 
 
 def _low_rank_alone(linears: dict[str, TunedLinear]) -> dict[str, TunedLinear]:

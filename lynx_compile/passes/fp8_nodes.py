@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,37 +27,37 @@ def fp8_tensors(
     """
     out_channels, width = len(rows), -(-in_channels // STEP) * STEP
 
-    def spec(
-        part: str, kind: torch.dtype, shape: tuple[int, ...], read: Callable[[], torch.Tensor]
-    ) -> TensorSpec:
-        return TensorSpec(f"{name}.{part}", kind, shape, read)
-
     def weight() -> torch.Tensor:
         stored = stored_weight(file, "weight").to(device_type())  # where packing takes no time
         return stored.view(torch.uint8)[rows].view(E4M3)  # torch indexes no e4m3
 
+    def values() -> torch.Tensor:
+        kept = weight()
+        return to_words(pack_kept(kept, keep_mask(kept)))
+
+    def metadata() -> torch.Tensor:
+        return pack_positions(keep_mask(weight()))
+
+    def dense() -> torch.Tensor:
+        return to_words(pack_dense(weight()))
+
     if sparse:
         padded = -(-out_channels // ROW_STEP) * ROW_STEP
         packed = [
-            spec("values", torch.int32, (padded, width // 2 // WORD), lambda: _values(weight())),
-            spec(
-                "metadata",
-                torch.int32,
-                (width // STEP, padded, 4),
-                lambda: pack_positions(keep_mask(weight())),
-            ),
+            TensorSpec(f"{name}.values", torch.int32, (padded, width // 2 // WORD), values),
+            TensorSpec(f"{name}.metadata", torch.int32, (width // STEP, padded, 4), metadata),
         ]
     else:
-        shape = (out_channels, width // WORD)
-        packed = [spec("weight", torch.int32, shape, lambda: to_words(pack_dense(weight())))]
+        packed = [TensorSpec(f"{name}.weight", torch.int32, (out_channels, width // WORD), dense)]
     return [
         *packed,
-        spec(
-            "weight_scale", torch.float32, (out_channels,), lambda: stored_weight(file, "weight_scale")[rows]
+        TensorSpec(
+            f"{name}.weight_scale",
+            torch.float32,
+            (out_channels,),
+            lambda: stored_weight(file, "weight_scale")[rows],
         ),
-        spec("bias", dtype, (out_channels,), lambda: stored_weight(file, "bias")[rows].to(dtype)),
+        TensorSpec(
+            f"{name}.bias", dtype, (out_channels,), lambda: stored_weight(file, "bias")[rows].to(dtype)
+        ),
     ]
-
-
-def _values(weight: torch.Tensor) -> torch.Tensor:
-    return to_words(pack_kept(weight, keep_mask(weight)))

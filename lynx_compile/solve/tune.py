@@ -152,7 +152,7 @@ class TunedLinear(torch.nn.Module):
             else:
                 assert keep is not None
                 read = torch.where(keep, tokens, torch.zeros_like(tokens))
-                if self._norm_scale and self.log_scale is None:
+                if self._norm_scale:
                     read = read * norm_scale_of(tokens, keep).to(x.dtype)
         return _straight_through(x, read.reshape(x.shape))
 

@@ -88,10 +88,12 @@ def test_repaired_alike_weights_err_less_and_both_less_than_the_paper(
 ) -> None:
     study = studies[name]
     measured = {row.method for row in study.rows}
-    assert all(of(study, method) > of(study, "paper") for method in measured.intersection(UNREPAIRED))
+    assert of(study, "weight") < of(study, "weight_solved")
+    if name != "emoji_156m":  # which has none of these
+        assert of(study, "weight_solved") < of(study, "activation_solved") < of(study, "paper")
+        assert of(study, "weight_solved") < of(study, "sparsegpt")
+        assert min(of(study, method) for method in measured.intersection(UNREPAIRED)) > of(study, "paper")
     for better, worse in (
-        ("weight_solved", "activation_solved"), ("activation_solved", "paper"),
-        ("weight", "weight_solved"), ("weight_solved", "sparsegpt"),
         ("weight", "activation"), ("activation", "activation_solved"), ("activation", "paper_trained"),
         ("paper_trained", "paper"), ("weight_fp8", "weight_fp8_solved"), ("weight", "weight_fp8"),
     ):  # fmt: skip
@@ -124,8 +126,10 @@ def test_the_evidence_says_how_many_times_and_how_much(studies: dict[str, Study]
     assert f"{digits} as much as our solved weights on digits-flux" in page
     assert f"{larger} on the other 156 M" in page and f"{emoji} on emoji-flux" in page
     digits, emoji, larger, other = (f"{100 * share:.0f} %" for share in off)
-    assert f"{digits} off the error of 2:4 weights on digits-flux, {emoji} on emoji-flux" in page
-    assert f"{larger} on 156 M ({other} of the other)" in page
+    assert (
+        f"{digits} off the error of 2:4 weights on digits-flux, {emoji} on emoji-flux and {larger} on 156 M "
+        f"({other} of the other)"
+    ) in page
 
 
 @pytest.mark.parametrize("name", ["digits_flux", "emoji_flux"])

@@ -21,6 +21,7 @@ from lynx_compile.errors import StageError
 from lynx_compile.files.progress import Progress
 from lynx_compile.models.structure import is_pointwise
 from lynx_compile.passes.block_weights import substituted
+from lynx_compile.solve.linalg import moved
 from lynx_compile.solve.tune import Rows, TunedLinear
 from lynx_compile.tools.compare_torch import TorchState, module_outputs, squares_of
 from lynx_compile.tools.held_out import Sampler, draw, record_held_out, rows_of_images, time_of
@@ -93,7 +94,7 @@ def measure(
         StageError: an output is not finite. InputError: the metric fails.
     """
     device = next(held_out.module.parameters()).device
-    linears = {path: _linear(part, dtype).to(device) for path, part in rows.items()}
+    linears = {path: _linear(moved(part, device), dtype) for path, part in rows.items()}
     with _tensor_cores():
         chosen = np.linspace(0, len(held_out.states) - 1, max(layer_states, LEAST_LAYER_STATES)).round()
         few = [held_out.states[number] for number in sorted({int(at) for at in chosen})]
