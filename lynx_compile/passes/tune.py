@@ -50,7 +50,7 @@ from lynx_compile.recipe import Recipe
 from lynx_compile.solve.stacking import State
 from lynx_compile.solve.tune import RATE, Effort, Outcome, Rows, TunedLinear, fit
 
-TUNE = StageVersion("tune", 6, ("torch", "diffusers", "transformers"))
+TUNE = StageVersion("tune", 7, ("torch", "diffusers", "transformers"))
 SMALL = 20_000_000  # weights that are tuned without a GPU: minutes on one core
 TOKENS_A_STEP = 2048  # at least, in whole samples
 TOKENS_A_STEP_ON_GPU = 16384  # fewer do not keep it busy

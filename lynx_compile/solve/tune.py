@@ -5,7 +5,8 @@ The closed form repairs each linear alone, on what the dense model feeds it. Her
 together, on what the block is really given, so that they make up for each other and for the blocks before them. Masks
 stay: of weights as they were solved, of activations by magnitude. Weights are rounded (to FP8) in every step, and
 gradients pass that as if it did not happen (straight through), activations' pruning too. Activations are rounded where
-the error is looked at, and not in steps, which would take twice as long for what weights can hardly mend.
+the error is looked at, and not in steps, which would take twice as long for what weights can hardly mend. In steps a
+GPU multiplies in bf16 also where the module is float32, as in training: their rounding is below that of few states.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +43,8 @@ SAVE_EVERY = 120  # seconds, at least, between what a stopped run could go on wi
 BYTES_A_WEIGHT = (
     28  # float32: itself, its gradient, Adam's two moments, mean and best; and what is cast of it
 )
+SCALES = 0.1  # of the rate, for FP8 scales: a step moves a row's weights all one way, where their own steps cancel out
+HALF = {"cuda": torch.bfloat16}  # of steps, by the kind of device, where the module is float32
 SAVED = ("now", "mean", "best")  # of each parameter
 
 log = logging.getLogger(__name__)
@@ -191,6 +195,21 @@ def activations_unrounded(linears: Iterable[TunedLinear]) -> Iterator[None]:
             linear.rounds_activations = True
 
 
+@contextmanager
+def _multiplied_in_half(module: torch.nn.Module, states: Sequence[State]) -> Iterator[None]:
+    """Products of float32 are in ``HALF`` meanwhile, where the device has one."""
+    kind = next(module.parameters()).device.type
+    is_float32 = any(target.dtype == torch.float32 for state in states for target in state.targets)
+    if kind not in HALF or not is_float32:
+        yield
+        return
+    with warnings.catch_warnings(), torch.autocast(kind, HALF[kind]):
+        warnings.filterwarnings(
+            "ignore", "Mismatch dtype between input and weight"
+        )  # norms that are not fused
+        yield
+
+
 @dataclass(frozen=True)
 class Effort:
     """How long to tune a module: at most so many ``steps`` of ``samples`` each, and about so many ``seconds``.
@@ -288,9 +307,10 @@ class _Fit:
         for group, size in zip(self._adam.param_groups, self._sizes, strict=True):
             group["lr"] = rate * size
         self._adam.zero_grad()
-        with activations_unrounded(self._linears):
-            for batch in batches(self._drawn(), self._effort.samples):
-                _loss(self._module, batch).sum().backward()
+        for batch in batches(self._drawn(), self._effort.samples):
+            with activations_unrounded(self._linears), _multiplied_in_half(self._module, batch):
+                loss = _loss(self._module, batch).sum()
+            loss.backward()
         self._adam.step()
         self.step += 1
         self._averaged += 1
@@ -447,7 +467,7 @@ def _size(parameter: torch.nn.Parameter, linears: Sequence[TunedLinear]) -> floa
     """The size that a parameter's step is relative to."""
     for linear in linears:
         if parameter is linear.log_scale:
-            return 1.0
+            return SCALES
         if parameter is linear.bias or parameter is linear.weight:
             kept = linear.weight.detach()[linear.weight != 0]
             return float(kept.square().mean().sqrt()) if len(kept) else 0.0

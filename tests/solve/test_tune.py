@@ -171,6 +171,20 @@ def test_tuning_lowers_the_held_out_error_and_leaves_masks(operand: str, fp8: bo
             assert mask.unflatten(-1, (-1, 4)).sum(-1).le(2).all()
 
 
+def test_scales_of_rows_move_slower_than_weights() -> None:
+    """At the weights' own rate they shake a block by more than its steps gain."""
+    block, linears, train, held_out = _problem("weight", fp8=True)
+    before = [linear.weight.detach().clone() for linear in linears]
+    fit(block, linears, train, held_out, Effort(tune.LOOK_EVERY, 1e9, 2, 0, rate=1e-3), no_progress)
+    for linear, weight in zip(linears, before, strict=True):
+        assert linear.log_scale is not None
+        moved = float(linear.log_scale.detach().abs().max())
+        of_weights = float(
+            (linear.weight.detach() - weight).abs().max() / weight[weight != 0].square().mean().sqrt()
+        )
+        assert 0 < moved < 0.2 * of_weights
+
+
 def test_fp8_is_written_as_it_was_judged() -> None:
     """The error of what ``rows`` gives, multiplied as the op does, is the one that tuning ended with."""
     block, linears, train, held_out = _problem("weight", fp8=True)
@@ -178,6 +192,31 @@ def test_fp8_is_written_as_it_was_judged() -> None:
     again = Block(*(TunedLinear(linear.rows()) for linear in linears))
     assert outcome.after < outcome.before
     assert block_error(again, held_out) == pytest.approx(outcome.after, rel=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "half"), [(torch.float32, True), (torch.float16, False)])
+def test_steps_multiply_in_half_what_is_float32(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, half: bool
+) -> None:
+    """As a GPU does: in steps alone, and a module that is in 16 bits already stays in its own."""
+    monkeypatch.setitem(tune.HALF, "cpu", torch.bfloat16)
+    block, linears, train, held_out = _problem("weight")
+    train, held_out = (
+        [
+            replace(s, args=(s.args[0].to(dtype),), targets=tuple(t.to(dtype) for t in s.targets),
+                    kwargs={"also": {"residual": s.kwargs["also"]["residual"].to(dtype)}})
+            for s in some
+        ]
+        for some in (train, held_out)
+    )  # fmt: skip
+    seen = set()
+    block.second.register_forward_hook(
+        lambda module, args, y: seen.add((torch.is_grad_enabled(), y.dtype)) or None
+    )
+    outcome = fit(block, linears, train, held_out, Effort(50, 1e9, 2, 0), no_progress)
+    assert seen == {(True, torch.bfloat16 if half else dtype), (False, dtype)}
+    assert outcome.after < outcome.before
+    assert all(parameter.dtype == torch.float32 for parameter in block.parameters())
 
 
 def test_what_only_gets_worse_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
