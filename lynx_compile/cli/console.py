@@ -36,10 +36,11 @@ class Shown(StrEnum):
 
 @dataclass
 class Manner:
-    """How this process speaks. ``quiet``: of errors and results alone."""
+    """How this process speaks. ``quiet``: of errors and results alone. ``stopped``: by a signal."""
 
     progress: Shown = Shown.auto
     quiet: bool = False
+    stopped: bool = False
 
 
 manner = Manner()
@@ -88,6 +89,9 @@ def speak(progress: Shown = Shown.auto, *, quiet: bool = False, verbose: bool = 
         _Programs() if progress is Shown.json else _People(console=err, show_path=False, show_time=False)
     )
     handler.setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
+    handler.addFilter(
+        lambda record: not manner.stopped
+    )  # what it tripped over then is in the run's log alone
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
 
@@ -146,7 +150,7 @@ def interruptible(left: str) -> Iterator[None]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal received
-        received = number
+        received, manner.stopped = number, True
         raise KeyboardInterrupt
 
     # Not where the caller has it ignored, as a shell's & does.
@@ -164,6 +168,7 @@ def interruptible(left: str) -> Iterator[None]:
         wrong("interrupted", left, exit_code=code)
         raise typer.Exit(code) from None
     finally:
+        manner.stopped = False
         for number in taken:
             signal.signal(number, before[number])
 
