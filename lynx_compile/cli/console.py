@@ -36,11 +36,11 @@ class Shown(StrEnum):
 
 @dataclass
 class Manner:
-    """How this process speaks. ``quiet``: of errors and results alone. ``stopped``: by a signal."""
+    """How this process speaks. ``quiet``: of errors and results alone. ``stopped``: by which signal."""
 
     progress: Shown = Shown.auto
     quiet: bool = False
-    stopped: bool = False
+    stopped: int | None = None
 
 
 manner = Manner()
@@ -89,9 +89,8 @@ def speak(progress: Shown = Shown.auto, *, quiet: bool = False, verbose: bool = 
         _Programs() if progress is Shown.json else _People(console=err, show_path=False, show_time=False)
     )
     handler.setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
-    handler.addFilter(
-        lambda record: not manner.stopped
-    )  # what it tripped over then is in the run's log alone
+    # What a stopped command trips over is in the run's log alone.
+    handler.addFilter(lambda record: manner.stopped is None)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
 
@@ -146,11 +145,9 @@ def interruptible(left: str) -> Iterator[None]:
     The signal itself is remembered, since not every KeyboardInterrupt comes out as one: torch's C++ turns one
     that strikes it into a ValueError, and diffusers that into a damaged checkpoint.
     """
-    received: int | None = None
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal received
-        received, manner.stopped = number, True
+        manner.stopped = number
         raise KeyboardInterrupt
 
     # Not where the caller has it ignored, as a shell's & does.
@@ -162,13 +159,13 @@ def interruptible(left: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if received is None and not isinstance(error, KeyboardInterrupt):
+        if manner.stopped is None and not isinstance(error, KeyboardInterrupt):
             raise
-        code = 128 + (received or signal.SIGINT)
+        code = 128 + (manner.stopped or signal.SIGINT)
         wrong("interrupted", left, exit_code=code)
         raise typer.Exit(code) from None
     finally:
-        manner.stopped = False
+        manner.stopped = None
         for number in taken:
             signal.signal(number, before[number])
 
