@@ -28,7 +28,8 @@ from lynx_compile.solve.weight_refit import DESCENT_STEPS, EXACT_CHANNELS
 TRIED = {"cpu": 1024, "cuda": 8192}  # size of the product
 RUN_SHARE, SOLVE_SHARE = 0.6, 0.3  # of the rate: in a run of the model, and in a solve
 EXPORT_S, EXPORT_S_A_BLOCK = 5.0, 3.5  # FLUX.1-dev's 57 blocks took 198 s beside an H100, 257 s on two cores
-WRITTEN_BYTES_A_S = 0.06e9  # packed and written: of FLUX.1-dev 261 s on two cores
+# Packed and written: of FLUX.1-dev 261 s on two cores, and 31 s where a GPU packed.
+WRITTEN_BYTES_A_S = {"cpu": 0.06e9, "cuda": 0.4e9}
 STORED_BYTES_A_S = 0.3e9  # solved weights, read or written
 PROBE = 4  # runs of the model that a probe is worth: forward twice, and back
 VERIFIED = 3  # runs for a call that is verified: dense, solved and tuned
@@ -108,7 +109,7 @@ def seconds_of_stages(
         + (0.0 if kept else measuring)
         + 3 * solved / STORED_BYTES_A_S,  # read, written block by block, and written whole
         "export": EXPORT_S + EXPORT_S_A_BLOCK * blocks,
-        "rewrite": written / WRITTEN_BYTES_A_S,
+        "rewrite": written / WRITTEN_BYTES_A_S[device],
     }
     if judged:
         nodes = Calls(0, 0, plan.groups).flops

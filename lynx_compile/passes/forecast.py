@@ -6,6 +6,7 @@ Activations are not counted: they are small beside the weights, but for calls si
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -31,12 +32,15 @@ from lynx_compile.passes.select import MEASURED_FP8_GPUS, Candidates, SparsityPl
 from lynx_compile.passes.sensitivity import AT_ONCE
 from lynx_compile.passes.speed_table import Form
 from lynx_compile.passes.target import Target
-from lynx_compile.passes.tune import SMALL
+from lynx_compile.passes.tune import SMALL, TOKENS_A_STEP
 from lynx_compile.recipe import Recipe
 from lynx_compile.solve.tune import BYTES_A_WEIGHT, SAVED
 
 GIB = 2**30
 PROCESS = int(0.55 * GIB)  # torch, diffusers, ONNX and TensorRT, with nothing loaded
+# With a GPU, as three runs of FLUX.1-dev's size on an H100 and an H200 took: what CUDA's libraries hold of the host
+# while the module runs and later, and of the GPU besides tensors.
+CUDA_RUNNING, CUDA_LOADED, CONTEXT = int(2.2 * GIB), int(0.7 * GIB), GIB
 GRAPH = 6 << 20  # of a block while it is traced: all 57 of FLUX.1-dev took 0.87 GiB with the process
 FLOAT, HALF = 4, 2  # bytes
 BUILDER, BUILDER_A_BLOCK = GIB, 8 << 20  # TensorRT, besides the constants that it holds twice
@@ -45,6 +49,7 @@ PACKING = 2.0  # times a node's float32 weights: they, and what is written of th
 # Of a weight, what tuning end to end could go on with, Adam's two moments among it; twice, while a new file takes the
 # old one's place.
 SHELVED = 2 * FLOAT * (len(SAVED) + 2)
+STEP = 3.0  # times what linears read and return: kept for a step's backward pass, and gradients of it
 WORK_ON_THE_LARGEST = 1.5  # the same, where the largest weights are kept and nothing is solved
 # What a solve holds, as measured, while it works on weights and while it factorises moments: so many times the float32
 # weights of its node, and so many times K x K.
@@ -211,20 +216,24 @@ def forecast(
     in_floats = FLOAT * sizes.node_weights
     probed = in_floats if in_floats <= budget else AT_ONCE * sizes.largest
     tuning = place[0].itemsize * sizes.largest_block + BYTES_A_WEIGHT * sizes.block_changed
+    tuning += int(STEP * _calls_a_step(calls, place[1]) * _activations(calls, place[0]))
     free = (free_memory("cuda") or 0) - module if with_gpu else float("inf")
     to_end = recipe.compensation.tune == "end_to_end" or (
         recipe.compensation.tune == "auto" and leaves_room(sizes.changed, free)
     )
+    process, packing = PROCESS, (int(PACKING * sizes.largest), 0)
+    if with_gpu:
+        process, packing = PROCESS + CUDA_LOADED, (0, CONTEXT + packing[0])
     tuned_disk = sizes.solved + sizes.tuned + (SHELVED * sizes.changed if to_end else 0)
     needs = [
         Need("calibrate", *_split(with_gpu, measured), sizes.moments),
         Need("compensate", *_split(with_gpu, sizes.solve + (module if kept else measured)), sizes.solved),
         Need("sensitivity", *_split(with_gpu, 2 * run - module + probed), 0),
-        Need("tune", *_split(with_gpu, 2 * run - module + side_by_side(COPIES) + tuning), tuned_disk),
+        Need("tune", *_split(with_gpu, run + side_by_side(COPIES) + tuning), tuned_disk),
         Need("verify", *_split(with_gpu, run + place[0].itemsize * sizes.changed), 0),
-        Need("export", PROCESS + GRAPH * sizes.blocks + copied, 0, copied),
-        Need("rewrite", PROCESS + REWRITTEN * sizes.blocks + int(PACKING * sizes.largest), 0, written),
-        Need("build", PROCESS + (building if target.name != "torch" else 0), 0, engine),
+        Need("export", process + GRAPH * sizes.blocks + copied, 0, copied),
+        Need("rewrite", process + REWRITTEN * sizes.blocks + packing[0], packing[1], written),
+        Need("build", process + (building if target.name != "torch" else 0), 0, engine),
     ]
     skipped = {"calibrate"} if not recipe.sparsity.needs_moments or not kept else set()
     skipped |= set() if tuned else {"tune"}
@@ -298,6 +307,12 @@ def _activations(calls: Calls | None, dtype: torch.dtype) -> int:
         width = group.in_channels + sum(linear.out_channels for linear in group.linears)
         blocks[block] += dtype.itemsize * group.tokens * width
     return max(blocks.values(), default=0)
+
+
+def _calls_a_step(calls: Calls | None, device: str) -> int:
+    """That a step of tuning joins, of one sample each."""
+    longest = 0 if calls is None else max((group.tokens for group in calls.groups), default=0)
+    return math.ceil(TOKENS_A_STEP[device] / longest) if longest else 0
 
 
 @dataclass(frozen=True)
@@ -439,4 +454,4 @@ def _is_stored(checkpoint: Checkpoint | OnnxSource, dtype: torch.dtype) -> bool:
 
 def _split(with_gpu: bool, taken: int) -> tuple[int, int]:
     """Memory of the host and of the GPU, for what is where the module is."""
-    return (PROCESS, taken) if with_gpu else (PROCESS + taken, 0)
+    return (PROCESS + CUDA_RUNNING, CONTEXT + taken) if with_gpu else (PROCESS + taken, 0)

@@ -52,8 +52,7 @@ from lynx_compile.solve.tune import RATE, Effort, Outcome, Rows, TunedLinear, fi
 
 TUNE = StageVersion("tune", 7, ("torch", "diffusers", "transformers"))
 SMALL = 20_000_000  # weights that are tuned without a GPU: minutes on one core
-TOKENS_A_STEP = 2048  # at least, in whole samples
-TOKENS_A_STEP_ON_GPU = 16384  # fewer do not keep it busy
+TOKENS_A_STEP = {"cpu": 2048, "cuda": 16384}  # at least, in whole samples; fewer do not keep a GPU busy
 BLOCKWISE = 0.5  # of the time, where tuning goes on end to end
 END_STEPS = 4  # times the steps of a block, at most
 
@@ -104,8 +103,7 @@ def reaches_end(dit: DiT, plan: SparsityPlan, recipe: Recipe) -> bool:
 def samples_a_step(dit: DiT, groups: Iterable[SparseGroup], recording: Recording) -> int:
     """How many of the batches' samples a step of tuning takes."""
     tokens = max(group.tokens for group in groups) / samples_of(recording, dit.calls.calls[0])
-    wanted = TOKENS_A_STEP_ON_GPU if dit.device.type == "cuda" else TOKENS_A_STEP
-    return math.ceil(wanted / tokens)
+    return math.ceil(TOKENS_A_STEP[dit.device.type] / tokens)
 
 
 def tune(

@@ -40,9 +40,8 @@ LOST = 2  # times the lowest that it was: it goes back at once
 SLOWER = 3  # times, from there on
 MOST_WORSE = 8  # such looks in a row end it
 SAVE_EVERY = 120  # seconds, at least, between what a stopped run could go on with
-BYTES_A_WEIGHT = (
-    28  # float32: itself, its gradient, Adam's two moments, mean and best; and what is cast of it
-)
+# float32: itself, its gradient, Adam's two moments, mean and best; and what a step keeps of its rounding and casting.
+BYTES_A_WEIGHT = 6 * 4 + 9
 SCALES = 0.1  # of the rate, for FP8 scales: a step moves a row's weights all one way, where their own steps cancel out
 HALF = {"cuda": torch.bfloat16}  # of steps, by the kind of device, where the module is float32
 SAVED = ("now", "mean", "best")  # of each parameter

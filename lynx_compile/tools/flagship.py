@@ -187,6 +187,7 @@ def run(
     command = [sys.executable, "-c", program, str(recipe), "-o", str(output)]
     output.with_suffix(".log").unlink(missing_ok=True)
     stages = [Stage(BEFORE)]
+    taken = _gpu_used()  # by this process and others
     start, spent = time.monotonic(), 0.0
     with subprocess.Popen(command) as process:
         for found in _stages_of(output.with_suffix(".log")):
@@ -200,7 +201,7 @@ def run(
             now = stages[-1]
             anonymous, resident = _memory(process.pid)
             now.anonymous, now.resident = max(now.anonymous, anonymous), max(now.resident, resident)
-            now.gpu = max(now.gpu, _gpu_used())
+            now.gpu = max(now.gpu, _gpu_used() - taken)
             spent = max(_cpu_seconds(process.pid), spent)
             now.cpu_seconds = spent - sum(stage.cpu_seconds for stage in stages[:-1])
             time.sleep(EVERY_S)
@@ -399,16 +400,24 @@ def main() -> None:
         dense, ours = step_ms(model, folder, output)
         print(f"a step in eager mode: {dense:.1f} ms dense, {ours:.1f} ms compiled, {dense / ours:.2f}x")
     if arguments.summary is not None:
-        kind = "h100" if torch.cuda.is_available() else "cpu"
-        key = f"compile.{model.name}.{kind}"
-        found = {
+        key = f"compile.{model.name}.{_kind()}"
+        found: dict[str, float | str] = {
             f"{key}.minutes": round(minutes, 1),
             f"{key}.cpu_minutes": round(cpu, 1),
             f"{key}.{'peak_host_gib' if gpu else 'peak_anon_gib'}": round(peak, 2),
         }
         if gpu:
-            found |= {f"{key}.peak_gpu_gib": round(gpu, 1)}
+            found |= {f"{key}.peak_gpu_gib": round(gpu, 1), f"{key}.device": torch.cuda.get_device_name()}
         add(found, arguments.summary)
+
+
+def _kind() -> str:
+    """Of the machine, in keys: Hopper's cards count as one, for they differ in memory alone."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    if torch.cuda.get_device_capability() == (9, 0):
+        return "h100"
+    return re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower())
 
 
 def _mapping(text: str) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def compensated(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of two calls: the tiny model has few tokens, and would take all calls in every step."""
-    monkeypatch.setattr(passes_tune, "TOKENS_A_STEP", 256)
+    monkeypatch.setitem(passes_tune.TOKENS_A_STEP, "cpu", 256)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from lynx_compile.tools import flagship
+
 COMMAND = [sys.executable, "-m", "lynx_compile.tools.flagship"]
 RECIPE = {
     "budget": False,
@@ -63,6 +65,23 @@ def test_a_small_model(tmp_path: Path) -> None:
     assert summary["compile.flux1_dev.cpu.minutes"] > stopped[0]["seconds"] / 60
     assert not (tmp_path / "stages.json").exists()
     assert {"compile.flux1_dev.cpu.peak_anon_gib", "compile.flux1_dev.cpu.minutes"} <= summary.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "kind"),
+    [
+        ("NVIDIA H200", (9, 0), "h100"),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), "nvidia_a100_sxm4_80gb"),
+        (None, None, "cpu"),
+    ],
+)
+def test_keys_name_the_machine(
+    monkeypatch: pytest.MonkeyPatch, name: str | None, capability: tuple[int, int] | None, kind: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: name is not None)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    assert flagship._kind() == kind
 
 
 @pytest.mark.parametrize(
