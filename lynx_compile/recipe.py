@@ -502,6 +502,14 @@ class Compare(Section):
     max_metric: dict[str, float] = Field(default_factory=dict)
     """Upper limits of them."""
 
+    @property
+    def has_limits(self) -> bool:
+        return any(
+            getattr(self, key) not in (None, {})
+            for key in type(self).model_fields
+            if key.startswith(("min_", "max_"))
+        )
+
 
 class Recipe(Section):
     """A whole recipe. ``budget``: None, written ``off`` or false, leaves it to speed."""

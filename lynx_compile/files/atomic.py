@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -212,4 +213,7 @@ def _explained(path: Path, error: OSError) -> LynxError:
     if disk.is_full(error):
         return disk.full(path)
     reason = error.strerror or str(error)
-    return LynxError(f"{path} could not be written ({reason}).", "Check the folder and its permissions.")
+    remedy = "Check the folder and its permissions."
+    if error.errno == errno.EFBIG:
+        remedy = "Raise the limit on a file's size ('ulimit -f'), or choose a folder on another file system."
+    return LynxError(f"{path} could not be written ({reason}).", remedy)

@@ -39,7 +39,12 @@ def test_signals_do_nothing_where_files_take_their_places() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "message"), [(errno.ENOSPC, "The disk is full"), (errno.EACCES, "could not be written")]
+    ("code", "message"),
+    [
+        (errno.ENOSPC, "The disk is full"),
+        (errno.EACCES, "could not be written .* permissions"),
+        (errno.EFBIG, "could not be written .*ulimit -f"),
+    ],
 )
 def test_system_errors_are_one_sentence(tmp_path: Path, code: int, message: str) -> None:
     with pytest.raises(LynxError, match=message), atomic_path(tmp_path / "file"):

@@ -181,6 +181,16 @@ def test_limits_decide_the_exit_code(
     assert found is not None and len(found.missed) == 17 + 2
 
 
+@pytest.mark.parametrize(
+    ("limits", "said"), [({"min_psnr": 10}, "no limit of the recipe is missed"), ({}, "sets no limit")]
+)
+def test_the_page_says_whether_there_are_limits(engine: Path, limits: dict[str, float], said: str) -> None:
+    limit(engine, **limits)
+    compare.compare(engine)
+    page = engine.with_suffix(".html").read_text()
+    assert said in page and ("is missed" in page) == bool(limits)
+
+
 METRIC = """
 from pathlib import Path
 def count(dense, lynx, prompts):
