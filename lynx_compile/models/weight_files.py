@@ -193,7 +193,9 @@ def _present(path: Path) -> Path:
 
 def _header(path: Path) -> dict[str, StoredTensor]:
     try:
-        with safe_open(path, "pt"):  # it checks the header, and that the file is as long as that says
+        # It checks the header, and that the file is as long as that says. For torch it would map the file as writable,
+        # which Linux refuses where it is larger than all memory.
+        with safe_open(path, "np"):
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -31,6 +31,7 @@ EXPORT_S, EXPORT_S_A_BLOCK = 5.0, 3.5  # FLUX.1-dev's 57 blocks took 198 s besid
 # Packed and written: of FLUX.1-dev 261 s on two cores, and 31 s where a GPU packed.
 WRITTEN_BYTES_A_S = {"cpu": 0.06e9, "cuda": 0.4e9}
 STORED_BYTES_A_S = 0.3e9  # solved weights, read or written
+PRUNED_BYTES_A_S = 0.15e9  # by magnitude, on two cores: of FLUX.1-dev 130 s, of Qwen-Image 174 s
 PROBE = 4  # runs of the model that a probe is worth: forward twice, and back
 VERIFIED = 3  # runs for a call that is verified: dense, solved and tuned
 TUNED = 3  # runs for a call that tuning takes from block to block, as above
@@ -103,6 +104,7 @@ def seconds_of_stages(
     found = {
         "calibrate": measuring,
         "compensate": sum(_solve_flops(group, recipe) for group in plan.groups) / solve
+        + (0.0 if recipe.sparsity.needs_moments else solved / PRUNED_BYTES_A_S)
         + (0.0 if kept else measuring),
         "tune": 60 * recipe.compensation.minutes
         + all_calls * TUNED * calls.flops / run

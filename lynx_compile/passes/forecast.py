@@ -41,16 +41,16 @@ PROCESS = int(0.55 * GIB)  # torch, diffusers, ONNX and TensorRT, with nothing l
 # With a GPU, as three runs of FLUX.1-dev's size on an H100 and an H200 took: what CUDA's libraries hold of the host
 # while the module runs and later, and of the GPU besides tensors.
 CUDA_RUNNING, CUDA_LOADED, CONTEXT = int(2.2 * GIB), int(0.7 * GIB), GIB
-GRAPH = 6 << 20  # of a block while it is traced: all 57 of FLUX.1-dev took 0.87 GiB with the process
+GRAPH = 3 << 20  # of a block while it is traced
 FLOAT, HALF = 4, 2  # bytes
-BUILDER, BUILDER_A_BLOCK = GIB, 8 << 20  # TensorRT, besides the constants that it holds twice
+BUILDER, BUILDER_A_NODE = GIB // 2, int(5.5 * 2**20)  # TensorRT, besides the constants that it holds twice
 REWRITTEN = 10 << 20  # of a block while nodes are matched and replaced
 PACKING = 2.0  # times a node's float32 weights: they, and what is written of them
 # Of a weight, what tuning end to end could go on with, Adam's two moments among it; twice, while a new file takes the
 # old one's place.
 SHELVED = 2 * FLOAT * (len(SAVED) + 2)
 STEP = 3.0  # times what linears read and return: kept for a step's backward pass, and gradients of it
-WORK_ON_THE_LARGEST = 1.5  # the same, where the largest weights are kept and nothing is solved
+WORK_ON_THE_LARGEST = 2.0  # the same, where the largest weights are kept and nothing is solved
 # What a solve holds, as measured, while it works on weights and while it factorises moments: so many times the float32
 # weights of its node, and so many times K x K.
 WORK = {
@@ -207,12 +207,13 @@ def forecast(
     written = sizes.lynx + dtype.itemsize * (sizes.parameters - sizes.changed)
     embedded = recipe.engine.weights == "embedded" and target.name != "torch"
     engine = written if embedded else 0
-    building = BUILDER + BUILDER_A_BLOCK * sizes.blocks + 2 * engine
+    building = BUILDER + BUILDER_A_NODE * sizes.nodes + 2 * engine
     kept = sizes.moments <= budget
     run = module + _activations(calls, place[0])
     side_by_side = _between_blocks(calls, place[0], budget)
     by_block = run + sizes.block_moments + side_by_side(2)
     measured = run + sizes.moments if kept and not streamed else by_block
+    solving = 0 if not recipe.sparsity.needs_moments else module if kept else measured
     in_floats = FLOAT * sizes.node_weights
     probed = in_floats if in_floats <= budget else AT_ONCE * sizes.largest
     tuning = place[0].itemsize * sizes.largest_block + BYTES_A_WEIGHT * sizes.block_changed
@@ -227,7 +228,7 @@ def forecast(
     tuned_disk = sizes.solved + sizes.tuned + (SHELVED * sizes.changed if to_end else 0)
     needs = [
         Need("calibrate", *_split(with_gpu, measured), sizes.moments),
-        Need("compensate", *_split(with_gpu, sizes.solve + (module if kept else measured)), sizes.solved),
+        Need("compensate", *_split(with_gpu, sizes.solve + solving), sizes.solved),
         Need("sensitivity", *_split(with_gpu, 2 * run - module + probed), 0),
         Need("tune", *_split(with_gpu, run + side_by_side(COPIES) + tuning), tuned_disk),
         Need("verify", *_split(with_gpu, run + place[0].itemsize * sizes.changed), 0),
@@ -328,6 +329,7 @@ class _Sizes:
     parameters: int
     changed: int
     blocks: int
+    nodes: int
     largest_block: int
     block_changed: int
     outside: int
@@ -382,6 +384,7 @@ def _sizes(
         parameters=parameters,
         changed=sum(changed.values()),
         blocks=len(of_blocks),
+        nodes=len(nodes),
         largest_block=max(of_blocks.values(), default=0),
         block_changed=_most_in_a_block(changed, of_blocks),
         outside=parameters - sum(of_blocks.values()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,10 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from lynx_compile.errors import InputError
+from lynx_compile.files.tensors import map_tensor
 from lynx_compile.models.checkpoint import Checkpoint, open_checkpoint, open_module
 from lynx_compile.models.source import fetch, only_variant, pipeline_parts
-from lynx_compile.models.weight_files import StoredTensor
+from lynx_compile.models.weight_files import StoredTensor, read_headers
 from tests.conftest import TINY
 
 NAME = "diffusion_pytorch_model.safetensors"
@@ -321,6 +323,22 @@ def test_tensors_say_where_their_bytes_lie(folder: Path) -> None:
         file.seek(stored.offset)
         found = torch.frombuffer(bytearray(file.read(stored.bytes)), dtype=stored.dtype).reshape(stored.shape)
     assert torch.equal(found, load_file(folder / NAME)["proj_out.weight"])
+
+
+def test_a_file_larger_than_all_memory_is_opened(tmp_path: Path) -> None:
+    """Its first tensor is a hole of 4 TB, behind which a small one lies."""
+    hole, last = 4 << 40, torch.arange(3, dtype=torch.bfloat16)
+    header = {
+        "hole": {"dtype": "BF16", "shape": [hole // 2], "data_offsets": [0, hole]},
+        "last": {"dtype": "BF16", "shape": [3], "data_offsets": [hole, hole + 6]},
+    }
+    text = json.dumps(header).encode()
+    with (tmp_path / "large.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.seek(hole, os.SEEK_CUR)
+        file.write(last.view(torch.uint8).numpy().tobytes())
+    stored = read_headers([tmp_path / "large.safetensors"])["last"]
+    assert torch.equal(map_tensor(stored.file, stored.offset, stored.dtype, stored.shape), last)
 
 
 def test_the_digest_follows_content_and_not_place(tiny: Path, folder: Path) -> None:
