@@ -50,7 +50,7 @@ PACKING = 2.0  # times a node's float32 weights: they, and what is written of th
 # old one's place.
 SHELVED = 2 * FLOAT * (len(SAVED) + 2)
 STEP = 3.0  # times what linears read and return: kept for a step's backward pass, and gradients of it
-WORK_ON_THE_LARGEST = 2.0  # the same, where the largest weights are kept and nothing is solved
+WORK_ON_THE_LARGEST = 2.0  # times a node's float32 weights, where the largest are kept and nothing is solved
 # What a solve holds, as measured, while it works on weights and while it factorises moments: so many times the float32
 # weights of its node, and so many times K x K.
 WORK = {
@@ -209,31 +209,34 @@ def forecast(
     engine = written if embedded else 0
     building = BUILDER + BUILDER_A_NODE * sizes.nodes + 2 * engine
     kept = sizes.moments <= budget
-    run = module + _activations(calls, place[0])
+    activations = _activations(calls, place[0])
+    run = module + activations
     side_by_side = _between_blocks(calls, place[0], budget)
     by_block = run + sizes.block_moments + side_by_side(2)
     measured = run + sizes.moments if kept and not streamed else by_block
-    solving = 0 if not recipe.sparsity.needs_moments else module if kept else measured
+    solving = sizes.solve
+    if recipe.sparsity.needs_moments:
+        solving += module if kept else measured
     in_floats = FLOAT * sizes.node_weights
     probed = in_floats if in_floats <= budget else AT_ONCE * sizes.largest
     tuning = place[0].itemsize * sizes.largest_block + BYTES_A_WEIGHT * sizes.block_changed
-    tuning += int(STEP * _calls_a_step(calls, place[1]) * _activations(calls, place[0]))
+    tuning += int(STEP * _calls_a_step(calls, place[1]) * activations)
     free = (free_memory("cuda") or 0) - module if with_gpu else float("inf")
     to_end = recipe.compensation.tune == "end_to_end" or (
         recipe.compensation.tune == "auto" and leaves_room(sizes.changed, free)
     )
-    process, packing = PROCESS, (int(PACKING * sizes.largest), 0)
-    if with_gpu:
-        process, packing = PROCESS + CUDA_LOADED, (0, CONTEXT + packing[0])
+    process = PROCESS + (CUDA_LOADED if with_gpu else 0)  # of what comes after the module has run
+    packing = int(PACKING * sizes.largest)
+    packs_on_host, packs_on_gpu = (0, CONTEXT + packing) if with_gpu else (packing, 0)
     tuned_disk = sizes.solved + sizes.tuned + (SHELVED * sizes.changed if to_end else 0)
     needs = [
         Need("calibrate", *_split(with_gpu, measured), sizes.moments),
-        Need("compensate", *_split(with_gpu, sizes.solve + solving), sizes.solved),
+        Need("compensate", *_split(with_gpu, solving), sizes.solved),
         Need("sensitivity", *_split(with_gpu, 2 * run - module + probed), 0),
         Need("tune", *_split(with_gpu, run + side_by_side(COPIES) + tuning), tuned_disk),
         Need("verify", *_split(with_gpu, run + place[0].itemsize * sizes.changed), 0),
         Need("export", process + GRAPH * sizes.blocks + copied, 0, copied),
-        Need("rewrite", process + REWRITTEN * sizes.blocks + packing[0], packing[1], written),
+        Need("rewrite", process + REWRITTEN * sizes.blocks + packs_on_host, packs_on_gpu, written),
         Need("build", process + (building if target.name != "torch" else 0), 0, engine),
     ]
     skipped = {"calibrate"} if not recipe.sparsity.needs_moments or not kept else set()
@@ -311,7 +314,7 @@ def _activations(calls: Calls | None, dtype: torch.dtype) -> int:
 
 
 def _calls_a_step(calls: Calls | None, device: str) -> int:
-    """That a step of tuning joins, of one sample each."""
+    """How many recorded ones a step of tuning joins."""
     longest = 0 if calls is None else max((group.tokens for group in calls.groups), default=0)
     return math.ceil(TOKENS_A_STEP[device] / longest) if longest else 0
 

@@ -203,9 +203,8 @@ def _multiplied_in_half(module: torch.nn.Module, states: Sequence[State]) -> Ite
         yield
         return
     with warnings.catch_warnings(), torch.autocast(kind, HALF[kind]):
-        warnings.filterwarnings(
-            "ignore", "Mismatch dtype between input and weight"
-        )  # norms that are not fused
+        # Norms that are not fused say so.
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         yield
 
 

@@ -42,6 +42,7 @@ from lynx_compile.models.weightless import Weightless
 from lynx_compile.recipe import load_recipe
 from lynx_compile.tools.full_size import FullSize, find, step
 from lynx_compile.tools.summary import add
+from lynx_compile.tools.timing import file_name
 
 SHARD_BYTES = 5 << 30
 STEPS, WARM_UP = 10, 2  # that are timed, and before
@@ -417,7 +418,7 @@ def _kind() -> str:
         return "cpu"
     if torch.cuda.get_device_capability() == (9, 0):
         return "h100"
-    return re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower())
+    return file_name(torch.cuda.get_device_name()).replace("-", "_")
 
 
 def _mapping(text: str) -> dict[str, Any]:
