@@ -29,7 +29,7 @@ from lynx_compile.recipe import Recipe
 from lynx_compile.solve.stacking import State, batches, joined, outputs_of, parted
 from lynx_compile.solve.tune import BYTES_A_WEIGHT, Effort, Outcome, Rows, Shelf, fit
 
-END_RATE = 0.0015  # of a tensor's rms in a step, at first (solve.tune.Effort)
+END_RATE = 0.003  # of a tensor's rms in a step, at first (solve.tune.Effort)
 KEPT = 6  # values kept for the backward pass, to each that a compressed linear reads or returns
 
 log = logging.getLogger(__name__)

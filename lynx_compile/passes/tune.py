@@ -50,11 +50,11 @@ from lynx_compile.recipe import Recipe
 from lynx_compile.solve.stacking import State
 from lynx_compile.solve.tune import RATE, Effort, Outcome, Rows, TunedLinear, fit
 
-TUNE = StageVersion("tune", 7, ("torch", "diffusers", "transformers"))
+TUNE = StageVersion("tune", 8, ("torch", "diffusers", "transformers"))
 SMALL = 20_000_000  # weights that are tuned without a GPU: minutes on one core
 TOKENS_A_STEP = {"cpu": 2048, "cuda": 16384}  # at least, in whole samples; fewer do not keep a GPU busy
-BLOCKWISE = 0.5  # of the time, where tuning goes on end to end
-END_STEPS = 4  # times the steps of a block, at most
+BLOCKWISE = 0.25  # of the time, where tuning goes on end to end
+END_STEPS = 8  # times the steps of a block, at most
 
 log = logging.getLogger(__name__)
 

@@ -34,11 +34,13 @@ LOOK_EVERY = 25  # steps between two looks at the held-out error
 LEAST_HELD_OUT = 8  # states that a look is at; else so many that it takes a tenth of the time
 LEAST_STATES = 2  # of a step: of one alone it is that of its own time
 WARM_UP = 20  # steps, from Adam's first on, which go by the signs of gradients alone
-AVERAGED = 0.95  # what the mean keeps of itself in a step, at most: it is of all steps, and later of the last
-PATIENCE = 2  # looks in a row that find it no lower, until it goes back
+AVERAGED = 0.95  # what the mean keeps of itself in a step: it is of all steps, later of the last 20,
+SHARE = 8  # and later of the last eighth: steps of one rate shake weights by more than so many of them gain
+PATIENCE = 0.125  # of the steps may find it no lower, until it goes back: the rate falls, and noise with it
+LEAST_PATIENCE = 2  # looks
 LOST = 2  # times the lowest that it was: it goes back at once
 SLOWER = 3  # times, from there on
-MOST_WORSE = 8  # such looks in a row end it
+MOST_RETURNS = 4  # in a row end it
 SAVE_EVERY = 120  # seconds, at least, between what a stopped run could go on with
 # float32: itself, its gradient, Adam's two moments, mean and best; and what a step keeps of its rounding and casting.
 BYTES_A_WEIGHT = 6 * 4 + 9
@@ -137,10 +139,10 @@ class TunedLinear(torch.nn.Module):
     def _kept(self) -> torch.Tensor:
         """The weights that are multiplied, [N, K]."""
         weight = self.weight if self.keep is None else self.weight * self.keep
-        if (scale := self._scale()) is None:
+        if self.first_scale is None or self.log_scale is None:
             return weight
-        scaled = weight / scale[:, None]
-        return _straight_through(scaled, to_e4m3(scaled).float()) * scale[:, None]
+        rounded: torch.Tensor = _Rounded.apply(weight, self.first_scale, self.log_scale)
+        return rounded
 
     def _read(self, x: torch.Tensor) -> torch.Tensor:
         """What of x is multiplied."""
@@ -174,6 +176,28 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradients[0], None
+
+
+class _Rounded(torch.autograd.Function):
+    """Weights [N, K] as FP8 has them, w_q = e4m3(w / s) s with s [N] = first_scale exp(log_scale).
+
+    Gradients pass the rounding: dw_q / dw = 1, and so dw_q / dlog s = w_q - w. One node of the graph, for a GPU waits
+    for the host in a step of many small ones.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, first_scale: torch.Tensor, log_scale: torch.Tensor
+    ) -> torch.Tensor:
+        scale = (first_scale * log_scale.exp())[:, None]
+        rounded = to_e4m3(weight / scale).float().mul_(scale)
+        ctx.save_for_backward(rounded - weight)
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        (moved,) = ctx.saved_tensors
+        return gradients[0], None, (gradients[0] * moved).sum(1)
 
 
 def _straight_through(value: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
@@ -264,7 +288,7 @@ def fit(
         return Outcome(error, error, 0, 0.0)
     with differentiable_attention():
         run = _Fit(module, linears, train, held_out, effort, shelf)
-        while run.step < run.total and run.worse < MOST_WORSE:
+        while run.step < run.total and run.returns < MOST_RETURNS:
             run.take_step()
             progress("steps", run.step, run.total)
             if not run.step % LOOK_EVERY or run.step >= run.total:
@@ -288,10 +312,16 @@ class _Fit:
         self._module, self._linears, self._effort, self._shelf = module, linears, effort, shelf
         self._held_out = _taken(iter(held_out), LOOK_EVERY * effort.samples // 3, LEAST_HELD_OUT)
         self._parameters = _parameters(linears)
-        self._sizes = [_size(parameter, linears) for parameter in self._parameters]
+        self._of_size: dict[float, list[torch.nn.Parameter]] = {}
+        for parameter in self._parameters:
+            self._of_size.setdefault(_about(_size(parameter, linears)), []).append(parameter)
         self._adam = self._fresh_adam()
         self._draw = _drawn(train, effort.seed)
-        self.step, self.total, self.worse, self._rate = 0, effort.steps, 0, effort.rate
+        self.step, self.total, self._rate = 0, effort.steps, effort.rate
+        self._worse, self.returns = (
+            0,
+            0,
+        )  # looks since the best, or since it went back to it; how often it did
         self._kept = [parameter.detach().clone() for parameter in self._parameters]
         self._mean, self._averaged = [kept.clone() for kept in self._kept], 0
         if (saved := shelf.load()) is not None:
@@ -302,7 +332,7 @@ class _Fit:
     def take_step(self) -> None:
         rate = self._rate * (1 + math.cos(math.pi * self.step / self.total)) / 2
         rate *= min((self._averaged + 1) / WARM_UP, 1)
-        for group, size in zip(self._adam.param_groups, self._sizes, strict=True):
+        for group, size in zip(self._adam.param_groups, self._of_size, strict=True):
             group["lr"] = rate * size
         self._adam.zero_grad()
         for batch in batches(self._drawn(), self._effort.samples):
@@ -312,7 +342,8 @@ class _Fit:
         self._adam.step()
         self.step += 1
         self._averaged += 1
-        decay = min(AVERAGED, 1 - 1 / self._averaged)
+        kept = 1 - 1 / self._averaged
+        decay = max(min(AVERAGED, kept), kept**SHARE)
         get_ema_multi_avg_fn(decay)(self._mean, [p.detach() for p in self._parameters], self._averaged)
         if time.monotonic() - self._start >= self._effort.seconds:
             self.total = self.step
@@ -323,11 +354,12 @@ class _Fit:
         log.info(
             "%d steps: held-out error %.5f, least %.5f, rate %.2g", self.step, error, self.best, self._rate
         )
-        self.worse = 0 if error < self.best else self.worse + 1
-        if not self.worse:
-            self.best = error
+        self._worse += 1
+        if error < self.best:
+            self.best, self._worse, self.returns = error, 0, 0
             _restore(self._kept, self._mean)
-        elif self.worse % PATIENCE == 0 or not error < LOST * self.best:
+        elif self._worse >= self._patience() or not error < LOST * self.best:
+            self._worse, self.returns = 0, self.returns + 1
             _restore(self._parameters, self._kept)
             _restore(self._mean, self._kept)
             self._adam, self._rate, self._averaged = self._fresh_adam(), self._rate / SLOWER, 0
@@ -338,6 +370,10 @@ class _Fit:
     def finish(self) -> Outcome:
         _restore(self._parameters, self._kept)
         return Outcome(self.before, self.best, self.step, time.monotonic() - self._start)
+
+    def _patience(self) -> int:
+        """Looks in a row."""
+        return max(round(PATIENCE * self.total / LOOK_EVERY), LEAST_PATIENCE)
 
     def _foresee(self, spent: float) -> None:
         """How many steps it will be, at the pace of those that took ``spent`` seconds."""
@@ -358,12 +394,21 @@ class _Fit:
         return _taken(self._draw, self._effort.samples, LEAST_STATES)
 
     def _fresh_adam(self) -> torch.optim.Adam:
-        groups = [{"params": [parameter]} for parameter in self._parameters]
+        groups = [{"params": parameters} for parameters in self._of_size.values()]
         return torch.optim.Adam(groups, fused=self._parameters[0].is_cuda)
 
     def _lay_down(self) -> None:
         spent = time.monotonic() - self._start
-        numbers = (self.step, self.worse, self._averaged, self._rate, self.best, self.before, spent)
+        numbers = (
+            self.step,
+            self._worse,
+            self.returns,
+            self._averaged,
+            self._rate,
+            self.best,
+            self.before,
+            spent,
+        )
         tensors = {"numbers": torch.tensor(numbers, dtype=torch.float64)}
         for number, parameter in enumerate(self._parameters):
             values = (parameter.detach(), self._mean[number], self._kept[number])
@@ -373,8 +418,8 @@ class _Fit:
         self._saved = time.monotonic()
 
     def _take_up(self, saved: Mapping[str, torch.Tensor]) -> None:
-        step, worse, averaged, self._rate, self.best, self.before, spent = saved["numbers"].tolist()
-        self.step, self.worse, self._averaged = int(step), int(worse), int(averaged)
+        *counts, self._rate, self.best, self.before, spent = saved["numbers"].tolist()
+        self.step, self._worse, self.returns, self._averaged = map(int, counts)
         self._start -= spent
         self._foresee(spent)
         for _ in range(self.step):
@@ -459,6 +504,11 @@ def _drawn(states: Sequence[State], seed: int) -> Iterator[State]:
 def _restore(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
+
+
+def _about(size: float) -> float:
+    """Within a tenth, so that few sizes are told apart: Adam takes a kernel for each."""
+    return 2.0 ** (round(4 * math.log2(size)) / 4) if size else 0.0
 
 
 def _size(parameter: torch.nn.Parameter, linears: Sequence[TunedLinear]) -> float:

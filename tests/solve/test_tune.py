@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lynx_compile.files.progress import no_progress
-from lynx_compile.ops.fp8 import Rounded, fp8_linear, round_rows
+from lynx_compile.ops.fp8 import Rounded, fp8_linear, round_rows, to_e4m3
 from lynx_compile.ops.sparse_linear import expand_low_rank, keep_mask, sparse_linear
 from lynx_compile.solve import tune
 from lynx_compile.solve.stacking import State, outputs_of
@@ -124,6 +124,23 @@ def test_gradients_pass_what_rounds_and_prunes(fp8: bool) -> None:
     assert linear.weight.grad is not None and linear.weight.grad.abs().sum() > 0
 
 
+def test_gradients_of_scales_are_those_of_the_rounding_as_a_constant() -> None:
+    linear = _linear(_rows("weight", fp8=True))
+    assert linear.first_scale is not None and linear.log_scale is not None and linear.keep is not None
+    with torch.no_grad():
+        linear.weight += 0.01 * torch.randn_like(linear.weight)
+        linear.log_scale += 0.1 * torch.randn_like(linear.log_scale)
+    wanted = torch.randn_like(linear.weight)
+    (linear._kept() * wanted).sum().backward()
+    weight, log_scale = (p.detach().double().requires_grad_() for p in (linear.weight, linear.log_scale))
+    scaled = weight * linear.keep / (linear.first_scale * log_scale.exp())[:, None]
+    rounded = scaled + (to_e4m3(scaled.float()).double() - scaled).detach()
+    (rounded * (linear.first_scale * log_scale.exp())[:, None] * wanted).sum().backward()
+    for found, expected in ((linear.weight, weight), (linear.log_scale, log_scale)):
+        assert found.grad is not None and expected.grad is not None
+        assert torch.allclose(found.grad.double(), expected.grad, rtol=1e-4, atol=1e-4)
+
+
 class Block(torch.nn.Module):
     """A dense block with a compensated twin: two linears, and it writes into what it is given."""
 
@@ -224,8 +241,28 @@ def test_what_only_gets_worse_is_put_back(monkeypatch: pytest.MonkeyPatch) -> No
     block, linears, train, held_out = _problem("weight")
     before = [parameter.detach().clone() for parameter in block.parameters()]
     outcome = fit(block, linears, train, held_out, Effort(1000, 1e9, 2, 0, rate=1e5), no_progress)
-    assert outcome.after == outcome.before and outcome.steps == 2 * tune.MOST_WORSE, "it ends early"
+    assert outcome.after == outcome.before and outcome.steps == 2 * tune.MOST_RETURNS, "it ends early"
     assert all(torch.equal(a, b) for a, b in zip(before, block.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("better_at", "steps"), [(None, 80), (7, 115), (8, 120)])
+def test_an_eighth_of_the_steps_may_find_nothing_better(
+    monkeypatch: pytest.MonkeyPatch, better_at: int | None, steps: int
+) -> None:
+    """4 looks of 5 steps, of 160: then it goes back, and what has gone back four times in a row ends."""
+    monkeypatch.setattr(tune, "LOOK_EVERY", 5)
+    looks = itertools.count()  # the first is at what it is given
+    monkeypatch.setattr(tune, "block_error", lambda *_: 0.9 if next(looks) == better_at else 1.0)
+    block, linears, train, held_out = _problem("weight")
+    outcome = fit(block, linears, train, held_out, Effort(160, 1e9, 2, 0), no_progress)
+    assert (outcome.before, outcome.after) == (1.0, 1.0 if better_at is None else 0.9)
+    assert outcome.steps == steps
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-9, 0.0123, 1.0, 7.7])
+def test_tensors_of_a_size_share_a_rate(size: float) -> None:
+    assert tune._about(size) == pytest.approx(size, rel=0.1)
+    assert tune._about(1.01 * tune._about(size)) == tune._about(size)
 
 
 def test_noise_of_few_states_does_not_send_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
