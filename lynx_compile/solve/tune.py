@@ -318,10 +318,8 @@ class _Fit:
         self._adam = self._fresh_adam()
         self._draw = _drawn(train, effort.seed)
         self.step, self.total, self._rate = 0, effort.steps, effort.rate
-        self._worse, self.returns = (
-            0,
-            0,
-        )  # looks since the best, or since it went back to it; how often it did
+        self._worse = 0  # looks since the best, or since it went back to it
+        self.returns = 0  # how often it did, in a row
         self._kept = [parameter.detach().clone() for parameter in self._parameters]
         self._mean, self._averaged = [kept.clone() for kept in self._kept], 0
         if (saved := shelf.load()) is not None:
@@ -399,16 +397,8 @@ class _Fit:
 
     def _lay_down(self) -> None:
         spent = time.monotonic() - self._start
-        numbers = (
-            self.step,
-            self._worse,
-            self.returns,
-            self._averaged,
-            self._rate,
-            self.best,
-            self.before,
-            spent,
-        )
+        counts = self.step, self._worse, self.returns, self._averaged
+        numbers = (*counts, self._rate, self.best, self.before, spent)
         tensors = {"numbers": torch.tensor(numbers, dtype=torch.float64)}
         for number, parameter in enumerate(self._parameters):
             values = (parameter.detach(), self._mean[number], self._kept[number])
