@@ -139,9 +139,11 @@ class TunedLinear(torch.nn.Module):
     def _kept(self) -> torch.Tensor:
         """The weights that are multiplied, [N, K]."""
         weight = self.weight if self.keep is None else self.weight * self.keep
-        if self.first_scale is None or self.log_scale is None:
+        with torch.no_grad():
+            scale = self._scale()
+        if scale is None:
             return weight
-        rounded: torch.Tensor = _Rounded.apply(weight, self.first_scale, self.log_scale)
+        rounded: torch.Tensor = _Rounded.apply(weight, scale, self.log_scale)
         return rounded
 
     def _read(self, x: torch.Tensor) -> torch.Tensor:
@@ -179,18 +181,15 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _Rounded(torch.autograd.Function):
-    """Weights [N, K] as FP8 has them, w_q = e4m3(w / s) s with s [N] = first_scale exp(log_scale).
+    """Weights [N, K] as FP8 has them, w_q = e4m3(w / s) s with s [N]; ``log_scale`` gets the gradient of s.
 
     Gradients pass the rounding: dw_q / dw = 1, and so dw_q / dlog s = w_q - w. One node of the graph, for a GPU waits
     for the host in a step of many small ones.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, weight: torch.Tensor, first_scale: torch.Tensor, log_scale: torch.Tensor
-    ) -> torch.Tensor:
-        scale = (first_scale * log_scale.exp())[:, None]
-        rounded = to_e4m3(weight / scale).float().mul_(scale)
+    def forward(ctx: Any, weight: torch.Tensor, scale: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+        rounded = to_e4m3(weight / scale[:, None]).float().mul_(scale[:, None])
         ctx.save_for_backward(rounded - weight)
         return rounded
 
@@ -340,8 +339,8 @@ class _Fit:
         self._adam.step()
         self.step += 1
         self._averaged += 1
-        kept = 1 - 1 / self._averaged
-        decay = max(min(AVERAGED, kept), kept**SHARE)
+        of_all = 1 - 1 / self._averaged
+        decay = max(min(AVERAGED, of_all), of_all**SHARE)
         get_ema_multi_avg_fn(decay)(self._mean, [p.detach() for p in self._parameters], self._averaged)
         if time.monotonic() - self._start >= self._effort.seconds:
             self.total = self.step

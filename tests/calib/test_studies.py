@@ -75,7 +75,8 @@ def test_the_evidence_shows_what_a_budget_made(summary: dict[str, float | str]) 
         error, images, speed = (
             summary[f"quality.{name}.budget.{what}"] for what in ("output_error", "psnr", "speed")
         )
-        assert f"| {error} | {images:.1f} dB | {speed:.2f}x |" in page and float(error) <= 0.016
+        assert f"| {error} | {images:.1f} dB | {speed:.2f}x |" in page
+        assert (float(error) <= 0.015) == (name != "emoji_156m"), "of which the page says that it is over"
     images, speed = (summary[f"quality.emoji_flux.budget.{what}"] for what in ("psnr", "speed"))
     assert f"({images:.0f} dB; {speed:.2f}x on its small linears" in (ROOT / "README.md").read_text()
     inside = (ROOT / "docs" / "how-it-works.md").read_text()
