@@ -50,7 +50,7 @@ from lynx_compile.recipe import Recipe
 from lynx_compile.solve.stacking import State
 from lynx_compile.solve.tune import RATE, Effort, Outcome, Rows, TunedLinear, fit
 
-TUNE = StageVersion("tune", 8, ("torch", "diffusers", "transformers"))
+TUNE = StageVersion("tune", 9, ("torch", "diffusers", "transformers"))
 SMALL = 20_000_000  # weights that are tuned without a GPU: minutes on one core
 TOKENS_A_STEP = {"cpu": 2048, "cuda": 16384}  # at least, in whole samples; fewer do not keep a GPU busy
 BLOCKWISE = 0.25  # of the time, where tuning goes on end to end

@@ -18,7 +18,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from functools import partial
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch.nn import functional
@@ -27,6 +28,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from lynx_compile.files.progress import Progress
 from lynx_compile.ops.fp8 import round_rows, to_e4m3
 from lynx_compile.ops.sparse_linear import keep_mask, norm_scale_of
+from lynx_compile.solve.replayed import Gradients
 from lynx_compile.solve.stacking import State, batches, joined, outputs_of
 
 RATE = 0.005  # of a tensor's rms that Adam moves its elements in a step, at first; it falls to 0 along a half cosine
@@ -218,10 +220,10 @@ def activations_unrounded(linears: Iterable[TunedLinear]) -> Iterator[None]:
 
 
 @contextmanager
-def _multiplied_in_half(module: torch.nn.Module, states: Sequence[State]) -> Iterator[None]:
+def _multiplied_in_half(module: torch.nn.Module, targets: Sequence[torch.Tensor]) -> Iterator[None]:
     """Products of float32 are in ``HALF`` meanwhile, where the device has one."""
     kind = next(module.parameters()).device.type
-    is_float32 = any(target.dtype == torch.float32 for state in states for target in state.targets)
+    is_float32 = any(target.dtype == torch.float32 for target in targets)
     if kind not in HALF or not is_float32:
         yield
         return
@@ -315,6 +317,7 @@ class _Fit:
         for parameter in self._parameters:
             self._of_size.setdefault(_about(_size(parameter, linears)), []).append(parameter)
         self._adam = self._fresh_adam()
+        self._gradients = Gradients(partial(_step_loss, module), self._parameters)
         self._draw = _drawn(train, effort.seed)
         self.step, self.total, self._rate = 0, effort.steps, effort.rate
         self._worse = 0  # looks since the best, or since it went back to it
@@ -331,11 +334,12 @@ class _Fit:
         rate *= min((self._averaged + 1) / WARM_UP, 1)
         for group, size in zip(self._adam.param_groups, self._of_size, strict=True):
             group["lr"] = rate * size
-        self._adam.zero_grad()
-        for batch in batches(self._drawn(), self._effort.samples):
-            with activations_unrounded(self._linears), _multiplied_in_half(self._module, batch):
-                loss = _loss(self._module, batch).sum()
-            loss.backward()
+        device = next(self._module.parameters()).device
+        with activations_unrounded(self._linears):
+            self._gradients.take(
+                (None if batch[0].kind is None else (batch[0].kind, len(batch)), _part(batch, device))
+                for batch in batches(self._drawn(), self._effort.samples)
+            )
         self._adam.step()
         self.step += 1
         self._averaged += 1
@@ -439,28 +443,44 @@ def block_error(module: torch.nn.Module, states: Sequence[State], samples: int =
 
     ``samples``: of states that may be joined to one call.
     """
-    squares = sum(float(_loss(module, batch).sum()) for batch in batches(states, samples))
+    device = next(module.parameters()).device
+    squares = sum(float(_loss(module, _part(batch, device)).sum()) for batch in batches(states, samples))
     elements = sum(state.weight * sum(t.numel() for t in state.targets) for state in states)
     return float((squares / max(elements, 1)) ** 0.5)
 
 
-def _loss(module: torch.nn.Module, states: Sequence[State]) -> torch.Tensor:
+class _Part(NamedTuple):
+    """States as one call: what the module is given, what it should return, and what each of them counts."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: tuple[torch.Tensor, ...]
+    weights: torch.Tensor
+
+
+def _part(states: Sequence[State], device: torch.device) -> _Part:
+    args, kwargs, targets = joined([(s.args, s.kwargs, s.targets) for s in states], states[0].rows, device)
+    return _Part(args, kwargs, targets, torch.tensor([state.weight for state in states], device=device))
+
+
+def _step_loss(module: torch.nn.Module, part: _Part) -> torch.Tensor:
+    """Of a step: multiplied in half precision, and summed."""
+    with _multiplied_in_half(module, part.targets):
+        return _loss(module, part).sum()
+
+
+def _loss(module: torch.nn.Module, part: _Part) -> torch.Tensor:
     """Squared error of every result of every state, over the mean square of what it should be: [results, states].
 
     A sum over elements and not their mean: gradients in fp16 would vanish.
     """
-    device = next(module.parameters()).device
-    rows = states[0].rows
-    args, kwargs, targets = joined([(s.args, s.kwargs, s.targets) for s in states], rows, device)
-    weights = torch.tensor([state.weight for state in states], device=device)
-    results = outputs_of(module(*args, **kwargs))
-    pairs = zip(results, targets, strict=True)
+    results = outputs_of(module(*part.args, **part.kwargs))
     tiny = torch.finfo(torch.float32).tiny
     losses = []
-    for result, target in pairs:
-        wanted = target.float().reshape(len(states), -1)
-        lost = (result.float().reshape(len(states), -1) - wanted).square().sum(1)
-        losses.append(weights * lost / wanted.square().mean(1).clamp_min(tiny))
+    for result, target in zip(results, part.targets, strict=True):
+        wanted = target.float().reshape(len(part.weights), -1)
+        lost = (result.float().reshape(len(part.weights), -1) - wanted).square().sum(1)
+        losses.append(part.weights * lost / wanted.square().mean(1).clamp_min(tiny))
     return torch.stack(losses)
 
 
