@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -252,11 +253,26 @@ def test_an_eighth_of_the_steps_may_find_nothing_better(
     """4 looks of 5 steps, of 160: then it goes back, and what has gone back four times in a row ends."""
     monkeypatch.setattr(tune, "LOOK_EVERY", 5)
     looks = itertools.count()  # the first is at what it is given
-    monkeypatch.setattr(tune, "block_error", lambda *_: 0.9 if next(looks) == better_at else 1.0)
+    monkeypatch.setattr(tune, "block_error", lambda *_: 0.96 if next(looks) == better_at else 1.0)
     block, linears, train, held_out = _problem("weight")
     outcome = fit(block, linears, train, held_out, Effort(160, 1e9, 2, 0), no_progress)
-    assert (outcome.before, outcome.after) == (1.0, 1.0 if better_at is None else 0.9)
+    assert (outcome.before, outcome.after) == (1.0, 1.0 if better_at is None else 0.96)
     assert outcome.steps == steps
+
+
+@pytest.mark.parametrize(("error", "steps"), [(1.04, 80), (1.06, 20), (math.nan, 20)])
+def test_it_goes_back_at_once_where_the_error_leaves_the_best(
+    monkeypatch: pytest.MonkeyPatch, error: float, steps: int
+) -> None:
+    """Four looks in a row, of 5 steps each, in place of four times four."""
+    monkeypatch.setattr(tune, "LOOK_EVERY", 5)
+    looks = itertools.count()
+    monkeypatch.setattr(tune, "block_error", lambda *_: error if next(looks) else 1.0)
+    block, linears, train, held_out = _problem("weight")
+    given = [linear.weight.detach().clone() for linear in linears]
+    outcome = fit(block, linears, train, held_out, Effort(160, 1e9, 2, 0), no_progress)
+    assert (outcome.after, outcome.steps) == (1.0, steps)
+    assert all(torch.equal(linear.weight, weight) for linear, weight in zip(linears, given, strict=True))
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-9, 0.0123, 1.0, 7.7])
