@@ -29,8 +29,8 @@ from lynx_compile.passes.select import SparseGroup
 from lynx_compile.passes.states import spread_calls, weight_of
 from lynx_compile.solve.tune import TunedLinear
 
-SELECT = StageVersion("select", 2, ("torch", "diffusers", "transformers"))
-VERIFY = StageVersion("verify", 4, ("torch", "diffusers", "transformers"))
+SELECT = StageVersion("select", 3, ("torch", "diffusers", "transformers"))
+VERIFY = StageVersion("verify", 5, ("torch", "diffusers", "transformers"))
 CALLS = 64  # held out, that are measured at most
 QUARTERS = 4  # ranges of denoising steps that errors are told by
 ROOM = 0.75  # of the limit: an error below it leaves room that is worth a word
@@ -235,11 +235,11 @@ def _say(selection: Selection, taken: int, whole: AtSteps, error: float, back: t
             "over the budget when measured, so safer forms for %d nodes: %s", len(back), ", ".join(back)
         )
     if key == "max_output_error" and error < ROOM * value:
-        more = value * whole.predicted / error
+        more = value * selection.expected(taken) / error
         if (speed := selection.speed_at(more)) > selection.speed(taken):
             log.info(
                 "the error is far below the %g allowed: with max_output_error: %.3f the linears would be %.2fx as "
-                "fast, and the error again about %g", value, more * selection.mended, speed, value,
+                "fast, and the error again about %g", value, more, speed, value,
             )  # fmt: skip
     parts = [f"{speed:.2f}x for steps {s.start} to {s.stop - 1}" for s, speed in selection.halves(taken)]
     if parts:
