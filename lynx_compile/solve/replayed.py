@@ -77,8 +77,8 @@ def forget() -> None:
 class Gradients:
     """The gradients of a step in ``parameters``; on a GPU what they launch is recorded, and replayed.
 
-    ``loss``: of one part of a step, a tree of tensors on the parameters' device and what a kind has in common, to a
-    scalar. It may launch other things for another kind or other shapes, and for those alone.
+    ``loss``: of one part of a step, a tree with tensors on the parameters' device, to a scalar. What it launches may
+    depend on the part's kind, on shapes and on what is no tensor, and on nothing else.
     """
 
     def __init__(
@@ -104,9 +104,7 @@ class Gradients:
             return
         self._zero()
         for number, (kind, part) in enumerate(parts):
-            leaves, _ = tree_flatten(part)
-            shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves if isinstance(leaf, torch.Tensor))
-            self._add(None if kind is None else (kind, shapes), part, is_first=not number)
+            self._add(None if kind is None else (kind, _recorded_of(part)), part, is_first=not number)
 
     def _add(self, kind: Hashable, part: Any, is_first: bool) -> None:
         if kind in self._recorded:
@@ -126,9 +124,10 @@ class Gradients:
                 loss = self._loss(_copied(part))  # it may write into what it is given
                 loss.backward()
             self._zero()
-            before = self._free_bytes()
+            torch.cuda.empty_cache()  # a graph has memory of its own, which nothing else can take
+            before, _ = torch.cuda.mem_get_info()
             found = _Recorded(self._loss, part, self._pool)
-            left = self._free_bytes()
+            left, _ = torch.cuda.mem_get_info()
             found(part)
             if left < before - left:
                 reason = "it leaves less memory than it takes"
@@ -151,11 +150,6 @@ class Gradients:
         if gradients := [p.grad for p in self._parameters if p.grad is not None]:
             torch._foreach_zero_(gradients)
 
-    def _free_bytes(self) -> int:
-        device = self._parameters[0].device
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
 
 @contextmanager
 def _refused_to_wait() -> Iterator[None]:
@@ -168,6 +162,12 @@ def _refused_to_wait() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def _recorded_of(part: Any) -> Hashable:
+    """What a graph has of a part for good."""
+    leaves, _ = tree_flatten(part)
+    return tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)
 
 
 def _copied(part: Any) -> Any:

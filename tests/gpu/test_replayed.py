@@ -81,6 +81,16 @@ def test_gradients_are_the_same(fp8: bool) -> None:
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
+def test_what_is_no_tensor_is_not_replayed_for_another() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, device="cuda"))
+    gradients = replayed.Gradients(lambda part: (weight * part[0]).sum() * part[1], [weight])
+    ones = torch.ones(4, device="cuda")
+    for step in range(12):
+        gradients.take([("a", (ones, 2 + step % 2))])
+        assert weight.grad is not None and weight.grad.tolist() == 4 * [2 + step % 2]
+    assert len(gradients._recorded) == 2
+
+
 @pytest.mark.parametrize("waits", ["said before", "found by the graph"])
 def test_what_waits_for_the_gpu_is_launched_as_before(waits: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if waits == "found by the graph":
