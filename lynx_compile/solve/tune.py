@@ -311,7 +311,8 @@ class _Fit:
     ) -> None:
         self._start, self._saved = time.monotonic(), time.monotonic()
         self._module, self._linears, self._effort, self._shelf = module, linears, effort, shelf
-        self._held_out = _taken(iter(held_out), LOOK_EVERY * effort.samples // 3, LEAST_HELD_OUT)
+        looked_at = LOOK_EVERY * effort.samples // 3, LEAST_HELD_OUT
+        self._held_out, self._known = _taken(iter(held_out), *looked_at), _taken(iter(train), *looked_at)
         self._parameters = _parameters(linears)
         self._of_size: dict[float, list[torch.nn.Parameter]] = {}
         for parameter in self._parameters:
@@ -370,6 +371,8 @@ class _Fit:
 
     def finish(self) -> Outcome:
         _restore(self._parameters, self._kept)
+        known = block_error(self._module, self._known, self._effort.samples)
+        log.info("held-out error %.5f, %.5f on states that it was tuned on", self.best, known)
         return Outcome(self.before, self.best, self.step, time.monotonic() - self._start)
 
     def _patience(self) -> int:
