@@ -41,6 +41,7 @@ SIZES = {
     "tiny": Size(1, 1, 1, 1e-3),  # 0.2 M parameters: to try the script
     "small": Size(4, 2, 6, 1e-3),  # 11 M
     "156m": Size(12, 4, 8, 6e-4),
+    "945m": Size(48, 1, 4, 2.5e-4),  # few blocks, whose linears are of FLUX.1's sizes
 }
 PICTURES = (
     "google grinning face with smiling eyes", "google smiling cat face with heart shaped eyes",

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from calib.digits_flux.sampler import dense
 from calib.emoji_flux import data, prompts, sampler, text, train
 from lynx_compile.models.pipeline_loader import load_pipeline
+from lynx_compile.passes.speed_table import CostTable
 from lynx_compile.recipe import load_recipe
 from lynx_compile.tools.images import psnr
 
@@ -148,3 +149,22 @@ def test_a_model_that_was_trained_two_steps_is_a_pipeline(packages: Path):
     assert sampler.draw(packages, ["google wave"], seed=0, steps=1).isfinite().all()
     pipe = load_pipeline(packages, dtype=torch.float32, device="cpu", encoded_prompts=True)
     assert type(pipe).__name__ == "FluxPipeline"
+
+
+def test_the_widest_model_has_linears_that_the_cost_table_knows():
+    recipe = load_recipe(sampler.HERE / "emoji-945m.yaml")
+    table = CostTable.load(Path(recipe.sparsity.costs))
+    measured = {(result.shape.channels, result.shape.out_channels) for result in table.results}
+    with torch.device("meta"):
+        module = train.EmojiModel(train.SIZES["945m"], ["pizza"]).transformer
+    shapes = {
+        (linear.in_features, linear.out_features)
+        for name, linear in module.named_modules()
+        if isinstance(linear, torch.nn.Linear) and "blocks" in name and ".norm" not in name
+    }
+    together = {
+        (3072, 3072): (3072, 9216),
+        (3072, 12288): (3072, 21504),
+    }  # q, k, v, and the single blocks' MLP
+    assert {together.get(shape, shape) for shape in shapes} <= measured and shapes - together.keys()
+    assert sum(p.numel() for p in module.parameters()) == pytest.approx(945e6, rel=1e-3)
