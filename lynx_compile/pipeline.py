@@ -44,7 +44,7 @@ from lynx_compile.passes.sensitivity import SENSITIVITY, Sensitivities, sensitiv
 from lynx_compile.passes.speed_table import Form
 from lynx_compile.passes.target import Target, target_of
 from lynx_compile.passes.tune import TUNE, Tuned, is_tuned, tune
-from lynx_compile.passes.verify import SELECT, VERIFY, Verified, verify, within_psnr
+from lynx_compile.passes.verify import SELECT, VERIFY, Verified, verify, within_error, within_psnr
 from lynx_compile.recipe import Recipe
 from lynx_compile.tools import report
 from lynx_compile.tools.compiled import Compiled
@@ -298,6 +298,14 @@ def _decide(
             reads=(COMPENSATE,),
         )  # fmt: skip
         drawn.release()
+    elif selection.is_optimistic:
+        taken = stages.run(
+            SELECT,
+            int,
+            lambda progress: within_error(dit, selection, solved, recording, progress),
+            stages.key(SENSITIVITY), *recorded, order, judged,
+            reads=(COMPENSATE,),
+        )  # fmt: skip
     weights, by = _tuned(recipe, dit, selection.plan(taken), solved, statistics, recording, outputs, stages)
     verified = stages.run(
         VERIFY,

@@ -58,6 +58,11 @@ class Selection:
     steps: tuple[Step, ...]
     left: float = 1.0
 
+    @property
+    def is_optimistic(self) -> bool:
+        """Whether the limit is on the error, and counts on tuning."""
+        return self.limit[0] == "max_output_error" and self.left < 1
+
     def plan(self, taken: int) -> SparsityPlan:
         """The plan after so many steps, every decision with its reason.
 

@@ -90,6 +90,30 @@ def within_psnr(selection: Selection, solved: Weights, psnr: Psnr, progress: Pro
     return holds
 
 
+def within_error(
+    dit: DiT, selection: Selection, solved: Weights, recording: Recording, progress: Progress
+) -> int:
+    """So many steps as tuning is expected to bring within ``max_output_error``, from what the solved weights err.
+
+    Where they err more than predicted they are expected to do so when they are tuned. What is tuned with forms that
+    ``verify`` would take back makes up for errors that are no longer there then.
+    """
+    held_out = HeldOut(dit, recording, progress)
+    taken, value = len(selection.steps), selection.limit[1]
+    while taken:
+        linears = linears_of(selection, taken, solved, held_out.device, held_out.dtype)
+        error = held_out.error(held_out.squares(linears))
+        expected = selection.expected(taken) * max(error / max(selection.error(taken), 1e-30), 1)
+        log.info(
+            "%d of %d steps: output error %.4f predicted, %.4f solved, %.4f expected when tuned",
+            taken, len(selection.steps), selection.error(taken), error, expected,
+        )  # fmt: skip
+        if expected <= value:
+            break
+        taken = selection.fewer(taken, value / expected)
+    return taken
+
+
 def verify(
     dit: DiT,
     selection: Selection,

@@ -26,7 +26,7 @@ from lynx_compile.passes.describe import _budget
 from lynx_compile.passes.select import SparseGroup, SparsityPlan, candidates, select
 from lynx_compile.passes.sensitivity import Sensitivities, probed_calls, sensitivity
 from lynx_compile.passes.states import weight_of
-from lynx_compile.passes.verify import HeldOut, Verified, linears_of, verify, within_psnr
+from lynx_compile.passes.verify import HeldOut, Verified, linears_of, verify, within_error, within_psnr
 from lynx_compile.recipe import Budget, Recipe, Sparsity, load_recipe
 from lynx_compile.solve.tune import TunedLinear
 from lynx_compile.tools.drawn import Drawn
@@ -291,6 +291,35 @@ def test_after_stepping_back_the_solved_weights_are_taken_where_they_err_less(
 def test_a_budget_that_nothing_fits_is_an_error(made: Probed) -> None:
     with pytest.raises(InputError, match="No linear would become sparse"):
         _verify(made, replace(made.selection, limit=("max_output_error", 1e-9)))
+
+
+@pytest.mark.parametrize(("share", "is_whole"), [(1.0, True), (0.5, False)])
+def test_what_will_be_tuned_may_err_as_much_as_tuning_mends(
+    made: Probed, caplog: pytest.LogCaptureFixture, share: float, is_whole: bool
+) -> None:
+    caplog.set_level("INFO")
+    whole = len(made.selection.steps)
+    most = share * _verify(made, made.selection).whole.solved  # type: ignore[operator]
+    selection = replace(made.selection, limit=("max_output_error", most), left=0.65)
+    taken = within_error(made.dit, selection, made.weights, made.recording, no_progress)
+    assert (taken == whole) == is_whole and "expected when tuned" in caplog.text
+    assert selection.expected(taken) == pytest.approx(0.65 * selection.error(taken)), "nothing is rounded"
+    solved = _verify(made, replace(selection, limit=("max_output_error", 1.0)), taken=taken).whole.solved
+    assert 0.3 * most < 0.65 * solved <= most  # type: ignore[operator]
+
+
+def test_more_than_was_predicted_is_expected_after_tuning_too(made: Probed) -> None:
+    """Of predictions that are a tenth of what they should be."""
+    whole = len(made.selection.steps)
+    most = 0.5 * _verify(made, made.selection).whole.solved  # type: ignore[operator]
+    selection = replace(made.selection, limit=("max_output_error", most), left=0.65)
+    adds = selection._adds
+    tenth = {key: 0.1 * value for key, value in adds.nodes.items()}
+    vars(selection)["_adds"] = replace(adds, fixed=0.1 * adds.fixed, nodes=tenth)
+    assert selection.expected(whole) < 0.2 * most
+    taken = within_error(made.dit, selection, made.weights, made.recording, no_progress)
+    solved = _verify(made, replace(selection, limit=("max_output_error", 1.0)), taken=taken).whole.solved
+    assert 0 < taken < whole and 0.65 * solved <= most  # type: ignore[operator]
 
 
 def test_images_decide_where_they_are_asked(made: Probed) -> None:
