@@ -15,7 +15,7 @@ from lynx_compile.passes.compensate import compensate
 from lynx_compile.passes.select import candidates
 from lynx_compile.passes.sensitivity import sensitivity
 from lynx_compile.passes.tune import is_tuned, tune
-from lynx_compile.passes.verify import Verified, Weights, verify
+from lynx_compile.passes.verify import Verified, Weights, verify, within_error
 from lynx_compile.recipe import Budget, Recipe
 
 
@@ -58,6 +58,8 @@ def budgeted(
     is_moved = is_tuned(dit, found.fastest(), recipe)
     selection = choose(found, measured, recipe.budget or Budget(), tuned=is_moved)
     taken, solved = len(selection.steps), dict(zip(found.nodes, files, strict=True))
+    if selection.is_optimistic:
+        taken = within_error(dit, selection, solved, recording, progress)
     plan, tuned = selection.plan(taken), None
     if is_moved:
         weights = [solved[group] for group in plan.groups]
