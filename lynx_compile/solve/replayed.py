@@ -24,10 +24,8 @@ Tensors = tuple[torch.Tensor, ...]
 # Of tensors alone, whose shapes decide what it launches, and which it leaves as they are.
 Loop = Callable[..., Tensors]
 KEPT = 16  # graphs, with their tensors
-LAUNCHED = (
-    3  # times that gradients of a kind are launched until they are recorded: what is set up once is then
-)
-KINDS = 4  # of gradients that are recorded
+LAUNCHED = 3  # times that gradients are, until they are recorded: what is set up once is then
+KINDS = 4  # of them that are recorded
 ALIKE = 1e-3  # of a loss, replayed and launched: flash attention adds in any order
 
 log = logging.getLogger(__name__)
