@@ -22,11 +22,10 @@ import torch
 from lynx_compile.errors import InputError
 from lynx_compile.passes.select import Candidates, Decision, Open, Option, SparsityPlan, decided
 from lynx_compile.passes.sensitivity import Rows, Sensitivities
-from lynx_compile.passes.speed_table import DENSE, Form
+from lynx_compile.passes.speed_table import DENSE, DENSE_FP8, Form
 from lynx_compile.recipe import Budget
 
 TUNED = 0.65  # of the error that 2:4 weights add, what tuning leaves; .46 to .68 on the models that were seen
-DENSE_FP8 = Form("none", fp8=True)
 Limit = tuple[Literal["max_output_error", "min_psnr", "min_speed"], float]  # the budget's key, and its value
 
 
@@ -49,19 +48,19 @@ class Step:
 class Selection:
     """``steps``: those that the limit allows, in the order of their worth. Any first ones of them make a plan.
 
-    ``left``: of what 2:4 adds, what is expected to be left in the end; 1 where nothing is tuned.
+    ``remains``: the share of what 2:4 adds that is expected to be there in the end; 1 where nothing is tuned.
     """
 
     candidates: Candidates
     sensitivities: Sensitivities
     limit: Limit
     steps: tuple[Step, ...]
-    left: float = 1.0
+    remains: float = 1.0
 
     @property
     def is_optimistic(self) -> bool:
         """Whether the limit is on the error, and counts on tuning."""
-        return self.limit[0] == "max_output_error" and self.left < 1
+        return self.limit[0] == "max_output_error" and self.remains < 1
 
     def plan(self, taken: int) -> SparsityPlan:
         """The plan after so many steps, every decision with its reason.
@@ -137,7 +136,7 @@ class Selection:
 
     @cached_property
     def _adds(self) -> _Adds:
-        return _Adds.of(self.candidates, self.sensitivities, self.left)
+        return _Adds.of(self.candidates, self.sensitivities, self.remains)
 
     def _total(self, adds: _Adds, taken: int) -> torch.Tensor:
         return adds.fixed + sum(
@@ -171,15 +170,15 @@ def choose(
         InputError: ``min_speed`` is more than the fastest forms give, or what the recipe fixes alone is over the limit.
     """
     key, value = limit = budget.limit
-    left = TUNED if tuned else 1.0
-    adds = _Adds.of(candidates, sensitivities, left)
+    remains = TUNED if tuned else 1.0
+    adds = _Adds.of(candidates, sensitivities, remains)
     if key == "max_output_error" and adds.solved(adds.fixed) > value:
         raise InputError(
             f"What the recipe fixes adds {adds.solved(adds.fixed):.4f} at the model's output by itself, "
             f"more than budget.max_output_error ({value:g}).",
             "Leave more to auto in sparsity.operand, or allow more.",
         )
-    return Selection(candidates, sensitivities, limit, tuple(_taken(candidates, adds, limit)), left)
+    return Selection(candidates, sensitivities, limit, tuple(_taken(candidates, adds, limit)), remains)
 
 
 def require_speed(candidates: Candidates, budget: Budget) -> None:
@@ -200,16 +199,16 @@ class _Adds:
     """``Rows.adds`` by what is decided, [2, rows]: of ``fixed`` linears together, and of a group's open ones by form.
 
     First all that they add, then what they would in dense FP8 where they are FP8, which tuning does not mend; 0 where
-    that was not solved. ``left``: of the rest, once it is tuned.
+    that was not solved. ``remains``: the share of the rest that is there once it is tuned.
     """
 
     rows: Rows
     fixed: torch.Tensor
     nodes: Mapping[tuple[str, Form], torch.Tensor]
-    left: float
+    remains: float
 
     @classmethod
-    def of(cls, candidates: Candidates, sensitivities: Sensitivities, left: float) -> _Adds:
+    def of(cls, candidates: Candidates, sensitivities: Sensitivities, remains: float) -> _Adds:
         rows = sensitivities.load()
         # Of a form that is solved in a smaller and a larger node a linear has two columns, which are next to alike.
         by_linear = {
@@ -229,13 +228,13 @@ class _Adds:
             for name, open_ in candidates.open.items()
             for option in open_.options
         }
-        return cls(rows, together(made), nodes, left)
+        return cls(rows, together(made), nodes, remains)
 
     def at(self, steps: range) -> _Adds:
         """Those of some denoising steps."""
         inside = (self.rows.steps >= steps.start) & (self.rows.steps < steps.stop)
         nodes = {key: adds[:, inside] for key, adds in self.nodes.items()}
-        return _Adds(self.rows.at(steps), self.fixed[:, inside], nodes, self.left)
+        return _Adds(self.rows.at(steps), self.fixed[:, inside], nodes, self.remains)
 
     def solved(self, total: torch.Tensor) -> float:
         """Relative error at the output of what adds so much, [2, rows], as it was solved."""
@@ -245,7 +244,7 @@ class _Adds:
         """The same once it is tuned: rounding and the rest add as errors that have nothing to do with each other."""
         solved, rounded = (self.rows.error(adds) ** 2 for adds in total)
         rounded = min(rounded, solved)
-        return float((rounded + self.left**2 * (solved - rounded)) ** 0.5)
+        return float((rounded + self.remains**2 * (solved - rounded)) ** 0.5)
 
 
 def _taken(candidates: Candidates, adds: _Adds, limit: Limit) -> list[Step]:

@@ -46,6 +46,7 @@ class Form:
 
 
 DENSE = Form("none")
+DENSE_FP8 = Form("none", fp8=True)
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class _Fp8Result(_Read):
 FP8_WORKS = {
     Form("weight"): "bf16_weight",
     Form("activation"): "bf16_activation",  # with rank 0
-    Form("none", fp8=True): "fp8_dense.all",
+    DENSE_FP8: "fp8_dense.all",
     Form("weight", fp8=True): "fp8_weight.all",
     Form("activation", fp8=True): "fp8_activation.all",
 }

@@ -103,10 +103,11 @@ def within_error(
     while taken:
         linears = linears_of(selection, taken, solved, held_out.device, held_out.dtype)
         error = held_out.error(held_out.squares(linears))
-        expected = selection.expected(taken) * max(error / max(selection.error(taken), 1e-30), 1)
+        predicted = selection.error(taken)
+        expected = selection.expected(taken) * max(error / max(predicted, 1e-30), 1)
         log.info(
             "%d of %d steps: output error %.4f predicted, %.4f solved, %.4f expected when tuned",
-            taken, len(selection.steps), selection.error(taken), error, expected,
+            taken, len(selection.steps), predicted, error, expected,
         )  # fmt: skip
         if expected <= value:
             break

@@ -79,15 +79,9 @@ class Gradients:
     depend on the part's kind, on shapes and on what is no tensor, and on nothing else.
     """
 
-    def __init__(
-        self,
-        loss: Callable[[Any], torch.Tensor],
-        parameters: Sequence[torch.nn.Parameter],
-        *,
-        record: bool = True,
-    ) -> None:
+    def __init__(self, loss: Callable[[Any], torch.Tensor], parameters: Sequence[torch.nn.Parameter]) -> None:
         self._loss, self._parameters = loss, parameters
-        self._records = record and parameters[0].is_cuda
+        self._records = parameters[0].is_cuda
         self._launched: Counter[Hashable] = Counter()
         self._recorded: dict[Hashable, _Recorded] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._records else None

@@ -300,7 +300,7 @@ def test_what_will_be_tuned_may_err_as_much_as_tuning_mends(
     caplog.set_level("INFO")
     whole = len(made.selection.steps)
     most = share * _verify(made, made.selection).whole.solved  # type: ignore[operator]
-    selection = replace(made.selection, limit=("max_output_error", most), left=0.65)
+    selection = replace(made.selection, limit=("max_output_error", most), remains=0.65)
     taken = within_error(made.dit, selection, made.weights, made.recording, no_progress)
     assert (taken == whole) == is_whole and "expected when tuned" in caplog.text
     assert selection.expected(taken) == pytest.approx(0.65 * selection.error(taken)), "nothing is rounded"
@@ -312,7 +312,7 @@ def test_more_than_was_predicted_is_expected_after_tuning_too(made: Probed) -> N
     """Of predictions that are a tenth of what they should be."""
     whole = len(made.selection.steps)
     most = 0.5 * _verify(made, made.selection).whole.solved  # type: ignore[operator]
-    selection = replace(made.selection, limit=("max_output_error", most), left=0.65)
+    selection = replace(made.selection, limit=("max_output_error", most), remains=0.65)
     adds = selection._adds
     tenth = {key: 0.1 * value for key, value in adds.nodes.items()}
     vars(selection)["_adds"] = replace(adds, fixed=0.1 * adds.fixed, nodes=tenth)
