@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lynx_compile.solve.linalg import tensor_cores
+
 
 @dataclass(frozen=True)
 class LayerStatistics:
@@ -64,8 +66,10 @@ class Moments:
         off = mean - self.mean
         centred = [value - row for value, row in zip(values, mean, strict=True)]
         weight = self.tokens * tokens / (self.tokens + tokens)
-        for scatter, (a, b) in zip(self.scatter, PAIRS, strict=False):
-            scatter.addmm_(centred[a].T, centred[b]).addr_(off[a], off[b], alpha=weight)
+        # Those read more bits than bf16 activations have, and lose the same of both factors.
+        with tensor_cores():
+            for scatter, (a, b) in zip(self.scatter, PAIRS, strict=False):
+                scatter.addmm_(centred[a].T, centred[b]).addr_(off[a], off[b], alpha=weight)
         self.tokens += tokens
         self.mean += off * (tokens / self.tokens)
         for was, error in zip(self.rounding, rounding, strict=True):

@@ -115,6 +115,8 @@ class Gradients:
             with _refused_to_wait():
                 loss = self._loss(_copied(part))  # it may write into what it is given
                 loss.backward()
+            # Its graph holds the parameters' nodes to the stream that it ran on, which is not the one that records.
+            loss = loss.detach()
             self._zero()
             torch.cuda.empty_cache()  # a graph has memory of its own, which nothing else can take
             before, _ = torch.cuda.mem_get_info()

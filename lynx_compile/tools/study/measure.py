@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lynx_compile.errors import StageError
 from lynx_compile.files.progress import Progress
 from lynx_compile.models.structure import is_pointwise
 from lynx_compile.passes.block_weights import substituted
-from lynx_compile.solve.linalg import moved
+from lynx_compile.solve.linalg import moved, tensor_cores
 from lynx_compile.solve.tune import Rows, TunedLinear
 from lynx_compile.tools.compare_torch import TorchState, module_outputs, squares_of
 from lynx_compile.tools.held_out import Sampler, draw, record_held_out, rows_of_images, time_of
@@ -71,7 +71,7 @@ def hold_out(sampler: Sampler, component: str, folder: Path, progress: Progress)
         arguments.pop("return_dict", None)
         states.append(TorchState(call.step, time_of(call, flatten(arguments).tensors), arguments))
     module = getattr(sampler.pipe, component)
-    with _tensor_cores():
+    with tensor_cores():
         outputs = module_outputs(module, states, progress)
         return HeldOut(sampler, module, states, outputs, draw(sampler, progress))
 
@@ -95,7 +95,7 @@ def measure(
     """
     device = next(held_out.module.parameters()).device
     linears = {path: _linear(moved(part, device), dtype) for path, part in rows.items()}
-    with _tensor_cores():
+    with tensor_cores():
         chosen = np.linspace(0, len(held_out.states) - 1, max(layer_states, LEAST_LAYER_STATES)).round()
         few = [held_out.states[number] for number in sorted({int(at) for at in chosen})]
         layer = _layer_error(held_out.module, linears, few, progress)
@@ -169,20 +169,6 @@ def _output_errors(held_out: HeldOut, outputs: Sequence[Tensors]) -> tuple[float
     by_step = tuple(math.sqrt(lost / max(dense, 1e-30)) for _, (lost, dense) in sorted(sums.items()))
     lost, dense = (sum(part) for part in zip(*sums.values(), strict=True))
     return math.sqrt(lost / max(dense, 1e-30)), by_step
-
-
-@contextmanager
-def _tensor_cores() -> Iterator[None]:
-    """float32 products by a GPU's tensor cores (TF32), whose rounding is far below that of any method."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
