@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the sums of FP8 tensor cores lose on the longest linears of an emoji model, by an emulation and by the kernels.
+
+``python -m calib.emoji_flux.sums [--model build/emoji-945m]``. An instruction of Hopper adds a step's products, 32 of a
+dense operand and those of 64 channels of a 2:4 one, to the sum that there is, all of them cut after so many bits
+behind the largest one's first (13: DeepSeek-V3, arXiv 2412.19437, section 3.3.2, says 14 with it). A kernel that leaves
+the sum there for all of K ("fast accumulation") loses some of it in every step. Errors are relative to the exact
+products of the same FP8 values, so that rounding to FP8 is no part of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from calib.emoji_flux import sampler, text
+from calib.emoji_flux.train import PICTURES
+from lynx_compile.ops.fp8 import Rounded, round_rows
+from lynx_compile.ops.sparse_linear import keep_mask
+from lynx_compile.torch_ops.bindings import DTYPES, LIBRARY
+from lynx_compile.torch_ops.fp8_bindings import Fp8Linear, load_fp8_library, tile_count
+
+BITS = 13
+PRODUCTS = 32  # added by an instruction
+TOKENS, ROWS = 64, 64  # that are looked at
+AT_STEP = 10  # of the pipeline's 20
+TINY = 1e-30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=sampler.MODEL, help="folder of calib.emoji_flux.train")
+    parser.add_argument("--bits", type=int, default=BITS)
+    given = parser.parse_args()
+    print(f"sums cut after {given.bits} bits, of {torch.get_default_dtype()} products of e4m3", flush=True)
+    for path, x, weight in longest_linears(given.model):
+        print_line(path, x, weight, given.bits)
+        torch.manual_seed(0)
+        print_line("  normal numbers instead", torch.randn_like(x), torch.randn_like(weight), given.bits)
+
+
+def print_line(name: str, x: torch.Tensor, weight: torch.Tensor, bits: int) -> None:
+    parts = [f"{name:36s} K {x.shape[1]:6d}"]
+    for form, keep in (("dense", None), ("2:4", keep_mask(weight))):
+        read, rounded = round_rows(x), round_rows(weight, keep)
+        exact = _exact(read, rounded)
+        step = PRODUCTS if keep is None else 2 * PRODUCTS
+        found = added(read.values.float(), rounded.values.float(), bits, step)
+        parts.append(f"{form} {_error(_scaled(found, read, rounded), exact):.4f}")
+        if errors := list(_by_kernels(x, rounded, keep)):
+            parts.append("kernels " + " ".join(f"{error:.4f}" for error in errors))
+    print("  ".join(parts), flush=True)
+
+
+def longest_linears(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(path, x [tokens, K], weight [N, K]) of every linear whose K is more than the hidden size, float32."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = sampler.load_model(folder).to(device)
+    hidden = model.config.num_attention_heads * model.config.attention_head_dim
+    long = {
+        path: linear
+        for path, linear in model.named_modules()
+        if isinstance(linear, torch.nn.Linear) and linear.in_features > hidden and "blocks" in path
+    }
+    read: dict[str, list[torch.Tensor]] = {path: [] for path in long}
+    for path, linear in long.items():
+        linear.register_forward_pre_hook(lambda _, given, path=path: read[path].append(given[0].detach()))
+    prompts = text.WordTable.load(folder / sampler.WORDS).to(device).encode(PICTURES[:4])
+    sampler.sample(sampler.dense(model), prompts, seed=0, guidance=1)
+    choice = torch.Generator().manual_seed(0)
+    for path, linear in long.items():
+        x = read[path][AT_STEP].flatten(0, -2)
+        rows = torch.randperm(len(x), generator=choice)[:TOKENS].to(device)
+        yield path, x[rows], linear.weight.detach()[:ROWS]
+
+
+def added(x: torch.Tensor, weight: torch.Tensor, bits: int, step: int) -> torch.Tensor:
+    """x W^T as a tensor core adds it: x [tokens, K], W [N, K] float32, ``step`` channels at once."""
+    total = x.new_zeros(len(x), len(weight))
+    for some, of_weight in zip(x.split(step, 1), weight.split(step, 1), strict=True):
+        products = some[:, None] * of_weight[None]
+        largest = products.abs().amax(-1).maximum(total.abs()).clamp_min(TINY)
+        unit = torch.exp2(largest.log2().floor() - bits)
+        total = ((total / unit).trunc() + (products / unit[..., None]).trunc().sum(-1)) * unit
+    return total
+
+
+def _by_kernels(x: torch.Tensor, weight: Rounded, keep: torch.Tensor | None) -> Iterator[float]:
+    """Errors of every tile that the library has, where it runs here; of bf16 results, which is .0017 by itself."""
+    if not (x.is_cuda and LIBRARY.exists()):
+        return
+    library, half = load_fp8_library(), torch.bfloat16
+    if not library.lynx_fp8_runs(DTYPES[half]):
+        return
+    x = x.to(half).contiguous()
+    operand = "dense" if keep is None else "sparse weight"
+    bias = torch.zeros(len(weight.values), dtype=half, device=x.device)
+    linear = Fp8Linear(library, weight, bias, rows=len(x), operand=operand, keep=keep)
+    exact = _exact(round_rows(x.float()), weight)
+    for tile in range(tile_count(library, half, operand)):
+        yield _error(linear(x, tile).double(), exact)
+
+
+def _exact(x: Rounded, weight: Rounded) -> torch.Tensor:
+    return x.dequantized(torch.float64) @ weight.dequantized(torch.float64).T
+
+
+def _scaled(found: torch.Tensor, x: Rounded, weight: Rounded) -> torch.Tensor:
+    return found.double() * x.scale.double()[:, None] * weight.scale.double()
+
+
+def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+if __name__ == "__main__":
+    main()
