@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the sums of FP8 tensor cores lose on the longest linears of an emoji model, by an emulation and by the kernels.
 
-``python -m calib.emoji_flux.sums [--model build/emoji-945m]``. An instruction of Hopper adds a step's products, 32 of a
-dense operand and those of 64 channels of a 2:4 one, to the sum that there is, all of them cut after so many bits
-behind the largest one's first (13: DeepSeek-V3, arXiv 2412.19437, section 3.3.2, says 14 with it). A kernel that leaves
-the sum there for all of K ("fast accumulation") loses some of it in every step. Errors are relative to the exact
-products of the same FP8 values, so that rounding to FP8 is no part of them.
+``python -m calib.emoji_flux.sums [--model build/emoji-945m] [--whole]``. An instruction of Hopper adds a step's
+products, 32 of a dense operand and those of 64 channels of a 2:4 one, to the sum that there is, all of them cut after
+so many bits behind the largest one's first (13: DeepSeek-V3, arXiv 2412.19437, section 3.3.2, says 14 with it). A
+kernel that leaves the sum there for all of K ("fast accumulation") loses some of it in every step. Errors are relative
+to the exact products of the same FP8 values, so that rounding to FP8 is no part of them. ``--whole``: the error of the
+model's output against the dense model's instead, all linears of its blocks in dense FP8, with exact sums and cut ones.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +29,7 @@ BITS = 13
 PRODUCTS = 32  # added by an instruction
 TOKENS, ROWS = 64, 64  # that are looked at
 AT_STEP = 10  # of the pipeline's 20
+TIMES = (1.0, 0.5)  # of the calls of the whole model
 TINY = 1e-30
 
 
@@ -34,8 +37,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=sampler.MODEL, help="folder of calib.emoji_flux.train")
     parser.add_argument("--bits", type=int, default=BITS)
+    parser.add_argument("--whole", action="store_true", help="the model's output")
     given = parser.parse_args()
-    print(f"sums cut after {given.bits} bits, of {torch.get_default_dtype()} products of e4m3", flush=True)
+    print(f"sums cut after {given.bits} bits", flush=True)
+    if given.whole:
+        for time, exact, cut in whole_models(given.model, given.bits):
+            print(f"t {time:g}: output error in dense FP8 {exact:.4f}, with cut sums {cut:.4f}", flush=True)
+        return
     for path, x, weight in longest_linears(given.model):
         print_line(path, x, weight, given.bits)
         torch.manual_seed(0)
@@ -75,6 +83,47 @@ def longest_linears(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Ten
         x = read[path][AT_STEP].flatten(0, -2)
         rows = torch.randperm(len(x), generator=choice)[:TOKENS].to(device)
         yield path, x[rows], linear.weight.detach()[:ROWS]
+
+
+@torch.no_grad()
+def whole_models(folder: Path, bits: int) -> Iterator[tuple[float, float, float]]:
+    """(t, error with exact sums, with cut ones) of the model's output against the dense model's, of one image."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = sampler.load_model(folder).to(device)
+    linears = [
+        linear
+        for path, linear in model.named_modules()
+        if isinstance(linear, torch.nn.Linear) and "blocks" in path and "norm" not in path
+    ]
+    inputs = text.WordTable.load(folder / sampler.WORDS).to(device).encode(PICTURES[:1])
+    inputs |= {name: ids.to(device) for name, ids in sampler.position_ids().items()}
+    inputs["hidden_states"] = sampler.noise(seed=0, count=1).to(device)
+    for time in TIMES:
+        at = inputs | {"timestep": torch.tensor([time], device=device)}
+        found = []
+        for product in (None, torch.nn.functional.linear, lambda x, w: added(x, w, bits, PRODUCTS)):
+            for linear in linears if product is not None else ():
+                linear.forward = _in_fp8(linear, product)
+            found.append(model(**at, return_dict=False)[0].double())
+        for linear in linears:
+            del linear.forward
+        dense, exact, cut = found
+        yield time, _error(exact, dense), _error(cut, dense)
+
+
+def _in_fp8(
+    linear: torch.nn.Linear, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    weight = round_rows(linear.weight.detach())
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        read = round_rows(x.reshape(-1, x.shape[-1]))
+        values, of_weight = read.values.float(), weight.values.float()
+        parts = [product(some, of_weight) for some in values.split(TOKENS)]
+        y = torch.cat(parts) * read.scale[:, None] * weight.scale + linear.bias
+        return y.reshape(*x.shape[:-1], -1)
+
+    return forward
 
 
 def added(x: torch.Tensor, weight: torch.Tensor, bits: int, step: int) -> torch.Tensor:
