@@ -4,9 +4,10 @@
 ``python -m calib.emoji_flux.sums [--model build/emoji-945m] [--whole]``. An instruction of Hopper adds a step's
 products, 32 of a dense operand and those of 64 channels of a 2:4 one, to the sum that there is, all of them cut after
 so many bits behind the largest one's first (13: DeepSeek-V3, arXiv 2412.19437, section 3.3.2, says 14 with it). A
-kernel that leaves the sum there for all of K ("fast accumulation") loses some of it in every step. Errors are relative
-to the exact products of the same FP8 values, so that rounding to FP8 is no part of them. ``--whole``: the error of the
-model's output against the dense model's instead, all linears of its blocks in dense FP8, with exact sums and cut ones.
+kernel that leaves the sum there for all of K ("fast accumulation") loses some of it in every step; one that promotes it
+to float32 every so many channels, and begins anew, loses little. Errors are relative to the exact products of the same
+FP8 values, so that rounding to FP8 is no part of them. ``--whole``: the error of the model's output against the dense
+model's instead, all linears of its blocks in dense FP8, with exact sums and cut ones.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lynx_compile.torch_ops.fp8_bindings import Fp8Linear, load_fp8_library, til
 
 BITS = 13
 PRODUCTS = 32  # added by an instruction
+PROMOTED = 512  # channels
 TOKENS, ROWS = 64, 64  # that are looked at
 AT_STEP = 10  # of the pipeline's 20
 TIMES = (1.0, 0.5)  # of the calls of the whole model
@@ -56,8 +58,12 @@ def print_line(name: str, x: torch.Tensor, weight: torch.Tensor, bits: int) -> N
         read, rounded = round_rows(x), round_rows(weight, keep)
         exact = _exact(read, rounded)
         step = PRODUCTS if keep is None else 2 * PRODUCTS
-        found = added(read.values.float(), rounded.values.float(), bits, step)
-        parts.append(f"{form} {_error(_scaled(found, read, rounded), exact):.4f}")
+        values, of_weight = read.values.float(), rounded.values.float()
+        found = added(values, of_weight, bits, step)
+        segments = zip(values.split(PROMOTED, 1), of_weight.split(PROMOTED, 1), strict=True)
+        promoted = torch.stack([added(a, b, bits, step) for a, b in segments]).sum(0)
+        fast, slow = (_error(_scaled(each, read, rounded), exact) for each in (found, promoted))
+        parts.append(f"{form} {fast:.4f} promoted {slow:.4f}")
         if errors := list(_by_kernels(x, rounded, keep)):
             parts.append("kernels " + " ".join(f"{error:.4f}" for error in errors))
     print("  ".join(parts), flush=True)
