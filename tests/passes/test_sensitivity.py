@@ -17,6 +17,7 @@ from lynx_compile.errors import InputError
 from lynx_compile.files.progress import no_progress
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
+from lynx_compile.models.structure import Linear
 from lynx_compile.passes import sensitivity as passes_sensitivity
 from lynx_compile.passes.block_weights import node_linears, substituted
 from lynx_compile.passes.budget import Selection, choose
@@ -26,7 +27,15 @@ from lynx_compile.passes.describe import _budget
 from lynx_compile.passes.select import SparseGroup, SparsityPlan, candidates, select
 from lynx_compile.passes.sensitivity import Sensitivities, probed_calls, sensitivity
 from lynx_compile.passes.states import weight_of
-from lynx_compile.passes.verify import HeldOut, Verified, linears_of, verify, within_error, within_psnr
+from lynx_compile.passes.verify import (
+    HeldOut,
+    Verified,
+    linears_of,
+    verify,
+    warn_of_long_sums,
+    within_error,
+    within_psnr,
+)
 from lynx_compile.recipe import Budget, Recipe, Sparsity, load_recipe
 from lynx_compile.solve.tune import TunedLinear
 from lynx_compile.tools.drawn import Drawn
@@ -249,6 +258,22 @@ def test_what_holds_is_left_as_it_is(made: Probed, caplog: pytest.LogCaptureFixt
     assert {linear.candidates[linear.chosen].form for linear in budget.linears} == {"2:4 weights"}
     assert all(linear.candidates[0].error == 0 or linear.candidates[0].gain < 1 for linear in budget.linears)
     assert "two engines would be" in caplog.text and "over the budget" not in caplog.text
+
+
+def test_what_kernels_add_on_long_sums_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    groups = [
+        SparseGroup(name, (Linear(name, channels, 64, True, None),), 16, operand, fp8=fp8)
+        for name, channels, operand, fp8 in (
+            ("blocks.0.up", 4096, "weight", True),
+            ("blocks.0.down", 12288, "weight", True),
+            ("blocks.1.down", 12288, "none", True),
+            ("blocks.2.down", 12288, "weight", False),
+        )
+    ]
+    warn_of_long_sums([groups[0], groups[3]])
+    assert not caplog.text
+    warn_of_long_sums(groups)
+    assert "2 nodes in FP8" in caplog.text and "(blocks.0.down, blocks.1.down)" in caplog.text
 
 
 def test_over_the_budget_is_stepped_back_and_tuned_weights_stay(
