@@ -30,7 +30,7 @@ from lynx_compile.passes.end_to_end import leaves_room
 from lynx_compile.passes.lanes import COPIES
 from lynx_compile.passes.select import MEASURED_FP8_GPUS, Candidates, SparsityPlan
 from lynx_compile.passes.sensitivity import AT_ONCE
-from lynx_compile.passes.speed_table import Form
+from lynx_compile.passes.speed_table import DENSE_FP8, Form
 from lynx_compile.passes.target import Target
 from lynx_compile.passes.tune import SMALL, TOKENS_A_STEP
 from lynx_compile.recipe import Recipe
@@ -56,14 +56,14 @@ WORK_ON_THE_LARGEST = 2.0  # times a node's float32 weights, where the largest a
 WORK = {
     Form("weight"): ((9.0, 2.0), (2.0, 5.6)),
     Form("weight", fp8=True): ((9.0, 2.0), (3.0, 5.7)),
-    Form("none", fp8=True): ((6.5, 2.5), (2.0, 4.2)),
+    DENSE_FP8: ((6.5, 2.5), (2.0, 4.2)),
     Form("activation"): ((8.0, 6.0), (3.0, 8.5)),
     Form("activation", fp8=True): ((7.0, 6.0), (3.0, 7.5)),
 }
 BYTES_OF_A_WEIGHT = {  # in the rewritten file; 4 bits of metadata for every four
     Form("activation"): 2.0,
     Form("weight"): 1 + 1 / 8,
-    Form("none", fp8=True): 1.0,
+    DENSE_FP8: 1.0,
     Form("activation", fp8=True): 1.0,
     Form("weight", fp8=True): 1 / 2 + 1 / 8,
 }

@@ -107,7 +107,7 @@ from lynx_compile.passes.gates import Gate, GatedRows, find_gate, note
 from lynx_compile.passes.match import DenseGraph, Match, import_graph, match
 from lynx_compile.passes.producers import Produced, Producer, find_producer
 from lynx_compile.passes.select import SparseGroup, SparsityPlan
-from lynx_compile.passes.speed_table import DENSE, Form
+from lynx_compile.passes.speed_table import DENSE, DENSE_FP8, Form
 from lynx_compile.recipe import NodeOperand
 
 
@@ -119,7 +119,7 @@ REWRITE = StageVersion("rewrite", 7, ("torch", "numpy", "onnx", "onnx-graphsurge
 OPS = {
     Form("activation"): OP,
     Form("weight"): WEIGHT_OP,
-    Form("none", fp8=True): FP8_OP,
+    DENSE_FP8: FP8_OP,
     Form("activation", fp8=True): FP8_OP,
     Form("weight", fp8=True): FP8_WEIGHT_OP,
 }

@@ -15,7 +15,15 @@ from pathlib import Path
 from lynx_compile.errors import InputError
 from lynx_compile.models.structure import Linear, LinearGroup
 from lynx_compile.ops.sparse_weight_linear import STEP
-from lynx_compile.passes.speed_table import DENSE, ROOFLINE, UNKNOWN_SPEED, CostTable, Form, roofline
+from lynx_compile.passes.speed_table import (
+    DENSE,
+    DENSE_FP8,
+    ROOFLINE,
+    UNKNOWN_SPEED,
+    CostTable,
+    Form,
+    roofline,
+)
 from lynx_compile.recipe import NodeOperand, Sparsity
 
 FP8_GPUS = ("sm89", "sm90", "sm120")  # that run our FP8 kernels
@@ -24,7 +32,7 @@ MEASURED_FP8_GPUS = ("sm90",)  # for which auto takes them unasked: elsewhere no
 # lower error counts (quality.digits_flux.*.layer_error of engines/bench/summary.json).
 ALIKE = 1.05
 BY_ERROR = (
-    Form("none", fp8=True),
+    DENSE_FP8,
     Form("weight"),
     Form("weight", fp8=True),
     Form("activation"),

@@ -21,7 +21,7 @@ from lynx_compile.models.structure import block_lists
 from lynx_compile.ops.fp8 import STEP, Rounded, pack, pack_dense, round_rows
 from lynx_compile.ops.sparse_linear import GATED_RUN, GELU_TANH, expand_low_rank, keep_mask
 from lynx_compile.ops.sparse_weight_linear import MetadataLayout, gated_order, pack_weight
-from lynx_compile.passes.speed_table import DENSE, Form
+from lynx_compile.passes.speed_table import DENSE, DENSE_FP8, Form
 from lynx_compile.recipe import Sparsity
 from lynx_compile.torch_ops import operators
 from lynx_compile.torch_ops.bindings import DTYPES
@@ -39,7 +39,7 @@ PLAIN_MULTIPLE = 64  # rows before a gated epilogue: kGeluMultiple of plugins/ke
 NAMES = {
     DENSE: "bf16_dense",
     Form("weight"): "bf16_weight",
-    Form("none", fp8=True): "fp8_dense",
+    DENSE_FP8: "fp8_dense",
     Form("weight", fp8=True): "fp8_weight",
 }
 

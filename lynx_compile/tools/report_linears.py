@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lynx_compile.engine.manifest import LinearChoice, Manifest, SparseLinears, form_in_words
-from lynx_compile.passes.speed_table import Form, roofline
+from lynx_compile.passes.speed_table import DENSE, Form, roofline
 from lynx_compile.recipe import NodeOperand
 from lynx_compile.tools.comparison import Comparison
 
@@ -139,7 +139,7 @@ def all_linears(manifest: Manifest, comparison: Comparison | None) -> tuple[Line
             node.linears, node.errors, node.solved_errors or [None] * len(node.linears), strict=True
         )
     ]
-    found += [linear(left.linear, Form("none"), left.reason) for left in manifest.dense]
+    found += [linear(left.linear, DENSE, left.reason) for left in manifest.dense]
     stacks = list(dict.fromkeys(_place(linear.path)[0] for linear in found))
     return tuple(sorted(found, key=lambda x: (stacks.index(_place(x.path)[0]), _place(x.path)[1])))
 
