@@ -96,9 +96,15 @@ def draw(
     folder: Path, texts: Sequence[str], seed: int, guidance: float = GUIDANCE, steps: int = STEPS
 ) -> torch.Tensor:
     """Images [n, 3, 32, 32] of ``texts`` by the dense model in ``folder``, on a GPU where there is one."""
+    model, prompts = opened(folder, texts)
+    return sample(dense(model), prompts, seed, steps, guidance)
+
+
+def opened(folder: Path, texts: Sequence[str]) -> tuple[FluxTransformer2DModel, dict[str, torch.Tensor]]:
+    """The transformer in ``folder``, and ``texts`` as its word table encodes them, on a GPU where there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompts = text.WordTable.load(folder / WORDS).to(device).encode(texts)
-    return sample(dense(load_model(folder).to(device)), prompts, seed, steps, guidance)
+    return load_model(folder).to(device), prompts
 
 
 def contact_sheet(images: torch.Tensor, columns: int, path: Path, magnify: int = 3) -> None:

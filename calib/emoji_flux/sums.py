@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from calib.emoji_flux import sampler, text
+from calib.emoji_flux import sampler
 from calib.emoji_flux.train import PICTURES
 from lynx_compile.ops.fp8 import Rounded, round_rows
 from lynx_compile.ops.sparse_linear import keep_mask
@@ -71,8 +71,7 @@ def print_line(name: str, x: torch.Tensor, weight: torch.Tensor, bits: int) -> N
 
 def longest_linears(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """(path, x [tokens, K], weight [N, K]) of every linear whose K is more than the hidden size, float32."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = sampler.load_model(folder).to(device)
+    model, prompts = sampler.opened(folder, PICTURES[:4])
     hidden = model.config.num_attention_heads * model.config.attention_head_dim
     long = {
         path: linear
@@ -82,39 +81,37 @@ def longest_linears(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Ten
     read: dict[str, list[torch.Tensor]] = {path: [] for path in long}
     for path, linear in long.items():
         linear.register_forward_pre_hook(lambda _, given, path=path: read[path].append(given[0].detach()))
-    prompts = text.WordTable.load(folder / sampler.WORDS).to(device).encode(PICTURES[:4])
     sampler.sample(sampler.dense(model), prompts, seed=0, guidance=1)
     choice = torch.Generator().manual_seed(0)
     for path, linear in long.items():
         x = read[path][AT_STEP].flatten(0, -2)
-        rows = torch.randperm(len(x), generator=choice)[:TOKENS].to(device)
+        rows = torch.randperm(len(x), generator=choice)[:TOKENS].to(x.device)
         yield path, x[rows], linear.weight.detach()[:ROWS]
 
 
 @torch.no_grad()
 def whole_models(folder: Path, bits: int) -> Iterator[tuple[float, float, float]]:
     """(t, error with exact sums, with cut ones) of the model's output against the dense model's, of one image."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = sampler.load_model(folder).to(device)
-    linears = [
+    model, inputs = sampler.opened(folder, PICTURES[:1])
+    linears: list[Any] = [
         linear
         for path, linear in model.named_modules()
         if isinstance(linear, torch.nn.Linear) and "blocks" in path and "norm" not in path
     ]
-    inputs = text.WordTable.load(folder / sampler.WORDS).to(device).encode(PICTURES[:1])
-    inputs |= {name: ids.to(device) for name, ids in sampler.position_ids().items()}
-    inputs["hidden_states"] = sampler.noise(seed=0, count=1).to(device)
+    inputs |= {"hidden_states": sampler.noise(seed=0, count=1), **sampler.position_ids()}
     for time in TIMES:
-        at = inputs | {"timestep": torch.tensor([time], device=device)}
-        found = []
-        for product in (None, torch.nn.functional.linear, lambda x, w: added(x, w, bits, PRODUCTS)):
-            for linear in linears if product is not None else ():
+        at = {**inputs, "timestep": torch.tensor([time])}
+        at = {name: tensor.to(model.device) for name, tensor in at.items()}
+        dense = model(**at, return_dict=False)[0]
+        errors = []
+        for product in (torch.nn.functional.linear, lambda x, w: added(x, w, bits, PRODUCTS)):
+            for linear in linears:
                 linear.forward = _in_fp8(linear, product)
-            found.append(model(**at, return_dict=False)[0].double())
+            errors.append(_error(model(**at, return_dict=False)[0].double(), dense.double()))
         for linear in linears:
             del linear.forward
-        dense, exact, cut = found
-        yield time, _error(exact, dense), _error(cut, dense)
+        exact, cut = errors
+        yield time, exact, cut
 
 
 def _in_fp8(
