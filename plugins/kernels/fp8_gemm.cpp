@@ -73,8 +73,10 @@ Fp8GemmLaunch* launch_of(DType dtype, Fp8Operand operand, int tile) {
 }
 
 int choose_tile_of(Fp8Set set, Fp8Operand operand, const Fp8GemmCall& call, int sm_count) {
-  const auto choose = set == Fp8Set::kMma ? choose_fp8_mma_tile : choose_fp8_tile;
-  const int tile = choose(operand, call.tokens, call.channels, call.width, sm_count);
+  const Fp8Sums sums = promotes_sums(call) ? Fp8Sums::kPromoted : Fp8Sums::kFast;
+  const int tile = set == Fp8Set::kMma
+                       ? choose_fp8_mma_tile(operand, call.tokens, call.channels, call.width, sm_count)
+                       : choose_fp8_tile(operand, call.tokens, call.channels, call.width, sm_count, sums);
   return tile < fp8_tiles_built(set, operand) ? tile : 0;
 }
 

@@ -33,6 +33,16 @@ struct Fp8GemmCall {
   bool follows_pass;  // the kernel ahead on the stream is our rounding pass: begin before it ends
 };
 
+// Whether the epilogue with the tanh GELU alone serves the call.
+constexpr bool is_plain(const Fp8GemmCall& call) {
+  return !call.gated && (call.activation == Activation::kNone || call.activation == Activation::kGeluTanh);
+}
+
+// Gates and other activations have kernels of fast sums alone.
+constexpr bool promotes_sums(const Fp8GemmCall& call) {
+  return is_plain(call) && call.width >= kPromotedWidth;
+}
+
 constexpr int y_channels(const Fp8GemmCall& call) {
   return call.gated ? call.activation_from + (call.channels - call.activation_from) / 2 : call.channels;
 }

@@ -2,9 +2,8 @@
 // CUTLASS's wgmma and wgmma.sp GEMMs of e4m3 for sm_90a with our epilogue, for one tile configuration.
 // Included by the small instantiation files fp8_gemm_sm90_*.cu, which compile in parallel.
 //
-// The tensor cores add within an instruction with fewer bits than float32 has, and CUTLASS's other schedules
-// promote their sums every four instructions. FastAccum does not: the difference is lost in e4m3's own
-// rounding (plugins/TUNING.md), and the promoted sums would take the registers of a tile half as large.
+// The tensor cores add with fewer bits than float32 has. FastAccum leaves the sums there, other schedules
+// promote them to float32 (Fp8Sums).
 #pragma once
 
 #define CUTLASS_ENABLE_GDC_FOR_SM90            // begins while the rounding pass ends
@@ -52,9 +51,9 @@ namespace lynx {
 
 // kGated: whether the epilogue knows gates, and every activation. It serves all calls, but 3.5 % slower than
 // the one with the tanh GELU alone (plugins/TUNING.md, section 8).
-template <class Element, Fp8Operand kOperand, int kIndex, bool kGated>
+template <class Element, Fp8Operand kOperand, int kIndex, bool kGated, Fp8Sums kSums = Fp8Sums::kFast>
 struct Fp8GemmSm90 {
-  static constexpr Fp8Tile kTile = fp8_tiles(kOperand)[kIndex];
+  static constexpr Fp8Tile kTile = fp8_tiles(kOperand, kSums)[kIndex];
   static constexpr bool kSparse = kOperand != Fp8Operand::kDense;
   // D is y transposed, [output channels, tokens], unless the tokens are the sparse operand, which is A.
   static constexpr bool kTransposed = kOperand != Fp8Operand::kSparseActivation;
@@ -63,9 +62,11 @@ struct Fp8GemmSm90 {
   using ClusterShape = cute::Shape<cute::Int<kTile.cluster_m>, cute::_1, cute::_1>;
   using Class =
       std::conditional_t<kSparse, cutlass::arch::OpClassSparseTensorOp, cutlass::arch::OpClassTensorOp>;
-  using Schedule =
+  using FastSchedule =
       std::conditional_t<kTile.ping_pong, cutlass::gemm::KernelTmaWarpSpecializedPingpongFP8FastAccum,
                          cutlass::gemm::KernelTmaWarpSpecializedCooperativeFP8FastAccum>;
+  using Schedule = std::conditional_t<kSums == Fp8Sums::kPromoted,
+                                      cutlass::gemm::KernelTmaWarpSpecializedCooperative, FastSchedule>;
   using EpilogueSchedule = std::conditional_t<kTile.ping_pong, cutlass::epilogue::TmaWarpSpecialized,
                                               cutlass::epilogue::TmaWarpSpecializedCooperative>;
   using LayoutD = std::conditional_t<kTransposed, cutlass::layout::ColumnMajor, cutlass::layout::RowMajor>;
@@ -152,6 +153,9 @@ struct Fp8GemmSm90 {
       args.mainloop.dA =
           cutlass::make_cute_packed_stride(typename Kernel::StrideA{}, cute::make_shape(m, call.width, 1));
     }
+    if constexpr (kSums == Fp8Sums::kPromoted) {
+      args.mainloop.mma_promotion_interval = kPromotedChannels / (kSparse ? 64 : 32);  // instructions
+    }
     args.epilogue.thread = {{{call.weight_scale, 0.0f, {}},
                              {{call.x_scale, 0.0f, {}}, {}, {}},
                              {static_cast<const Element*>(call.bias), Element(0), {}},
@@ -200,14 +204,20 @@ struct Fp8GemmSm90 {
 template <class Element, Fp8Operand kOperand, int kIndex>
 cudaError_t launch_gated_fp8_gemm(const Fp8GemmCall& call, int device, cudaStream_t stream);
 
+// Of other calls with long K: fp8_gemm_promoted_sm90.cuh.
+template <class Element, Fp8Operand kOperand, int kIndex>
+cudaError_t launch_promoted_fp8_gemm(const Fp8GemmCall& call, int device, cudaStream_t stream);
+
 template <Fp8Set kSet, class Element, Fp8Operand kOperand, int kIndex>
 cudaError_t launch_fp8_gemm(const Fp8GemmCall& call, int device, cudaStream_t stream) {
   static_assert(kSet == Fp8Set::kWgmma);
 #if defined(LYNX_FP8_ONE_TILE)  // half as much to compile
   return launch_gated_fp8_gemm<Element, kOperand, kIndex>(call, device, stream);
 #else
-  const bool plain = call.activation == Activation::kNone || call.activation == Activation::kGeluTanh;
-  if (call.gated || !plain) return launch_gated_fp8_gemm<Element, kOperand, kIndex>(call, device, stream);
+  if (!is_plain(call)) return launch_gated_fp8_gemm<Element, kOperand, kIndex>(call, device, stream);
+  if (promotes_sums(call)) {
+    return launch_promoted_fp8_gemm<Element, kOperand, kIndex>(call, device, stream);
+  }
   return Fp8GemmSm90<CutlassElement<Element>, kOperand, kIndex, false>::launch(call, device, stream);
 #endif
 }

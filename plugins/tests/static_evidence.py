@@ -76,13 +76,18 @@ WGMMA_TILES = (Tile(128, 256, 64, 5, 384), Tile(256, 192, 64, 4, 384), Tile(128,
 
 
 # The FP8 GEMMs by operand, as fp8_tiles.h has them: M x N, and whether stream-K; a library has all, each
-# a second time for gates, or the first for gates alone, which serves all calls.
+# a second time for gates, and those of promoted sums, or the first for gates alone, which serves all calls.
 FP8_TILES = {
     "weight": ("256x192", "256x144", "128x128", "256x192 stream-K"),
     "dense": ("128x192", "128x160", "128x144", "128x128"),
     "activation": ("256x192", "256x144", "128x128"),
 }
-GATED_SUFFIX = " gated"
+PROMOTED_TILES = {
+    "weight": ("128x192", "128x176", "128x128", "128x160"),
+    "dense": ("128x192", "128x160", "128x144", "128x128"),
+    "activation": ("128x192", "128x176", "128x128"),
+}
+GATED_SUFFIX, PROMOTED_SUFFIX = " gated", " promoted"
 FP8_THREADS = 384
 FP8_OPERANDS = tuple(FP8_TILES)  # by their numbers in Fp8Operand
 
@@ -188,7 +193,7 @@ EPILOGUES = {
     "gated": re.compile(r"lynx::GatedStore<"),
 }
 FP8_NAME = re.compile(
-    r"MainloopSm90TmaGmmaWarpSpecialized(Sparse)?<\d+, .*?FP8FastAccum>, "
+    r"MainloopSm90TmaGmmaWarpSpecialized(Sparse)?(?:<\d+, .*?FP8FastAccum|(FP8)<\d+, .*?Cooperative)>, "
     r"cute::tuple<cute::C<(\d+)>, cute::C<(\d+)>, cute::C<128> ?>"
 )
 FP8_MMA_NAME = re.compile(r"fp8_mma_kernel<lynx::(Bf16|Fp16), \(lynx::Fp8Operand\)(\d), (\d)>")
@@ -215,8 +220,8 @@ def role_of(name: str) -> Role | None:
     element = "bf16" if "bfloat16_t" in name else "fp16"
     operand = next((operand for operand, epilogue in EPILOGUES.items() if epilogue.search(name)), "")
     if match := FP8_NAME.search(name):
-        variant = f"{match[2]}x{match[3]}" + (" stream-K" if "lynx::StreamK" in name else "")
-        variant += GATED_SUFFIX if "lynx::Fp8Finish<" in name else ""
+        variant = f"{match[3]}x{match[4]}" + (" stream-K" if "lynx::StreamK" in name else "")
+        variant += GATED_SUFFIX if "lynx::Fp8Finish<" in name else PROMOTED_SUFFIX if match[2] else ""
         operand = operand if match[1] else "dense"
         return Role("fp8", element, variant=variant, operand=operand) if operand else None
     if match := MMA_NAME.search(name):
@@ -266,18 +271,23 @@ def _check_fp8_complete(kernels: list[Kernel]) -> Iterator[str]:
     """Where there are GEMMs of a type, there are those of FP8: the first tile of every operand, with gates, or all."""
     found = Counter((kernel.arch, role.title) for kernel in kernels if (role := role_of(kernel.name)))
     for arch, family, element in sorted(_fp8_due(kernels)):
-        tiles, forms, form_of_one = FP8_TILES, ("", GATED_SUFFIX), (GATED_SUFFIX,)
         if family == "fp8 mma":
-            tiles = dict.fromkeys(FP8_OPERANDS, tuple(tile.title for tile in FP8_MMA_TILES))
-            forms = form_of_one = ("",)
+            variants = {operand: [tile.title for tile in FP8_MMA_TILES] for operand in FP8_OPERANDS}
+            variants_of_one = {operand: titles[:1] for operand, titles in variants.items()}
+        else:
+            variants = {
+                operand: [tile + form for tile in tiles for form in ("", GATED_SUFFIX)]
+                + [tile + PROMOTED_SUFFIX for tile in PROMOTED_TILES[operand]]
+                for operand, tiles in FP8_TILES.items()
+            }
+            variants_of_one = {operand: [tiles[0] + GATED_SUFFIX] for operand, tiles in FP8_TILES.items()}
         first, whole = (
             {
-                Role(family, element, variant=tile + form, operand=operand).title
-                for operand, titles in tiles.items()
-                for tile in titles[:most]
-                for form in some
+                Role(family, element, variant=variant, operand=operand).title
+                for operand, some in those.items()
+                for variant in some
             }
-            for most, some in ((1, form_of_one), (None, forms))
+            for those in (variants_of_one, variants)
         )
         has = {
             title for of_arch, title in found if of_arch == arch and title.startswith(f"{family} {element} ")

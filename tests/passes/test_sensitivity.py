@@ -36,7 +36,7 @@ from lynx_compile.passes.verify import (
     within_error,
     within_psnr,
 )
-from lynx_compile.recipe import Budget, Recipe, Sparsity, load_recipe
+from lynx_compile.recipe import Budget, NodeOperand, Recipe, Sparsity, load_recipe
 from lynx_compile.solve.tune import TunedLinear
 from lynx_compile.tools.drawn import Drawn
 from lynx_compile.tools.images import BEST_PSNR
@@ -261,19 +261,22 @@ def test_what_holds_is_left_as_it_is(made: Probed, caplog: pytest.LogCaptureFixt
 
 
 def test_what_kernels_add_on_long_sums_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    groups = [
-        SparseGroup(name, (Linear(name, channels, 64, True, None),), 16, operand, fp8=fp8)
-        for name, channels, operand, fp8 in (
-            ("blocks.0.up", 4096, "weight", True),
-            ("blocks.0.down", 12288, "weight", True),
-            ("blocks.1.down", 12288, "none", True),
-            ("blocks.2.down", 12288, "weight", False),
-        )
-    ]
-    warn_of_long_sums([groups[0], groups[3]])
+    def groups(*given: tuple[str, int, NodeOperand, bool]) -> list[SparseGroup]:
+        return [
+            SparseGroup(name, (Linear(name, channels, 64, True, None),), 16, operand, fp8=fp8)
+            for name, channels, operand, fp8 in given
+        ]
+
+    short = groups(
+        ("0.up", 4096, "weight", True), ("0.down", 8192, "weight", True), ("1.up", 6144, "weight", False)
+    )
+    warn_of_long_sums(short)
     assert not caplog.text
-    warn_of_long_sums(groups)
-    assert "2 nodes in FP8" in caplog.text and "(blocks.0.down, blocks.1.down)" in caplog.text
+    long = groups(("2.up", 6144, "weight", True), ("3.up", 4224, "none", True))
+    warn_of_long_sums([*short, *long])
+    assert "2 nodes in FP8" in caplog.text and "(2.up, 3.up)" in caplog.text
+    warn_of_long_sums(long * 2)
+    assert "4 nodes in FP8" in caplog.text and "(2.up, 3.up, 2.up, ...)" in caplog.text
 
 
 def test_over_the_budget_is_stepped_back_and_tuned_weights_stay(

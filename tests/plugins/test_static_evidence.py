@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lynx_compile.passes import verify
 from plugins.tests import static_evidence as evidence
 from plugins.tests.static_evidence import Kernel, Role, Tile
 
@@ -57,14 +58,15 @@ def gemm_kernel(arch: str, element: str, tile: Tile, operand: str) -> Kernel:
     return Kernel(arch, name, 252, 0, 0, Counter({f"HMMA.SP.16832.F32{suffix}": 64}) + turned)
 
 
-def fp8_kernel(element: str, operand: str, tile: str, gated: bool) -> Kernel:
+def fp8_kernel(element: str, operand: str, tile: str, gated: bool = False, promoted: bool = False) -> Kernel:
     _, name, _ = ELEMENT_NAMES[element]
     m, n = tile.split()[0].split("x")
     sparse = "" if operand == "dense" else "Sparse"
     cluster = "cute::tuple<cute::C<1>, cute::C<1>, cute::C<1> >"
+    sums, fast = ("FP8", "") if promoted else ("", "FP8FastAccum")
     name = (
-        f"MainloopSm90TmaGmmaWarpSpecialized{sparse}<4, {cluster}, cutlass::gemm::KernelTmaWarpSpecialized"
-        f"CooperativeFP8FastAccum>, cute::tuple<cute::C<{m}>, cute::C<{n}>, cute::C<128> >, cutlass::float_e4m3_t, "
+        f"MainloopSm90TmaGmmaWarpSpecialized{sparse}{sums}<4, {cluster}, cutlass::gemm::KernelTmaWarpSpecialized"
+        f"Cooperative{fast}>, cute::tuple<cute::C<{m}>, cute::C<{n}>, cute::C<128> >, cutlass::float_e4m3_t, "
         f"lynx::{'Fp8Finish' if gated else 'GeluFrom'}<cutlass::{name}, {int(operand == 'activation')}>"
     ) + (", lynx::StreamK" if "stream-K" in tile else "")
     opcode = f"QGMMA{'.SP' if sparse else ''}.64x{n}x{64 if sparse else 32}.F32.E4M3.E4M3"
@@ -126,7 +128,14 @@ def test_one_fp8_tile_or_all(kernels: list[Kernel]) -> None:
         for gated in (False, True)
         if (tile, gated) != (tiles[0], True)
     ]
-    assert evidence.check([*kernels, *more]) == []
+    promoted = [
+        fp8_kernel(element, operand, tile, promoted=True)
+        for element in evidence.ELEMENTS
+        for operand, tiles in evidence.PROMOTED_TILES.items()
+        for tile in tiles
+    ]
+    assert evidence.check([*kernels, *more, *promoted]) == []
+    assert any("neither one nor all" in each for each in evidence.check([*kernels, *more]))
     assert any("neither one nor all" in each for each in evidence.check([*kernels, more[0]]))
     ungated = [kernel for kernel in kernels if "Fp8Finish" not in kernel.name]
     assert any("neither one nor all" in each for each in evidence.check(ungated))
@@ -337,6 +346,14 @@ def test_claims_are_those_of_the_sources(tmp_path: Path) -> None:
           for i, operand in enumerate(evidence.FP8_OPERANDS) for j, tile in enumerate(evidence.FP8_MMA_TILES)),
         *(f"fp8_mma_tiles(Fp8Operand({i}))[{j}].threads() == {evidence.FP8_MMA_THREADS}"
           for i in range(3) for j in range(3)),
+        *(f"fp8_tiles(Fp8Operand({i}), Fp8Sums::k{sums})[{j}].{name} == {extent}"
+          for sums, tiles in (("Fast", evidence.FP8_TILES), ("Promoted", evidence.PROMOTED_TILES))
+          for i, operand in enumerate(evidence.FP8_OPERANDS) for j, tile in enumerate(tiles[operand])
+          for name, extent in zip("mn", tile.split()[0].split("x"), strict=True)),
+        *(f"fp8_tile_count(Fp8Operand({i})) == {len(tiles[operand])}"
+          for tiles in (evidence.FP8_TILES, evidence.PROMOTED_TILES)
+          for i, operand in enumerate(evidence.FP8_OPERANDS)),
+        f"kPromotedWidth == {verify.PROMOTED}",
         f"kFp8MmaTiles == {len(evidence.FP8_MMA_TILES)} && int(Fp8Operand::kDense) == 1 && "
         "int(Fp8Operand::kSparseActivation) == 2",
         f"kTileConfigs == {len(evidence.MMA_TILES)} && kTileConfigsSm90 == {len(evidence.WGMMA_TILES)}",
