@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the sums of FP8 tensor cores lose on the longest linears of an emoji model, by an emulation and by the kernels.
 
-``python -m calib.emoji_flux.sums [--model build/emoji-945m] [--whole]``. An instruction of Hopper adds a step's
-products, 32 of a dense operand and those of 64 channels of a 2:4 one, to the sum that there is, all of them cut after
-so many bits behind the largest one's first (13: DeepSeek-V3, arXiv 2412.19437, section 3.3.2, says 14 with it). A
+``python -m calib.emoji_flux.sums [--model build/emoji-945m] [--whole | --widths]``. An instruction of Hopper adds a
+step's products, 32 of a dense operand and those of 64 channels of a 2:4 one, to the sum that there is, all of them cut
+after so many bits behind the largest one's first (13: DeepSeek-V3, arXiv 2412.19437, section 3.3.2, says 14 with it). A
 kernel that leaves the sum there for all of K ("fast accumulation") loses some of it in every step; one that promotes it
 to float32 every so many channels, and begins anew, loses little. Errors are relative to the exact products of the same
-FP8 values, so that rounding to FP8 is no part of them. ``--whole``: the error of the model's output against the dense
-model's instead, all linears of its blocks in dense FP8, with exact sums and cut ones.
+FP8 values, so that rounding to FP8 is no part of them. ``--widths``: of normal numbers at many K instead, no model.
+``--whole``: the error of the model's output against the dense model's instead, all linears of its blocks in dense FP8,
+with exact sums and cut ones.
 """
 
 from __future__ import annotations
@@ -31,20 +32,31 @@ PRODUCTS = 32  # added by an instruction
 PROMOTED = 512  # channels
 TOKENS, ROWS = 64, 64  # that are looked at
 AT_STEP = 10  # of the pipeline's 20
+WIDTHS = (1280, 3072, 4096, 5120, 6144, 8192, 10240, 12288, 15360, 24576)  # of --widths
 TIMES = (1.0, 0.5)  # of the calls of the whole model
 TINY = 1e-30
+HALF = torch.bfloat16  # of results by kernels
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=sampler.MODEL, help="folder of calib.emoji_flux.train")
     parser.add_argument("--bits", type=int, default=BITS)
-    parser.add_argument("--whole", action="store_true", help="the model's output")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--whole", action="store_true", help="the model's output")
+    instead.add_argument("--widths", action="store_true", help="normal numbers at many K")
     given = parser.parse_args()
     print(f"sums cut after {given.bits} bits", flush=True)
     if given.whole:
         for time, exact, cut in whole_models(given.model, given.bits):
             print(f"t {time:g}: output error in dense FP8 {exact:.4f}, with cut sums {cut:.4f}", flush=True)
+        return
+    if given.widths:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.manual_seed(0)
+        for width in WIDTHS:
+            x, weight = torch.randn(TOKENS, width, device=device), torch.randn(ROWS, width, device=device)
+            print_line("normal numbers", x, weight, given.bits)
         return
     for path, x, weight in longest_linears(given.model):
         print_line(path, x, weight, given.bits)
@@ -62,10 +74,13 @@ def print_line(name: str, x: torch.Tensor, weight: torch.Tensor, bits: int) -> N
         found = added(values, of_weight, bits, step)
         segments = zip(values.split(PROMOTED, 1), of_weight.split(PROMOTED, 1), strict=True)
         promoted = torch.stack([added(a, b, bits, step) for a, b in segments]).sum(0)
-        fast, slow = (_error(_scaled(each, read, rounded), exact) for each in (found, promoted))
+        fast, slow = (relative_error(_scaled(each, read, rounded), exact) for each in (found, promoted))
         parts.append(f"{form} {fast:.4f} promoted {slow:.4f}")
         if errors := list(_by_kernels(x, rounded, keep)):
             parts.append("kernels " + " ".join(f"{error:.4f}" for error in errors))
+        if x.is_cuda and keep is None:
+            fast, slow = (_by_torch(read, rounded, exact, fast) for fast in (True, False))
+            parts.append(f"torch fast {fast:.4f} slow {slow:.4f}")
     print("  ".join(parts), flush=True)
 
 
@@ -107,7 +122,7 @@ def whole_models(folder: Path, bits: int) -> Iterator[tuple[float, float, float]
         for product in (torch.nn.functional.linear, lambda x, w: added(x, w, bits, PRODUCTS)):
             for linear in linears:
                 linear.forward = _in_fp8(linear, product)
-            errors.append(_error(model(**at, return_dict=False)[0].double(), dense.double()))
+            errors.append(relative_error(model(**at, return_dict=False)[0].double(), dense.double()))
         for linear in linears:
             del linear.forward
         exact, cut = errors
@@ -141,19 +156,34 @@ def added(x: torch.Tensor, weight: torch.Tensor, bits: int, step: int) -> torch.
 
 
 def _by_kernels(x: torch.Tensor, weight: Rounded, keep: torch.Tensor | None) -> Iterator[float]:
-    """Errors of every tile that the library has, where it runs here; of bf16 results, which is .0017 by itself."""
+    """Errors of every tile that the library has, where it runs here."""
     if not (x.is_cuda and LIBRARY.exists()):
         return
-    library, half = load_fp8_library(), torch.bfloat16
-    if not library.lynx_fp8_runs(DTYPES[half]):
+    library = load_fp8_library()
+    if not library.lynx_fp8_runs(DTYPES[HALF]):
         return
-    x = x.to(half).contiguous()
+    x = x.to(HALF).contiguous()
     operand = "dense" if keep is None else "sparse weight"
-    bias = torch.zeros(len(weight.values), dtype=half, device=x.device)
+    bias = torch.zeros(len(weight.values), dtype=HALF, device=x.device)
     linear = Fp8Linear(library, weight, bias, rows=len(x), operand=operand, keep=keep)
-    exact = _exact(round_rows(x.float()), weight)
-    for tile in range(tile_count(library, half, operand)):
-        yield _error(linear(x, tile).double(), exact)
+    exact = _exact(round_rows(x), weight)
+    for tile in range(tile_count(library, HALF, operand)):
+        yield _beyond_rounding(linear(x, tile), exact)
+
+
+def _by_torch(x: Rounded, weight: Rounded, exact: torch.Tensor, fast: bool) -> float:
+    """Error of torch's own product, with and without fast accumulation."""
+    y = torch._scaled_mm(
+        x.values, weight.values.T, scale_a=x.scale[:, None], scale_b=weight.scale[None], out_dtype=HALF,
+        use_fast_accum=fast,
+    )  # fmt: skip
+    return _beyond_rounding(y, exact)
+
+
+def _beyond_rounding(y: torch.Tensor, exact: torch.Tensor) -> float:
+    """Error of a result in 16 bits without what its own rounding adds."""
+    rounding = relative_error(exact.to(y.dtype).double(), exact)
+    return max(relative_error(y.double(), exact) ** 2 - rounding**2, 0) ** 0.5
 
 
 def _exact(x: Rounded, weight: Rounded) -> torch.Tensor:
@@ -164,8 +194,13 @@ def _scaled(found: torch.Tensor, x: Rounded, weight: Rounded) -> torch.Tensor:
     return found.double() * x.scale.double()[:, None] * weight.scale.double()
 
 
-def _error(found: torch.Tensor, exact: torch.Tensor) -> float:
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
+
+
+def shortfall(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """By how much ``found`` is too small on average, relative to ``exact``."""
+    return 1 - float((found * exact).sum() / exact.square().sum())
 
 
 if __name__ == "__main__":
