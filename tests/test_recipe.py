@@ -376,7 +376,7 @@ def test_flux_on_hopper_is_2_of_4_weights_in_fp8_throughout() -> None:
     plan = select(flux_groups(FLUX_DEV, side=64, text=512, batch=1), recipe.sparsity, ("sm90",))
     assert {(group.operand, group.fp8) for group in plan.groups} == {("weight", True)}
     reasons = {decision.linear.path: decision.reason for decision in plan.decisions}
-    shape, source = "4096 x 3072 -> 9216", "nvidia-h100-80gb-hbm3-fp8.json"
+    shape, source = "4096 x 3072 -> 9216", "nvidia-h200-fp8.json"
     assert re.fullmatch(
         rf"2\.[234]\dx as fast as dense \({shape}, {source}\)", reasons["transformer_blocks.0.attn.to_q"]
     )

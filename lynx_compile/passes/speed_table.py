@@ -21,7 +21,7 @@ from lynx_compile.recipe import NodeOperand
 ROOFLINE_FLOPS, ROOFLINE_BYTES, ROOFLINE_GAIN = 650e12, 3.0e12, 1.4
 # FP8: gains of the GEMMs over dense bf16, from engines/bench/summary.json (linears.fp8_*.gemm), and bytes that the
 # rounding pass reads and writes per value of x.
-ROOFLINE_FP8_GAINS: dict[NodeOperand, float] = {"none": 1.95, "weight": 2.58, "activation": 2.55}
+ROOFLINE_FP8_GAINS: dict[NodeOperand, float] = {"none": 1.92, "weight": 2.46, "activation": 2.45}
 ROOFLINE_FP8_PASS: dict[NodeOperand, float] = {
     "none": 2 + 1,
     "weight": 2 + 1,

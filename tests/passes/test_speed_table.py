@@ -119,7 +119,7 @@ def test_the_fp8_roofline_is_what_was_measured() -> None:
     measured = json.loads((BENCH / "summary.json").read_text())
     for operand, work in WORKS.items():
         assert ROOFLINE_FP8_GAINS[operand] == pytest.approx(measured[f"linears.{work}.gemm"], rel=0.05)
-    for result in json.loads((BENCH / "nvidia-h100-80gb-hbm3-fp8.json").read_text())["results"]:
+    for result in json.loads((BENCH / "nvidia-h200-fp8.json").read_text())["results"]:
         sizes = [result["shape"][name] for name in ("tokens", "channels", "out_channels")]
         if sizes[0] >= 4096:
             for operand, work in WORKS.items():
@@ -128,7 +128,7 @@ def test_the_fp8_roofline_is_what_was_measured() -> None:
 
 
 def test_the_measured_fp8_file_is_a_table_of_the_forms_in_it() -> None:
-    path = BENCH / "nvidia-h100-80gb-hbm3-fp8.json"
+    path = BENCH / "nvidia-h200-fp8.json"
     table, results = CostTable.load(path), json.loads(path.read_text())["results"]
     for result in results:
         sizes = [result["shape"][name] for name in ("tokens", "channels", "out_channels")]

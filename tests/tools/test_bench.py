@@ -70,7 +70,7 @@ def test_the_better_operand_counts_and_dense_where_neither_pays() -> None:
 
 
 def stored_fp8() -> bench_fp8.Fp8Bench:
-    values = json.loads((BENCH / "nvidia-h100-80gb-hbm3-fp8.json").read_text())
+    values = json.loads((BENCH / "nvidia-h200-fp8.json").read_text())
     results = [bench_fp8.Fp8Result(**r | {"shape": bench.Shape(**r["shape"])}) for r in values["results"]]
     return bench_fp8.Fp8Bench(values["device"], values["torch"], values["date"], tuple(results))
 
@@ -213,7 +213,7 @@ def test_hopper_measures_all_forms_unless_a_rank_is_asked_for(
     shown = capsys.readouterr().out
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert "linears.fp8_weight.gemm" in shown and bench_fp8.markdown(summary) in shown
-    table = costs.CostTable.load(tmp_path / "nvidia-h100-80gb-hbm3-fp8.json")
+    table = costs.CostTable.load(tmp_path / "nvidia-h200-fp8.json")
     assert table.gain(4096, 3072, 9216, costs.Form("weight", fp8=True), 0)
     assert summary["linears.fp8_weight.gemm"] == round(stored_fp8().mean("fp8_weight.gemm"), 3)
 
