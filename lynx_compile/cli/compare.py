@@ -68,7 +68,7 @@ def compare(
       OUT.compare.png    the images, side by side
       OUT.html           the report, anew
 
-    Exit code 1: a limit is missed.
+    Exit code 1: a limit is missed. What is over the compilation's budget is said.
 
     \b
     Example:
@@ -82,6 +82,8 @@ def compare(
     _show_comparison(found)
     written = Outputs.find(engine)
     out.print(f"wrote {escape(str(written.comparison))} and {escape(written.report.name)}")
+    if found.over_budget is not None:
+        wrong("over budget", found.over_budget)
     for sentence in found.missed:
         wrong("missed", sentence)
     if found.missed:

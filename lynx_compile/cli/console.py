@@ -120,7 +120,7 @@ def note(text: str) -> None:
 
 
 def wrong(kind: str, text: str, **facts: Any) -> None:
-    """What went wrong: "error", "interrupted" or "missed", in words, and with facts for programs."""
+    """What went wrong: "error", "interrupted", "missed" or "over budget", in words, and with facts for programs."""
     if manner.progress is Shown.json:
         event(kind, message=text, **facts)
     else:

@@ -53,6 +53,7 @@ from lynx_compile.tools.comparison import (
     Squares,
     StepError,
     missed,
+    over_budget,
 )
 from lynx_compile.tools.compiled import Compiled
 from lynx_compile.tools.held_out import (
@@ -154,6 +155,7 @@ def compare(
         limits=limits,
         not_measured=found.not_measured,
         missed=missed(limits, found.linears, found.output, found.images, found.metric),
+        over_budget=over_budget(manifest.budget, found.output, found.images),
     )
     comparison.write(outputs.comparison)
     report.write(outputs)

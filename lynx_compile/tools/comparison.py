@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lynx_compile.engine.manifest import Budget
 from lynx_compile.files.strict import Kept, Strict
 from lynx_compile.recipe import Compare
 from lynx_compile.solve.moments import relative_error
@@ -79,7 +83,8 @@ class Comparison(Kept):
     """Everything that was compared, and why the rest was not.
 
     ``linears``: worst first. ``metric``: the recipe's own numbers. ``not_measured``: {what: reason}.
-    ``missed``: the limits that were not kept, one sentence each.
+    ``missed``: the limits that were not kept, one sentence each. ``over_budget``: a sentence where the compilation's
+    budget does not hold here.
     """
 
     format_version: Literal[1]
@@ -96,6 +101,7 @@ class Comparison(Kept):
     limits: Compare
     not_measured: dict[str, str]
     missed: tuple[str, ...]
+    over_budget: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> Comparison | None:
@@ -129,6 +135,32 @@ def missed(
             value = (metric or {}).get(name)
             found += check(limit, None if value is None else {name: value}, f"{key}.{name}")
     return tuple(found)
+
+
+def output_error(steps: Sequence[StepError]) -> float:
+    """Over all denoising steps alike: the root mean square."""
+    return math.sqrt(statistics.fmean(step.error**2 for step in steps))
+
+
+def over_budget(budget: Budget | None, output: Sequence[StepError], images: Images | None) -> str | None:
+    """How far what was compared is over the budget, and which one to ask for instead; None where it holds.
+
+    The compilation measured it on prompts of the calibration's and without the kernels, so that here it can come out
+    above the limit.
+    """
+    if budget is None:
+        return None
+    key, limit = f"budget.{budget.limit}", budget.value
+    again = "For these prompts, compile with --set"
+    if budget.limit == "max_output_error":
+        found = output_error(output)
+        if found > limit:
+            less = limit * limit / found
+            return f"the output errs by {found:.4f}, and {key} is {limit:g}. {again} {key}={less:.3g}."
+    if budget.limit == "min_psnr" and images is not None and images.mean_psnr < limit:
+        found = images.mean_psnr
+        return f"mean PSNR is {found:.1f} dB, and {key} is {limit:g}. {again} {key}={2 * limit - found:.1f}."
+    return None
 
 
 def _above(limit: float | None, values: dict[str, float] | None, key: str) -> list[str]:

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from lynx_compile.ops.sparse_linear import sparse_linear
 from lynx_compile.ops.sparse_weight_linear import sparse_weight_linear
 from lynx_compile.recipe import Compare, load_recipe
 from lynx_compile.tools import compare
-from lynx_compile.tools.comparison import Comparison, missed
+from lynx_compile.tools.comparison import Comparison, Images, StepError, missed, over_budget
 from lynx_compile.tools.held_out import _unpacked, draw, open_sampler
 from lynx_compile.tools.metric import call_metric
 from tests.conftest import open_dit
@@ -402,3 +402,36 @@ def test_every_limit_that_was_not_measured_is_missed() -> None:
         "compare.min_psnr is 30, but it was not measured",
         "b is 2.5, compare.max_metric.b is 2",
     )
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "errors", "psnr", "said"),
+    [
+        (
+            "max_output_error",
+            0.015,
+            (0.01, 0.02),
+            None,
+            "errs by 0.0158, and budget.max_output_error is 0.015",
+        ),
+        ("max_output_error", 0.016, (0.01, 0.02), None, None),
+        ("min_psnr", 35.0, (0.1,), (33.0, 34.0), "PSNR is 33.5 dB, and budget.min_psnr is 35"),
+        ("min_psnr", 33.0, (0.1,), (33.0, 34.0), None),
+        ("min_psnr", 33.0, (0.1,), None, None),
+        ("min_speed", 2.0, (0.1,), (10.0,), None),
+    ],
+)
+def test_what_is_over_the_budget_is_said_with_the_budget_to_ask_for(
+    limit: str, value: float, errors: tuple[float, ...], psnr: tuple[float, ...] | None, said: str | None
+) -> None:
+    budget: Any = SimpleNamespace(limit=limit, value=value)
+    steps = [StepError(step=i, timestep=1.0, error=e, worst=e) for i, e in enumerate(errors)]
+    images = None if psnr is None else Images(psnr=psnr, lpips=None, sheet="x.png")
+    found = over_budget(budget, steps, images)
+    if said is None:
+        assert found is None
+    else:
+        assert found is not None and said in found
+        asked = float(found.rpartition("=")[2].rstrip("."))
+        assert asked == pytest.approx(0.0142 if limit == "max_output_error" else 36.5, abs=1e-3)
+    assert over_budget(None, steps, images) is None

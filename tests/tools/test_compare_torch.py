@@ -92,7 +92,7 @@ def test_the_command_takes_it(engine: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def record(*_: Any, through: str, **__: Any) -> SimpleNamespace:
         taken.append(through)
-        return SimpleNamespace(missed=())
+        return SimpleNamespace(missed=(), over_budget=None)
 
     monkeypatch.setattr(compare, "compare", record)
     monkeypatch.setattr("lynx_compile.cli.compare._show_comparison", lambda found: None)

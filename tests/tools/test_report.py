@@ -279,12 +279,12 @@ def test_everything_is_escaped(manifest: Manifest, comparison: Comparison) -> No
     dense = (manifest.dense[0].model_copy(update={"reason": evil, "linear": evil}),)
     spoiled = manifest.model_copy(update={"source": source, "sparse": sparse, "dense": dense})
     found = comparison.model_copy(
-        update={"missed": (evil,), "metric": {evil: 1.0}, "not_measured": {evil: evil}}
+        update={"missed": (evil,), "over_budget": evil, "metric": {evil: 1.0}, "not_measured": {evil: evil}}
     )
     page = report.render(spoiled, found, None)
     elements = Elements(page)
     assert "<script" not in page and "script" not in {tag for tag, _ in elements.found}
-    assert elements.text.count(evil) >= 7
+    assert elements.text.count(evil) >= 8
 
 
 def test_every_form_has_its_words_and_letters(manifest: Manifest) -> None:

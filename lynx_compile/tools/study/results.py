@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -14,7 +13,7 @@ from lynx_compile.engine.manifest import Manifest
 from lynx_compile.errors import InputError
 from lynx_compile.files.outputs import Outputs
 from lynx_compile.files.strict import Kept, Strict
-from lynx_compile.tools.comparison import Comparison
+from lynx_compile.tools.comparison import Comparison, output_error
 from lynx_compile.tools.study.methods import METHODS
 
 FORMAT_VERSION: Literal[1] = 1
@@ -148,9 +147,8 @@ def of_budget(name: str, engine: Path) -> dict[str, float | str]:
         )
     if comparison is None or comparison.engine_sha256 != manifest.engine.sha256:
         raise InputError(f"{engine} was not compared.", f"Run 'lynx-compile compare {engine}' first.")
-    squares = [step.error**2 for step in comparison.output]
     found: dict[str, float | None] = {
-        "output_error": math.sqrt(statistics.fmean(squares)),
+        "output_error": output_error(comparison.output),
         "psnr": None if comparison.images is None else comparison.images.mean_psnr,
         "speed": manifest.budget.speed,
     }
