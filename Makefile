@@ -81,7 +81,7 @@ $(VENV)/.ready: pyproject.toml requirements/toolchain.txt requirements/tensorrt1
 	SKBUILD_WHEEL_CMAKE=false $(BIN)/pip install -q --no-build-isolation -e '.[rtx,dev]'
 	@touch $@
 
-# Everything that is shipped: half an hour on two cores. The library goes to lynx_compile/lib, where the package looks for it.
+# Everything that is shipped: an hour or so on two cores. The library goes to lynx_compile/lib, where the package looks for it.
 plugin: setup
 	$(call build_plugin,build/plugin,$(LYNX_CUDA_ARCHITECTURES),$(LYNX_ELEMENT_TYPES),$(LYNX_SM90_ELEMENT_TYPES),$(LYNX_SM90_TILES),$(LYNX_FP8_TILES),$(LYNX_FP8_ARCHITECTURES))
 
