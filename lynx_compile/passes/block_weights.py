@@ -6,19 +6,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from lynx_compile.files.tensors import load_keyed, save_keyed
 from lynx_compile.models.structure import is_pointwise
-from lynx_compile.ops.sparse_linear import collapse_low_rank, expand_low_rank
+from lynx_compile.ops.fp8 import pack, pack_dense
+from lynx_compile.ops.sparse_linear import collapse_low_rank, expand_low_rank, keep_mask
 from lynx_compile.passes.compensate import SparseLinearWeights, load_weights
 from lynx_compile.passes.select import SparseGroup
+from lynx_compile.recipe import NodeOperand
 from lynx_compile.solve.linalg import moved
-from lynx_compile.solve.tune import Outcome, Rows, TunedLinear
+from lynx_compile.solve.tune import Outcome, Rows, TunedLinear, on_channels
+from lynx_compile.torch_ops.fp8_bindings import Operand
+from lynx_compile.torch_ops.modules import Fp8Linear
 
 Files = Mapping[SparseGroup, Path]  # what ``compensate`` wrote
+OPERANDS: dict[NodeOperand, Operand] = {
+    "weight": "sparse weight", "none": "dense", "activation": "sparse activation",
+}  # fmt: skip
 TENSORS = tuple(field.name for field in fields(Rows) if field.name not in ("operand", "norm_scale"))
 
 
@@ -77,7 +85,7 @@ def _low_rank_alone(linears: dict[str, TunedLinear]) -> dict[str, TunedLinear]:
 
 
 @contextmanager
-def substituted(module: torch.nn.Module, linears: Mapping[str, TunedLinear]) -> Iterator[None]:
+def substituted(module: torch.nn.Module, linears: Mapping[str, torch.nn.Module]) -> Iterator[None]:
     """Linears of ``module``, by path in it, compute as these meanwhile; they stay, since models ask for their dtype."""
     changed = substitute(module, linears)
     try:
@@ -87,14 +95,40 @@ def substituted(module: torch.nn.Module, linears: Mapping[str, TunedLinear]) -> 
             del linear.forward
 
 
-def substitute(module: torch.nn.Module, linears: Mapping[str, TunedLinear]) -> list[torch.nn.Module]:
+def substitute(module: torch.nn.Module, linears: Mapping[str, torch.nn.Module]) -> list[torch.nn.Module]:
     """The same for good; the modules that were changed."""
     changed = []
-    for path, tuned in linears.items():
+    for path, new in linears.items():
         linear = module.get_submodule(path)
-        linear.forward = tuned.on_channels if is_pointwise(linear) else tuned.forward
+        linear.forward = partial(on_channels, new) if is_pointwise(linear) else new.forward
         changed.append(linear)
     return changed
+
+
+class KernelLinear(torch.nn.Module):
+    """An FP8 linear as the engine computes it: on a GPU by the kernels, sums included, on a CPU by their definition."""
+
+    def __init__(self, rows: Rows, dtype: torch.dtype) -> None:
+        super().__init__()
+        assert rows.weight_scale is not None
+        packed, metadata = rows.weight, None
+        if rows.operand == "weight":
+            packed, metadata = pack(rows.weight, keep_mask(rows.weight.float()))
+        else:
+            packed = pack_dense(rows.weight)
+        self.packed = Fp8Linear(
+            packed.clone(),  # slices of a node's tensors can begin where no kernel can read
+            metadata,
+            rows.weight_scale.clone(),
+            rows.bias.to(dtype, copy=True),
+            in_features=rows.weight.shape[1],
+            operand=OPERANDS[rows.operand],
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., N]."""
+        y: torch.Tensor = self.packed(x.to(self.packed.bias.dtype))
+        return y.to(x.dtype)
 
 
 def node_linears(
@@ -107,6 +141,12 @@ def node_linears(
         found[linear] = TunedLinear(rows, down).to(dtype=dtype).requires_grad_(False)
         found[linear].keep = None  # it is for gradients: what is pruned is 0
     return found
+
+
+def kernel_linears(path: Path, device: torch.device, dtype: torch.dtype) -> dict[str, KernelLinear]:
+    """``KernelLinear`` of an FP8 node's linears by path, from its file; the kernels take x in ``dtype``."""
+    found = split(moved(load_weights(path), device))
+    return {linear: KernelLinear(rows, dtype) for linear, rows in found.items()}
 
 
 def split(weights: SparseLinearWeights) -> dict[str, Rows]:

@@ -41,7 +41,7 @@ from lynx_compile.passes.calibrate import replay
 from lynx_compile.passes.select import SparseGroup
 from lynx_compile.passes.states import spread_calls, weight_of
 from lynx_compile.recipe import Recipe
-from lynx_compile.solve.tune import TunedLinear, differentiable_attention
+from lynx_compile.solve.tune import TunedLinear, differentiable_attention, on_channels
 
 SENSITIVITY = StageVersion("sensitivity", 1, ("torch", "diffusers", "transformers"))
 FEWEST, MOST = 32, 128  # calls that are probed, spread over steps, branches and samples
@@ -189,7 +189,7 @@ def probed(
         pointwise = is_pointwise(module.get_submodule(path))
         for number in readers[path]:
             linear = solved.linear(columns[number])
-            moved = (linear.on_channels(x) if pointwise else linear(x)) - y
+            moved = (on_channels(linear, x) if pointwise else linear(x)) - y
             inner = (gradient.float() * moved.float()).flatten(1).sum(1).double().cpu()
             found[number] = found[number] + inner if number in found else inner
 

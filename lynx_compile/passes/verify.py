@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure what the budget predicted, and step back until it holds: nothing over the budget is shipped silently.
 
-The model with the plan's weights is run on calls held out, or draws images where the budget is ``min_psnr``. Where that
-is over the limit, steps of the knapsack are taken back, the last one first, as many as the prediction says are too
-many: a node returns to its next safer form, as it was solved; the others keep what tuning made of them.
+The model with the plan's weights is run on calls held out, its FP8 linears by the kernels where a GPU is here that runs
+them, or draws images where the budget is ``min_psnr``. Where that is over the limit, steps of the knapsack are taken
+back, the last one first, as many as the prediction says are too many: a node returns to its next safer form, as it was
+solved; the others keep what tuning made of them.
 """
 
 from __future__ import annotations
@@ -22,26 +23,27 @@ from lynx_compile.files.progress import Progress
 from lynx_compile.files.resume import StageVersion
 from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Call, Recording
-from lynx_compile.passes.block_weights import node_linears, substituted
+from lynx_compile.passes.block_weights import kernel_linears, node_linears, substituted
 from lynx_compile.passes.budget import Selection
 from lynx_compile.passes.calibrate import replay
 from lynx_compile.passes.select import SparseGroup
 from lynx_compile.passes.states import spread_calls, weight_of
-from lynx_compile.solve.tune import TunedLinear
+from lynx_compile.torch_ops.operators import fp8_kernels_run
 
-SELECT = StageVersion("select", 3, ("torch", "diffusers", "transformers"))
-VERIFY = StageVersion("verify", 5, ("torch", "diffusers", "transformers"))
+SELECT = StageVersion("select", 4, ("torch", "diffusers", "transformers"))
+VERIFY = StageVersion("verify", 6, ("torch", "diffusers", "transformers"))
 CALLS = 64  # held out, that are measured at most
 QUARTERS = 4  # ranges of denoising steps that errors are told by
 # Channels of FP8 that kernels add up about as exactly as was measured, and from which on they promote their sums
 # (kPromotedWidth of plugins/kernels/fp8_tiles.h).
 KERNELS_AGREE, PROMOTED = 4096, 8192
 NAMED = 3  # nodes that a warning names
+KERNEL_ROWS = 8  # of which a weight of FP8 has a multiple (plugins/kernels/fp8_linear.cpp)
 ROOM = 0.75  # of the limit: an error below it leaves room that is worth a word
 
 Weights = Mapping[SparseGroup, Path]
 Psnr = Callable[
-    [Mapping[str, TunedLinear]], float
+    [Mapping[str, torch.nn.Module]], float
 ]  # of images that the pipeline draws with these linears, dB
 
 log = logging.getLogger(__name__)
@@ -105,7 +107,7 @@ def within_error(
     held_out = HeldOut(dit, recording, progress)
     taken, value = len(selection.steps), selection.limit[1]
     while taken:
-        linears = linears_of(selection, taken, solved, held_out.device, held_out.dtype)
+        linears = held_out.linears_of(selection, taken, solved)
         error = held_out.error(held_out.squares(linears))
         predicted = selection.error(taken)
         expected = selection.expected(taken) * max(error / max(predicted, 1e-30), 1)
@@ -140,15 +142,14 @@ def verify(
     """
     key, value = selection.limit
     held_out = HeldOut(dit, recording, progress)
-    at = held_out.device, held_out.dtype
     all_tuned: Weights | None = None if tuned is None else {**solved, **tuned}
     start, drawn = taken, None
     while True:
         plan = selection.plan(taken)  # refuses one in which nothing changes
-        weights, before = solved, held_out.squares(linears_of(selection, taken, solved, *at))
+        weights, before = solved, held_out.squares(held_out.linears_of(selection, taken, solved))
         squares = before
         if all_tuned is not None:
-            after = held_out.squares(linears_of(selection, taken, all_tuned, *at))
+            after = held_out.squares(held_out.linears_of(selection, taken, all_tuned))
             if taken == start or held_out.error(after) <= held_out.error(before):
                 weights, squares = all_tuned, after
         error = held_out.error(squares)
@@ -186,7 +187,8 @@ def verify(
     whole = errors(range(ranges[0].start, ranges[-1].stop))
     back = tuple(dict.fromkeys(step.group for step in selection.steps[taken:start]))
     _say(selection, taken, whole, error, back)
-    warn_of_long_sums(plan.groups)
+    if not held_out.by_kernels:
+        warn_of_long_sums(plan.groups)
     return Verified(
         taken,
         tuple(weights[group] for group in plan.groups),
@@ -215,11 +217,17 @@ def linears_of(
     weights: Weights,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-) -> dict[str, TunedLinear]:
-    """The linears of a plan that change, by path: as many weights as the model has there, once more."""
-    found: dict[str, TunedLinear] = {}
+    by_kernels: bool = False,
+) -> dict[str, torch.nn.Module]:
+    """The linears of a plan that change, by path: as many weights as the model has there, once more.
+
+    ``by_kernels``: those in FP8 as ``KernelLinear``, where each could be a node by itself.
+    """
+    found: dict[str, torch.nn.Module] = {}
     for group in selection.plan(taken).groups:
-        found |= node_linears(weights[group], device, dtype)
+        alone = all(linear.out_channels % KERNEL_ROWS == 0 for linear in group.linears)
+        made = kernel_linears if by_kernels and group.fp8 and alone else node_linears
+        found |= made(weights[group], device, dtype)
     return found
 
 
@@ -232,6 +240,7 @@ class HeldOut:
         self.calls = spread_calls([calls[number] for number in sorted(recording.held_out(calls))], 0, most)
         like = next(p for p in dit.module.parameters() if p.is_floating_point())
         self.device, self.dtype = dit.device, like.dtype
+        self.by_kernels = self.device.type == "cuda" and fp8_kernels_run(self.dtype)
         self._run = partial(_outputs, dit, recording)
         self._progress = partial(progress, "calls held out")
         self._module = dit.module
@@ -239,7 +248,11 @@ class HeldOut:
         self._weights = torch.tensor([weight_of(call, last) for call in self.calls], dtype=torch.float64)
         self._dense = [self._run(call) for call in self.calls]
 
-    def squares(self, linears: Mapping[str, TunedLinear]) -> torch.Tensor:
+    def linears_of(self, selection: Selection, taken: int, weights: Weights) -> dict[str, torch.nn.Module]:
+        """As these calls run them."""
+        return linears_of(selection, taken, weights, self.device, self.dtype, self.by_kernels)
+
+    def squares(self, linears: Mapping[str, torch.nn.Module]) -> torch.Tensor:
         """|y - y_dense|^2 / |y_dense|^2 of every call with ``linears``, [calls]."""
         found = []
         with substituted(self._module, linears):

@@ -71,6 +71,12 @@ class Rows:
     weight_scale: torch.Tensor | None = None
 
 
+def on_channels(linear: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``linear`` where channels stand second: x [batch, K, ...] -> [batch, N, ...]."""
+    y: torch.Tensor = linear(x.movedim(1, -1))
+    return y.movedim(-1, 1)
+
+
 class TunedLinear(torch.nn.Module):
     """A compensated linear whose weights are float32 parameters; its results have the dtype of what it reads."""
 
@@ -110,10 +116,6 @@ class TunedLinear(torch.nn.Module):
             return y
         low = functional.linear(x, self.lora_down.to(x.dtype))
         return y + functional.linear(low, self.lora_up.to(x.dtype))
-
-    def on_channels(self, x: torch.Tensor) -> torch.Tensor:
-        """The same where channels stand second: x [batch, K, ...] -> [batch, N, ...]."""
-        return self.forward(x.movedim(1, -1)).movedim(-1, 1)
 
     @torch.no_grad()
     def rows(self) -> Rows:

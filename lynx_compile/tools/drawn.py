@@ -15,7 +15,6 @@ from lynx_compile.files.progress import no_progress
 from lynx_compile.models.place import reclaim
 from lynx_compile.passes.block_weights import substituted
 from lynx_compile.recipe import Recipe
-from lynx_compile.solve.tune import TunedLinear
 from lynx_compile.tools.held_out import Sampler, draw, open_sampler
 from lynx_compile.tools.images import psnr
 
@@ -31,7 +30,7 @@ class Drawn:
         self._sampler: Sampler | None = None
         self._dense: np.ndarray | None = None
 
-    def __call__(self, linears: Mapping[str, TunedLinear]) -> float:
+    def __call__(self, linears: Mapping[str, torch.nn.Module]) -> float:
         """Mean PSNR of the images, dB, where the denoiser computes with ``linears``.
 
         Raises:

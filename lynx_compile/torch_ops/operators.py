@@ -313,6 +313,11 @@ def kernels_run(dtype: torch.dtype) -> bool:
     return bool(_library().lynx_tile_count(DTYPES[dtype]))
 
 
+def fp8_kernels_run(dtype: torch.dtype) -> bool:
+    """The same of its FP8 kernels."""
+    return kernels_run(dtype) and bool(_library().lynx_fp8_runs(DTYPES[dtype]))
+
+
 def use_library(path: Path) -> None:
     """Take the kernels from this build of the plugin library from now on.
 

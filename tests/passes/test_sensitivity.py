@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from lynx_compile.models.dit import DiT
 from lynx_compile.models.recording import Recording
 from lynx_compile.models.structure import Linear
 from lynx_compile.passes import sensitivity as passes_sensitivity
-from lynx_compile.passes.block_weights import node_linears, substituted
+from lynx_compile.passes.block_weights import KernelLinear, kernel_linears, node_linears, substituted
 from lynx_compile.passes.budget import Selection, choose
 from lynx_compile.passes.calibrate import calibrate, replay
 from lynx_compile.passes.compensate import compensate, load_weights, save_weights
@@ -40,6 +41,7 @@ from lynx_compile.recipe import Budget, NodeOperand, Recipe, Sparsity, load_reci
 from lynx_compile.solve.tune import TunedLinear
 from lynx_compile.tools.drawn import Drawn
 from lynx_compile.tools.images import BEST_PSNR
+from lynx_compile.torch_ops.modules import Fp8Linear
 from tests.conftest import open_dit
 
 CPU = torch.device("cpu")
@@ -48,6 +50,7 @@ OTHER_FORMS = (
     Sparsity(operand="activation", rank=16, method="paper", exclude=FEWER),
     Sparsity(operand="none", precision="fp8", exclude=FEWER),
     Sparsity(operand="activation", precision="fp8", exclude=FEWER),
+    Sparsity(operand="weight", precision="fp8", exclude=FEWER),
 )
 
 
@@ -277,6 +280,37 @@ def test_what_kernels_add_on_long_sums_is_said(caplog: pytest.LogCaptureFixture)
     assert "2 nodes in FP8" in caplog.text and "(2.up, 3.up)" in caplog.text
     warn_of_long_sums(long * 2)
     assert "4 nodes in FP8" in caplog.text and "(2.up, 3.up, 2.up, ...)" in caplog.text
+
+
+def test_fp8_is_measured_by_the_kernels_where_they_run(made: Probed, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = tuple(group for group in made.nodes if group.fp8)
+    assert {group.operand for group in groups} == {"none", "activation", "weight"}
+    held_out = HeldOut(made.dit, made.recording, no_progress)
+    assert not held_out.by_kernels, "there is no GPU here"
+    for operand in ("none", "activation", "weight"):
+        plan = SparsityPlan((), tuple(group for group in groups if group.operand == operand))
+        selection: Any = SimpleNamespace(plan=lambda taken, plan=plan: plan)
+        held_out.by_kernels = False
+        emulated = held_out.squares(held_out.linears_of(selection, 0, made.weights))
+        held_out.by_kernels = True
+        linears = held_out.linears_of(selection, 0, made.weights)
+        assert {type(linear) for linear in linears.values()} == {KernelLinear}
+        found = held_out.squares(linears)
+        assert held_out.error(found) == pytest.approx(held_out.error(emulated), rel=0.05)
+        with monkeypatch.context() as patch:
+            exact = Fp8Linear.rows
+            patch.setattr(Fp8Linear, "rows", lambda linear, x, exact=exact: 0.7 * exact(linear, x))
+            assert held_out.error(held_out.squares(linears)) > held_out.error(emulated)
+
+
+def test_a_kernel_is_its_definition_for_every_operand(made: Probed) -> None:
+    torch.manual_seed(0)
+    for group in (group for group in made.nodes if group.fp8):
+        emulated = node_linears(made.weights[group], CPU)
+        for path, linear in kernel_linears(made.weights[group], CPU, torch.float32).items():
+            x = torch.randn(3, 5, group.in_channels)
+            wanted = emulated[path](x)
+            assert float((linear(x) - wanted).norm() / wanted.norm()) < 1e-5, (path, group.operand)
 
 
 def test_over_the_budget_is_stepped_back_and_tuned_weights_stay(

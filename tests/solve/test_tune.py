@@ -26,6 +26,7 @@ from lynx_compile.solve.tune import (
     activations_unrounded,
     block_error,
     fit,
+    on_channels,
 )
 
 K, N, RANK = 32, 24, 16
@@ -99,7 +100,7 @@ def test_steps_round_weights_and_leave_activations(operand: str) -> None:
 
 def test_channels_may_stand_second() -> None:
     linear, x = _linear(_rows("weight")), torch.randn(2, K, 3, 4)
-    assert torch.allclose(linear.on_channels(x).movedim(1, -1), linear(x.movedim(1, -1)))
+    assert torch.allclose(on_channels(linear, x).movedim(1, -1), linear(x.movedim(1, -1)))
 
 
 @pytest.mark.parametrize("fp8", [False, True])

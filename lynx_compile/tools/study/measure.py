@@ -22,7 +22,7 @@ from lynx_compile.files.progress import Progress
 from lynx_compile.models.structure import is_pointwise
 from lynx_compile.passes.block_weights import substituted
 from lynx_compile.solve.linalg import moved, tensor_cores
-from lynx_compile.solve.tune import Rows, TunedLinear
+from lynx_compile.solve.tune import Rows, TunedLinear, on_channels
 from lynx_compile.tools.compare_torch import TorchState, module_outputs, squares_of
 from lynx_compile.tools.held_out import Sampler, draw, record_held_out, rows_of_images, time_of
 from lynx_compile.tools.images import has_lpips, lpips, psnr, ssim
@@ -137,7 +137,7 @@ def _layer_error(
 
     def hook(path: str, tuned: TunedLinear) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], None]:
         def compare(linear: nn.Module, given: tuple[Any, ...], y_dense: torch.Tensor) -> None:
-            y = tuned.on_channels(given[0]) if is_pointwise(linear) else tuned(given[0])
+            y = on_channels(tuned, given[0]) if is_pointwise(linear) else tuned(given[0])
             pair = (y.float() - y_dense.float(), y_dense.float())
             squares[path].append(torch.stack([part.square().sum(dtype=torch.float64) for part in pair]))
 
