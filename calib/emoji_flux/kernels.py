@@ -24,10 +24,10 @@ from calib.emoji_flux.sums import relative_error, shortfall
 from lynx_compile.engine.manifest import Manifest
 from lynx_compile.files.outputs import Outputs
 from lynx_compile.models.dtypes import DTYPES
-from lynx_compile.ops import fp8
 from lynx_compile.torch_ops.apply import apply
+from lynx_compile.torch_ops.definitions import definition
 from lynx_compile.torch_ops.modules import Fp8Linear
-from lynx_compile.torch_ops.operators import unpacked, use_library
+from lynx_compile.torch_ops.operators import use_library
 
 STEPS = (1, 6, 11, 16, 19)  # of the pipeline's 20
 Rows = Callable[[Fp8Linear, torch.Tensor], torch.Tensor]
@@ -63,35 +63,20 @@ def compared(
     places = {module: name for name, module in model.named_modules() if isinstance(module, Fp8Linear)}
     linears: dict[str, list[tuple[float, float]]] = defaultdict(list)
 
-    def definition(linear: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
-        y, found = _definition(linear, x), by_kernel(linear, x).double()
+    def compare(linear: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
+        y, found = definition(linear, x, torch.float32).to(x.dtype), by_kernel(linear, x)
         linears[f"{places[linear]}, K {linear.in_features}"].append(
-            (relative_error(found, y.double()), shortfall(found, y.double()))
+            (relative_error(found, y), shortfall(found, y))
         )
         return y
 
     by_kernel: Rows = Fp8Linear.rows
-    with _rows(definition):
+    with _rows(compare):
         exact = _outputs(model, calls)
     return {
         name: [relative_error(y, wanted) for y, wanted in zip(found, dense, strict=True)]
         for name, found in (("definitions", exact), ("kernels", _outputs(model, calls)))
     }, dict(linears)
-
-
-def _definition(linear: Fp8Linear, x: torch.Tensor) -> torch.Tensor:
-    """Of the tensors that the kernel reads, added up in float32."""
-    epilogue = linear.epilogue
-    y = fp8.fp8_linear(
-        x.float(),
-        unpacked(linear.weight, linear.metadata, linear.weight_scale, linear.in_features),
-        linear.bias.float(),
-        prune=linear.operand == "sparse activation",
-        activation=epilogue.activation,
-        activation_from=epilogue.first,
-        gated=epilogue.gated,
-    )
-    return y.to(x.dtype)
 
 
 def _calls(model: Any, rows: Mapping[str, torch.Tensor], dtype: torch.dtype) -> list[Call]:
@@ -111,7 +96,7 @@ def _calls(model: Any, rows: Mapping[str, torch.Tensor], dtype: torch.dtype) -> 
 
 @torch.no_grad()
 def _outputs(model: Any, calls: Sequence[Call]) -> list[torch.Tensor]:
-    return [model(**call, return_dict=False)[0].double() for call in calls]
+    return [model(**call, return_dict=False)[0] for call in calls]
 
 
 @contextmanager

@@ -24,8 +24,9 @@ from calib.emoji_flux import sampler
 from calib.emoji_flux.train import PICTURES
 from lynx_compile.ops.fp8 import Rounded, round_rows
 from lynx_compile.ops.sparse_linear import keep_mask
-from lynx_compile.torch_ops.bindings import DTYPES, LIBRARY
+from lynx_compile.tools.compare_torch import squares_of
 from lynx_compile.torch_ops.fp8_bindings import Fp8Linear, load_fp8_library, tile_count
+from lynx_compile.torch_ops.operators import fp8_kernels_run
 
 BITS = 13
 PRODUCTS = 32  # added by an instruction
@@ -122,7 +123,7 @@ def whole_models(folder: Path, bits: int) -> Iterator[tuple[float, float, float]
         for product in (torch.nn.functional.linear, lambda x, w: added(x, w, bits, PRODUCTS)):
             for linear in linears:
                 linear.forward = _in_fp8(linear, product)
-            errors.append(relative_error(model(**at, return_dict=False)[0].double(), dense.double()))
+            errors.append(relative_error(model(**at, return_dict=False)[0], dense))
         for linear in linears:
             del linear.forward
         exact, cut = errors
@@ -157,11 +158,9 @@ def added(x: torch.Tensor, weight: torch.Tensor, bits: int, step: int) -> torch.
 
 def _by_kernels(x: torch.Tensor, weight: Rounded, keep: torch.Tensor | None) -> Iterator[float]:
     """Errors of every tile that the library has, where it runs here."""
-    if not (x.is_cuda and LIBRARY.exists()):
+    if not (x.is_cuda and fp8_kernels_run(HALF)):
         return
     library = load_fp8_library()
-    if not library.lynx_fp8_runs(DTYPES[HALF]):
-        return
     x = x.to(HALF).contiguous()
     operand = "dense" if keep is None else "sparse weight"
     bias = torch.zeros(len(weight.values), dtype=HALF, device=x.device)
@@ -182,8 +181,8 @@ def _by_torch(x: Rounded, weight: Rounded, exact: torch.Tensor, fast: bool) -> f
 
 def _beyond_rounding(y: torch.Tensor, exact: torch.Tensor) -> float:
     """Error of a result in 16 bits without what its own rounding adds."""
-    rounding = relative_error(exact.to(y.dtype).double(), exact)
-    return max(relative_error(y.double(), exact) ** 2 - rounding**2, 0) ** 0.5
+    rounding = relative_error(exact.to(y.dtype), exact)
+    return max(relative_error(y, exact) ** 2 - rounding**2, 0) ** 0.5
 
 
 def _exact(x: Rounded, weight: Rounded) -> torch.Tensor:
@@ -195,11 +194,12 @@ def _scaled(found: torch.Tensor, x: Rounded, weight: Rounded) -> torch.Tensor:
 
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found - exact).norm() / exact.norm())
+    return squares_of(found, exact).error
 
 
 def shortfall(found: torch.Tensor, exact: torch.Tensor) -> float:
     """By how much ``found`` is too small on average, relative to ``exact``."""
+    found, exact = found.double(), exact.double()
     return 1 - float((found * exact).sum() / exact.square().sum())
 
 

@@ -111,13 +111,12 @@ class KernelLinear(torch.nn.Module):
     def __init__(self, rows: Rows, dtype: torch.dtype) -> None:
         super().__init__()
         assert rows.weight_scale is not None
-        packed, metadata = rows.weight, None
         if rows.operand == "weight":
-            packed, metadata = pack(rows.weight, keep_mask(rows.weight.float()))
+            values, metadata = pack(rows.weight, keep_mask(rows.weight.float()))
         else:
-            packed = pack_dense(rows.weight)
+            values, metadata = pack_dense(rows.weight).clone(), None
         self.packed = Fp8Linear(
-            packed.clone(),  # slices of a node's tensors can begin where no kernel can read
+            values,  # copies: slices of a node's tensors can begin where no kernel can read
             metadata,
             rows.weight_scale.clone(),
             rows.bias.to(dtype, copy=True),

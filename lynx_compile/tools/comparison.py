@@ -145,8 +145,8 @@ def output_error(steps: Sequence[StepError]) -> float:
 def over_budget(budget: Budget | None, output: Sequence[StepError], images: Images | None) -> str | None:
     """How far what was compared is over the budget, and which one to ask for instead; None where it holds.
 
-    The compilation measured it on prompts of the calibration's and without the kernels, so that here it can come out
-    above the limit.
+    The compilation measured it on prompts of the calibration's, and without the kernels where no GPU ran them, so that
+    here it can come out above the limit.
     """
     if budget is None:
         return None

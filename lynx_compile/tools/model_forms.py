@@ -21,6 +21,7 @@ from lynx_compile.models.structure import block_lists
 from lynx_compile.ops.fp8 import STEP, Rounded, pack, pack_dense, round_rows
 from lynx_compile.ops.sparse_linear import GATED_RUN, GELU_TANH, expand_low_rank, keep_mask
 from lynx_compile.ops.sparse_weight_linear import MetadataLayout, gated_order, pack_weight
+from lynx_compile.passes.block_weights import OPERANDS
 from lynx_compile.passes.speed_table import DENSE, DENSE_FP8, Form
 from lynx_compile.recipe import Sparsity
 from lynx_compile.torch_ops import operators
@@ -317,10 +318,8 @@ class Forms:
             rounded, metadata = self._dense_fp8(linear), None
             values, scale = rounded.values[order], rounded.scale[order]  # copies where there is a gate alone
             values = pack_dense(values) if channels % STEP else values
-        operands = {"none": "dense", "weight": "sparse weight", "activation": "sparse activation"}
-        operand: Any = operands[form.operand]
         return Fp8Linear(
-            values, metadata, scale, _bias(linear)[order], in_features=channels, operand=operand,
+            values, metadata, scale, _bias(linear)[order], in_features=channels, operand=OPERANDS[form.operand],
             epilogue=epilogue, **options,
         )  # fmt: skip
 

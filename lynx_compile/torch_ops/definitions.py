@@ -15,10 +15,10 @@ from lynx_compile.torch_ops.modules import Fp8Linear, SparseActivationLinear, Sp
 COMPILED = (SparseWeightLinear, SparseActivationLinear, Fp8Linear)
 
 
-def definition(op: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """y [..., N] float64 of one of ``COMPILED`` for x [..., K]."""
+def definition(op: nn.Module, x: torch.Tensor, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """y [..., N] of one of ``COMPILED`` for x [..., K], worked out in ``dtype``."""
     assert isinstance(op, COMPILED), type(op)
-    x, epilogue = x.double(), op.epilogue
+    x, epilogue = x.to(dtype), op.epilogue
     acting = {"activation": epilogue.activation, "activation_from": epilogue.first}
     gated = epilogue.gated
     if isinstance(op, SparseWeightLinear):

@@ -160,7 +160,7 @@ def fp8_linear(
         x, gate = x.chunk(2, -1)
     z = _produced(x, producer, gain, shift, gate, rms, epsilon)
     return fp8.fp8_linear(
-        z, unpacked(weight, metadata, weight_scale, z.shape[1]), bias,
+        z, _unpacked(weight, metadata, weight_scale, z.shape[1]), bias,
         prune=operand == "sparse activation", activation=activation, activation_from=activation_from, gated=gated,
     )  # fmt: skip
 
@@ -217,7 +217,7 @@ def fp8_product(
     A compiler fuses torch's rounding with whatever makes x, of which our pass knows a few kinds only.
     """
     rounded = Rounded(x, x_scale).dequantized()
-    full = unpacked(weight, metadata, weight_scale, x.shape[1]).dequantized()[: len(bias)]
+    full = _unpacked(weight, metadata, weight_scale, x.shape[1]).dequantized()[: len(bias)]
     y = rounded @ full.T + bias.float()
     return sparse_linear.activate(y, activation, activation_from, gated).to(bias.dtype)
 
@@ -396,7 +396,7 @@ def _produced(
     return x
 
 
-def unpacked(
+def _unpacked(
     weight: torch.Tensor, metadata: torch.Tensor | None, weight_scale: torch.Tensor, channels: int
 ) -> Rounded:
     """W_q [N, K] out of what the GEMM reads."""
