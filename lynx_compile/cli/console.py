@@ -120,9 +120,10 @@ def note(text: str) -> None:
 
 
 def wrong(kind: str, text: str, **facts: Any) -> None:
-    """What went wrong: "error", "interrupted", "missed" or "over budget", in words, and with facts for programs."""
+    """What went wrong: "error", "interrupted", "missed" or "over budget", in words, and with facts for programs, whose
+    event is named so with an underscore."""
     if manner.progress is Shown.json:
-        event(kind, message=text, **facts)
+        event(kind.replace(" ", "_"), message=text, **facts)
     else:
         err.print(f"[bold red]{kind}:[/] {escape(text)}")
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,16 +88,23 @@ def test_what_runs_the_models(engine: Path, tiny: Path, monkeypatch: pytest.Monk
         assert not operators.kernels_run(torch.bfloat16)
 
 
-def test_the_command_takes_it(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_takes_it_and_tells_programs_what_is_over(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     taken = []
 
     def record(*_: Any, through: str, **__: Any) -> SimpleNamespace:
         taken.append(through)
-        return SimpleNamespace(missed=(), over_budget=None)
+        return SimpleNamespace(missed=(), over_budget="It errs.")
 
     monkeypatch.setattr(compare, "compare", record)
     monkeypatch.setattr("lynx_compile.cli.compare._show_comparison", lambda found: None)
-    monkeypatch.setattr("sys.argv", ["lynx-compile", "compare", str(engine), "--with", "onnx"])
+    monkeypatch.setattr(
+        "sys.argv", ["lynx-compile", "compare", str(engine), "--with", "onnx", "--progress", "json"]
+    )
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert not caught.value.code and taken == ["onnx"]
+    assert {"event": "over_budget", "message": "It errs."} in map(
+        json.loads, capsys.readouterr().err.splitlines()
+    )
