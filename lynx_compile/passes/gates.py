@@ -8,7 +8,7 @@ Before, in any order of the operands::
 
 After::
 
-    x ── LynxSparseWeightLinear(rows of w1 and w3 in turns of 8) ── y          or one in FP8
+    x ── LynxSparseWeightLinear(rows of w1 and w3 in turns of 8) ── y
 """
 
 from __future__ import annotations

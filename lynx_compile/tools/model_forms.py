@@ -257,7 +257,7 @@ class Forms:
 
         module = _copied(self.dense, make, {})
         for linear, product in made.items():
-            if isinstance(product, SparseWeightLinear | Fp8Linear) and product.epilogue.gated:
+            if isinstance(product, SparseWeightLinear) and product.epilogue.gated:
                 merge(module, Group(linear.group.linears, linear.group.sizes, 0, gate=linear.gate), product)
         return module
 
@@ -308,19 +308,16 @@ class Forms:
 
     def _fp8(self, linear: DenseLinear, form: Form, options: dict[str, bool]) -> nn.Module:
         channels = linear.weight.shape[1]
-        order, epilogue = _epilogue(linear)
         if form.operand == "weight":
-            weight = linear.weight[order]
-            keep = keep_mask(weight)
-            rounded = round_rows(weight, keep)
-            (values, metadata), scale = pack(rounded.values, keep), rounded.scale
+            keep = keep_mask(linear.weight)
+            rounded = round_rows(linear.weight, keep)
+            values, metadata = pack(rounded.values, keep)
         else:
             rounded, metadata = self._dense_fp8(linear), None
-            values, scale = rounded.values[order], rounded.scale[order]  # copies where there is a gate alone
-            values = pack_dense(values) if channels % STEP else values
+            values = pack_dense(rounded.values) if channels % STEP else rounded.values
         return Fp8Linear(
-            values, metadata, scale, _bias(linear)[order], in_features=channels, operand=OPERANDS[form.operand],
-            epilogue=epilogue, **options,
+            values, metadata, rounded.scale, _bias(linear), in_features=channels, operand=OPERANDS[form.operand],
+            epilogue=_gelu(linear), **options,
         )  # fmt: skip
 
     def _dense_fp8(self, linear: DenseLinear) -> Rounded:

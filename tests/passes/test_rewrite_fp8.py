@@ -114,12 +114,16 @@ def test_every_form_is_rewritten_with_its_producers(block: Case, operand: NodeOp
     lynx = block.rewrite(lambda _: operand)
     base = FP8_WEIGHT_OP if operand == "weight" else FP8_OP
     ops = {name: node.op_type for name, node in _nodes(lynx).items()}
-    prefixes = {"q": "Norm", "up": "", "down": "", "gelu_down": "Gelu", "silu": "", "gated_down": ""}
+    prefixes = {"q": "Norm", "up": "", "down": "", "gelu_down": "Gelu", "silu": "", "gated_down": "Gated"}
     assert ops == {name: base.replace("Lynx", f"Lynx{prefix}") for name, prefix in prefixes.items()}
-    assert [node.linears[0].split(".")[-1] for node in lynx.sparse if node.gated] == ["silu"]
     assert {node.operand for node in lynx.sparse} == {operand} and all(node.fp8 for node in lynx.sparse)
     assert lynx.dense == ()
-    fields = {"": ("gated",), "Norm": (), "Gelu": ("producer_activation",)}
+    fields = {
+        "": (),
+        "Norm": (),
+        "Gelu": ("producer_activation",),
+        "Gated": ("producer_activation", "halves"),
+    }
     assert lynx.plugins == {base.replace("Lynx", f"Lynx{prefix}"): fields[prefix] for prefix in fields}
     onnx.checker.check_model(lynx.path, full_check=True)
     bound = 0.1 if operand == "none" else 1
@@ -190,12 +194,10 @@ def test_weights_are_the_linears_own_in_their_nodes_order(block: Case, operand: 
     nodes, tensors = _nodes(lynx), load_file(lynx.weights_path)
     for node in lynx.sparse:
         learned = torch.cat([block.module.get_submodule(path).weight for path in node.linears])
-        if node.gated:  # 8 rows of SiLU, then their 8 gates
-            learned = torch.stack(learned.unflatten(0, (2, -1, 8)).unbind(), 1).flatten(0, 2)
         wanted = round_rows(learned, keep_mask(learned) if operand == "weight" else None)
         name = node.linears[0].split(".")[-1]
-        norm = 2 if "Norm" in nodes[name].op_type else 0
-        del nodes[name].input[len(nodes[name].input) - norm :]
+        behind = {"layer norm": 2, "gated": 1}.get(node.producer or "", 0)  # gain and shift, or a gate
+        del nodes[name].input[len(nodes[name].input) - behind :]
         found = _weight(nodes[name], tensors, node.in_channels, node.out_channels)
         assert torch.equal(found.values.view(torch.uint8), wanted.values.view(torch.uint8))
         assert torch.equal(found.scale, wanted.scale)
@@ -205,9 +207,6 @@ def test_weights_are_the_linears_own_in_their_nodes_order(block: Case, operand: 
 def test_nodes_that_make_x_equal_those_that_are_given_it(
     block: Case, operand: NodeOperand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        rewrite_module, "find_gate", lambda matches, dense: None
-    )  # a producer with its gate too
     lynx = block.rewrite(lambda _: operand)
     assert {node.producer for node in lynx.sparse} == {None, "layer norm", "gelu", "gated"}
     made = _run(lynx.path, block.feed)
@@ -248,27 +247,20 @@ class Halves(torch.nn.Module):
     ("order", "halves"), [("gate last", X_FIRST), ("gate first", GATE_FIRST), ("thirds", APART)]
 )
 def test_silu_and_gate_are_taken_in(order: str, halves: int, tmp_path: Path) -> None:
-    """By the node behind, where that of the linear in front does not hold them."""
+    """By the node behind; its halves are one input where they lie in one tensor."""
     torch.manual_seed(0)
     module = Halves(order).eval().requires_grad_(False)
     inputs = {"x": torch.randn(BATCH, TOKENS, CHANNELS)}
     dense = export_module(module, inputs, tmp_path / "dense.onnx")
     feed = {"x": inputs["x"].numpy()}
     case = Case(module, find_structure(module, inputs).groups, dense, feed, tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rewrite_module, "find_gate", lambda matches, dense: None)
-        lynx = case.rewrite(lambda _: "none")
+    lynx = case.rewrite(lambda _: "none")
+    assert [node.producer for node in lynx.sparse] == [None, "gated"]
     node = _nodes(lynx)["down"]
     assert node.op_type == FP8_GATED_OP and next(a.i for a in node.attribute if a.name == "halves") == halves
     left = {node.op_type for node in onnx.load(lynx.path, load_external_data=False).graph.node}
     assert ("Split" in left) == (halves == APART)
     assert all(error < 0.06 for error in _errors(case, lynx))
-    held = case.rewrite(lambda _: "none")
-    nodes = [(node.gated is not None, node.producer) for node in held.sparse]
-    assert nodes == (
-        [(False, None), (False, "gated")] if order == "thirds" else [(True, None), (False, None)]
-    )
-    assert all(error < 0.06 for error in _errors(case, held))
 
 
 def test_compare_finds_the_results_of_halves_that_one_node_reads(block: Case) -> None:

@@ -112,7 +112,7 @@ def test_a_form_is_checked_compiled_and_smaller(built: Built, form: str) -> None
     assert model_forms.weight_bytes(module) < model_forms.weight_bytes(built.dense)
     assert all(not each._held for each in module.modules() if isinstance(each, Merged))
     gates = sum(isinstance(each, COMPILED) and each.epilogue.gated for each in module.modules())
-    assert gates == GATES.get(built.model.name, 0)
+    assert gates == (GATES.get(built.model.name, 0) if form == "bf16_weight" else 0)
 
 
 def test_a_wrong_product_is_not_timed(built: Built) -> None:
