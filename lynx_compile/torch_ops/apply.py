@@ -386,7 +386,7 @@ def _follow(changes: Sequence[Change]) -> None:
     """The module's own linears onto the device where what stands for them is, which gives up its memory first."""
     devices: list[torch.device] = []
     for change in changes:
-        tensors = [*change.new.buffers()] if isinstance(change.new, nn.Module) else []
+        tensors = [*change.new.parameters()] if isinstance(change.new, nn.Module) else []
         # What idles since is where its neighbour is.
         devices.append(tensors[0].device if tensors else devices[-1] if devices else torch.device("cpu"))
     for change in changes:

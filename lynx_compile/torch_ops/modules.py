@@ -42,12 +42,21 @@ class _Packed(nn.Module):
         """y [M, N] for x [M, K]."""
         raise NotImplementedError
 
+    def _hold(self, **tensors: torch.Tensor | None) -> None:
+        """As parameters that are not trained: diffusers' group offload with a stream leaves buffers on the GPU.
+
+        The first is of the model's dtype, which diffusers takes for that of the whole module.
+        """
+        for name, tensor in tensors.items():
+            held = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(name, held)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                moved = fn(buffer)
-                self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
-        return self
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        return super()._apply(moved, recurse)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -71,9 +80,7 @@ class SparseWeightLinear(_Packed):
     ) -> None:
         super().__init__(2 * values.shape[1], len(bias), epilogue)
         self.metadata_layout = metadata_layout
-        self.register_buffer("values", values)
-        self.register_buffer("metadata", metadata)
-        self.register_buffer("bias", bias)
+        self._hold(bias=bias, values=values, metadata=metadata)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         """On a GPU the metadata lie as its kernels read them."""
@@ -82,7 +89,7 @@ class SparseWeightLinear(_Packed):
             self.metadata.is_cuda
             and (layout := operators.metadata_layout(self.values.dtype)) != self.metadata_layout
         ):
-            self.metadata = relaid(self.metadata, self.metadata_layout, layout)
+            self.metadata.data = relaid(self.metadata, self.metadata_layout, layout)
             self.metadata_layout = layout
         return self
 
@@ -114,9 +121,7 @@ class SparseActivationLinear(_Packed):
     ) -> None:
         super().__init__(lora_down.shape[1], len(bias), epilogue)
         self.rank, self.norm_scale = rank, norm_scale
-        self.register_buffer("weight", weight)
-        self.register_buffer("lora_down", lora_down)
-        self.register_buffer("bias", bias)
+        self._hold(bias=bias, weight=weight, lora_down=lora_down)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = operators.sparse_activation(
@@ -156,10 +161,7 @@ class Fp8Linear(_Packed):
         super().__init__(in_features, len(bias), epilogue)
         self.operand = operand
         self.fused_rounding = fused_rounding and operand != "sparse activation" and in_features % STEP == 0
-        self.register_buffer("weight", weight)
-        self.register_buffer("metadata", metadata)
-        self.register_buffer("weight_scale", weight_scale)
-        self.register_buffer("bias", bias)
+        self._hold(bias=bias, weight=weight, metadata=metadata, weight_scale=weight_scale)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         acting = self.epilogue.activation, self.epilogue.first, self.epilogue.gated

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks.group_offloading import ModuleGroup
+from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import nn
 from torch.nn import functional
 
@@ -126,6 +128,22 @@ def test_a_cast_leaves_packed_tensors_alone(name: str) -> None:
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_diffusers_takes_everything_off_a_gpu_again(name: str) -> None:
+    """By groups with a stream too, where it forgets buffers; and it finds the model's dtype."""
+    module = MODULES[name]()
+    assert get_parameter_dtype(module) == module.bias.dtype == torch.bfloat16
+    group = ModuleGroup(
+        [module], torch.device("cpu"), torch.device("cpu"), module, stream=object(), record_stream=True,
+        low_cpu_mem_usage=True,
+    )  # fmt: skip
+    kept = {name: held.data_ptr() for name, held in module.state_dict().items()}
+    for held in module.state_dict(keep_vars=True).values():
+        held.data = held.data.clone()  # as on a GPU
+    group.offload_()
+    assert {name: held.data_ptr() for name, held in module.state_dict().items()} == kept
 
 
 @pytest.mark.parametrize("name", MODULES)
