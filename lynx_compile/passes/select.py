@@ -29,7 +29,7 @@ from lynx_compile.recipe import NodeOperand, Sparsity
 FP8_GPUS = ("sm89", "sm90", "sm120")  # that run our FP8 kernels
 MEASURED_FP8_GPUS = ("sm90",)  # for which auto takes them unasked: elsewhere no one has timed them
 # Gains that differ by less are alike: so much do runs of the bench differ for the same linear. Then the form with the
-# lower error counts (quality.digits_flux.*.layer_error of engines/bench/summary.json).
+# lower error counts (quality.digits_flux.*.layer_error, solved, of engines/bench/summary.json).
 ALIKE = 1.05
 BY_ERROR = (
     DENSE_FP8,

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from lynx_compile import recipe
 from lynx_compile.models.structure import find_structure
-from lynx_compile.passes import rewrite as rewrite_module
 from lynx_compile.passes.build import build
 from lynx_compile.passes.export import export_module
 from lynx_compile.passes.rewrite import LynxOnnx
@@ -35,12 +34,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.mark.parametrize("operand", OPERANDS)
-def test_an_engine_holds_every_fp8_node(
-    case: Case, operand: NodeOperand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A gate is in the epilogue of the node in front, or for once in the pass of the node behind."""
-    if operand == "none":
-        monkeypatch.setattr(rewrite_module, "find_gate", lambda matches, dense: None)
+def test_an_engine_holds_every_fp8_node(case: Case, operand: NodeOperand, tmp_path: Path) -> None:
     lynx = case.rewrite(lambda _: operand)
     tensors = load_file(lynx.weights_path)
     kinds = {name.rpartition(".")[2]: tensor.dtype for name, tensor in tensors.items()}
@@ -48,9 +42,7 @@ def test_an_engine_holds_every_fp8_node(
     built = build(lynx, RTX, tmp_path / "block.engine")
     assert built.plugin_layers == len(lynx.sparse) == 6
     engine = (tmp_path / "block.engine").read_bytes()
-    assert all(op.encode() in engine for op in lynx.plugins) and len(lynx.plugins) == (
-        4 if operand == "none" else 3
-    )
+    assert all(op.encode() in engine for op in lynx.plugins) and len(lynx.plugins) == 4
 
 
 def test_fp8_weights_may_be_engine_inputs(case: Case, tmp_path: Path) -> None:

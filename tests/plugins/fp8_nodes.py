@@ -47,8 +47,9 @@ def feed_of(node: onnx.NodeProto, tensors: Mapping[str, torch.Tensor]) -> dict[s
     feed = {node.input[0]: x.half()}
     for name in node.input[1:]:
         feed[name] = tensors[name].clone() if name in tensors else _gain(channels)  # cloned: aligned
-    if "Gated" in node.op_type:
-        feed[node.input[-1]] = torch.randn(ROWS, channels).half()
+    if "Gated" in node.op_type:  # its x and its gate are halves of one tensor
+        assert node.input[-1] == node.input[0]
+        feed[node.input[0]] = torch.cat((x, torch.randn(ROWS, channels)), 1).half()
     return feed
 
 
@@ -87,12 +88,12 @@ def by_kernels(
     weight_scale, bias, *produced = rest
     producer = next((i + 1 for i, name in enumerate(PRODUCERS) if f"Lynx{name}" in node.op_type), 0)
     operand = OPERANDS[0] if sparse else OPERANDS[1 + attributes["prune"]]
-    out_channels = len(bias)
+    out_channels, halves = len(bias), attributes.get("halves", 0)
     call = _Fp8Call(
-        fp16=1, operand=OPERANDS.index(operand), rows=len(x), channels=x.shape[1],
+        fp16=1, operand=OPERANDS.index(operand), rows=len(x), channels=x.shape[1] // (2 if halves else 1),
         out_channels=out_channels, tile=-1, producer=producer, x=x.data_ptr(), weight=first.data_ptr(),
         **{name: attributes[name] for name in ("activation", "activation_from", "gated")},
-        producer_activation=attributes.get("producer_activation", 0), halves=attributes.get("halves", 0),
+        producer_activation=attributes.get("producer_activation", 0), halves=halves,
         metadata=0 if metadata is None else metadata.data_ptr(), weight_scale=weight_scale.data_ptr(),
         bias=bias.data_ptr(),
     )  # fmt: skip

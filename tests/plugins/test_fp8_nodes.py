@@ -33,4 +33,4 @@ def test_nodes_of_a_file_run_alike_by_function_and_by_kernels(
         feed = feed_of(node, tensors)
         assert_equal(node, by_kernels(library, node, feed), by_function(node, feed))
         seen.add(node.op_type)
-    assert len(seen) == 3
+    assert len(seen) == 4
